@@ -1,0 +1,101 @@
+"""Which layers get an adapter, and where its numbers live: one flat fp32 buffer, of which PEFT's parameters are views."""
+
+import contextlib
+
+import torch
+
+from common.flags import UserError
+
+
+def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
+    """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
+
+    A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
+    Raises:
+        UserError: a target that matches no layer.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    names = [name for name, _ in unet.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
+    cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
+
+
+def trainable(module):
+    """[(name, parameter)] of what will be trained."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def count(module):
+    """(trainable, all) parameters of a module with adapters; 4-bit weights count as the numbers they hold."""
+    sizes = [(p.requires_grad, p.numel() * (2 if p.dtype == torch.uint8 else 1)) for p in module.parameters()]
+    return sum(n for requires_grad, n in sizes if requires_grad), sum(n for _, n in sizes)
+
+
+class FlatParameters:
+    """All trainable numbers in one fp32 buffer and all their gradients in another.
+
+    Norm, clipping, zeroing, all-reduce, EMA and checkpointing are then one operation each, and an optimizer has one
+    parameter per group instead of 1,120.
+
+    Args:
+        groups: [(named parameters, options)]; options are those of a torch optimizer's parameter group (lr, weight_decay).
+    """
+
+    def __init__(self, groups):
+        named = [pair for pairs, _ in groups for pair in pairs]
+        self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
+        self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
+        self.grad = torch.zeros_like(self.data)
+        start = 0
+        for _, parameter in named:
+            view = slice(start, start := start + parameter.numel())
+            parameter.data = self.data[view].view_as(parameter)
+            parameter.grad = self.grad[view].view_as(parameter)
+        self.groups, start = [], 0
+        for pairs, options in groups:
+            part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
+            flat = torch.nn.Parameter(self.data[part])
+            flat.grad = self.grad[part]
+            self.groups.append({"params": [flat], **options})
+
+    def __len__(self):
+        return self.data.numel()
+
+
+def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):
+    """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
+    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+    if use_8bit:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(flat.groups, **options)
+    return torch.optim.AdamW(flat.groups, **options, fused=flat.data.is_cuda)
+
+
+class EMA:
+    """Exponential moving average of the flat buffer, with the ramp min(decay, (1 + step) / (10 + step)).
+
+    Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
+    """
+
+    def __init__(self, flat, decay):
+        self.flat, self.decay, self.average = flat, decay, flat.data.clone()
+
+    def update(self, step):
+        """Once per optimizer step; `step` counts from 1."""
+        self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
+        trained = self.flat.data.clone()
+        self.flat.data.copy_(self.average)
+        try:
+            yield
+        finally:
+            self.flat.data.copy_(trained)

@@ -1,0 +1,174 @@
+"""A training run put together from its flags, for all trainers: data, engine, loop, results.
+
+What a trainer's own technique is (which layers get which adapter, on which weights) stays in the trainer.
+"""
+
+import contextlib
+import functools
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from common import adapters, batching, caching, checkpoint, dataset, files, formats, loading, loops, report, sampling
+from common.engine import Engine, lr_schedule
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything the loop reads, encoded once."""
+
+    model: loading.Model
+    schedule: object  # noise.NoiseSchedule
+    text: object  # caching.CachedText or caching.LiveText
+    examples: batching.Examples
+    held_out: batching.Examples | None
+
+
+def load_data(flags, host):
+    """Image-caption pairs and a model -> Data: Samples, their latent moments and text embeddings, training and held out."""
+    samples, bad = dataset.load_samples(
+        flags.dataset_name, flags.train_data_dir, flags.image_column, flags.caption_column, flags.max_train_samples, flags.max_bad_images
+    )
+    empty = sum(not sample.caption for sample in samples)
+    host.say(f"data: {len(samples)} images, {bad} unreadable, {empty} with an empty caption (trained as the empty prompt)")
+    model = loading.find_model(
+        flags.pretrained_model_name_or_path,
+        flags.pretrained_vae_model_name_or_path,
+        flags.variant,
+        flags.revision,
+        flags.config_name_or_path,
+        flags.cache_dir,
+    )
+    framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
+    flips = (False, True) if flags.random_flip else (False,)
+    latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images - bad, flips, **framing)
+    captions = [sample.caption for sample in samples] + ["", *flags.validation_prompt]
+    text = caching.cache_text(captions, model, host, flags.text_cache, flags.cache_dir)
+    schedule = loading.load_noise_schedule(model, host.device)
+    training, held_out = dataset.hold_out(latents.samples, flags.validation_split, flags.seed)
+    draws = dict(
+        flip_share=0.5 if flags.random_flip else 0.0,
+        drop_share=flags.caption_dropout,
+        offset_strength=flags.offset_noise_strength,
+        zero_unconditional=loading.zero_unconditional(model),
+    )
+    make = functools.partial(batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws)
+    return Data(model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None)
+
+
+def build_engine(flags, host, unet, data):
+    """The UNet with its adapter -> Engine: flat buffer, optimizer, learning-rate schedule, EMA."""
+    if flags.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    flat = adapters.FlatParameters([(adapters.trainable(unet), {})])
+    trained, everything = adapters.count(unet)
+    host.say(f"adapter: {trained:,} trainable parameters, {100 * trained / everything:.2f} % of {everything:,}")
+    betas = (flags.adam_beta1, flags.adam_beta2)
+    return Engine(
+        unet,
+        data.text,
+        data.schedule,
+        flat,
+        adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
+        lr_schedule(flags.lr_scheduler, flags.lr_warmup_steps, _plan(flags, host, data).total_steps),
+        host,
+        flags.max_grad_norm,
+        flags.min_snr_gamma,
+        adapters.EMA(flat, flags.ema_decay) if flags.use_ema else None,
+        flags.seed if flags.lora_dropout else None,
+    )
+
+
+def train(flags, engine, data):
+    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights"}."""
+    host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
+    recipe = _recipe(flags, data)
+    progress = _resume(flags, engine)
+    if host.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        files.write_json(output_dir / "config.json", recipe)
+    host.say(f"training: {plan.total_steps} steps of {plan.effective_batch} images, {plan.micro_batch} at a time, from step {progress.step}")
+    log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
+    draw = functools.partial(_draw_samples, flags, engine, data)
+    save = lambda step: formats.save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors", engine.unet, recipe)  # noqa: E731
+    try:
+        progress, ended = loops.train(engine, data.examples, data.held_out, plan, log, progress, draw, save)
+    finally:
+        log.close()
+    if host.is_main:
+        _write_results(output_dir, engine, recipe)
+    host.barrier()
+    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; everything is in {output_dir}")
+    return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
+
+
+def _plan(flags, host, data):
+    effective_batch = flags.train_batch_size * flags.gradient_accumulation_steps * host.world
+    return loops.Plan(
+        Path(flags.output_dir),
+        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples.latents), effective_batch),
+        effective_batch,
+        flags.train_batch_size,
+        flags.checkpointing_steps,
+        flags.checkpoints_total_limit,
+        flags.validation_steps,
+        flags.early_stopping_patience,
+        flags.max_train_minutes,
+    )
+
+
+def _recipe(flags, data):
+    """What config.json and every adapter file say about how they were made."""
+    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    latents = data.examples.latents
+    return {
+        "flags": asdict(flags),
+        "base_model": data.model.name,
+        "vae": str(data.model.vae),
+        "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
+_FREE_TO_CHANGE = {"resume_from_checkpoint", "max_train_minutes", "output_dir", "cache_dir", "report_to", "train_batch_size", "gradient_accumulation_steps"}
+
+
+def _resume(flags, engine):
+    folder = checkpoint.find_resume(flags.resume_from_checkpoint, flags.output_dir)
+    if folder is None:
+        if flags.resume_from_checkpoint:
+            engine.host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
+        return loops.Progress()
+    progress = loops.Progress(**checkpoint.load_checkpoint(folder, engine))
+    config = folder.parent / "config.json"
+    before = json.loads(config.read_text())["flags"] if config.exists() else {}
+    for name, value in asdict(flags).items():
+        if before.get(name, value) != value and name not in _FREE_TO_CHANGE:
+            engine.host.say(f"resuming with --{name} {value}, which was {before[name]}")
+    engine.host.say(f"resumed from {folder}")
+    return progress
+
+
+def _draw_samples(flags, engine, data, step):
+    """samples/STEP_I.png for every --validation_prompt, with the average where there is one."""
+    if not flags.validation_prompt or not engine.host.is_main:
+        return
+    with engine.ema.applied() if engine.ema else contextlib.nullcontext():
+        images = sampling.draw_while_training(
+            engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
+        )
+    folder = Path(flags.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        image.save(folder / f"{step:06d}_{i}.png")
+
+
+def _write_results(output_dir, engine, recipe):
+    formats.save_adapter(output_dir / formats.WEIGHTS, engine.unet, recipe)
+    if engine.ema is not None:
+        with engine.ema.applied():
+            formats.save_adapter(output_dir / "ema_unet" / formats.WEIGHTS, engine.unet, recipe)
+    formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe)
+    report.plot_training(output_dir)

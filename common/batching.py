@@ -1,0 +1,118 @@
+"""Which sample comes when, with which noise: cached entries + (seed, step, index) -> Batch.
+
+The trajectory is a function of the seed alone. It does not depend on how an effective batch is cut into forward passes,
+on the number of processes, or on where a run was interrupted.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from common import dataset, noise
+
+VALIDATION_DRAWS = 4  # timesteps per held-out sample, spread evenly over the schedule
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one shape, ready for a forward pass. Every tensor starts with B; latents are [B, C, h, w].
+
+    `tensors`: mean, std, posterior_eps, eps, t, time_ids [B, 6], weight [B] (each example's share of the step's loss),
+    keep_text [B] (0 where the caption is dropped), and what the text conditioning needs.
+    """
+
+    tensors: dict
+    names: list
+
+    def __len__(self):
+        return len(self.names)
+
+    def to(self, device):
+        """The same on `device`, copied without waiting for it."""
+        pin = device.type == "cuda"
+        return Batch({k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in self.tensors.items()}, self.names)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed, epoch, count):
+    return torch.randperm(count, generator=noise.generator_for(seed, "epoch", epoch)).tolist()
+
+
+def sample_at(position, count, seed):
+    """Index of the sample at `position` of an endless sequence of epochs, each a fresh permutation."""
+    epoch, offset = divmod(position, count)
+    return _epoch_order(seed, epoch, count)[offset]
+
+
+class Examples:
+    """Training examples by number.
+
+    Args:
+        latents: caching.LatentCache.
+        text: caching.CachedText or caching.LiveText.
+        num_timesteps: length T of the noise schedule.
+        zero_unconditional: the model's unconditional input is zeros (SDXL base), not the encoded empty prompt.
+    """
+
+    def __init__(self, latents, text, seed, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0, zero_unconditional=True):
+        self.latents, self.text, self.seed, self.num_timesteps = latents, text, seed, num_timesteps
+        self.draw_options = dict(flip_share=flip_share, drop_share=drop_share, offset_strength=offset_strength)
+        self.zero_unconditional = zero_unconditional
+
+    def effective_batch(self, number, size, micro_size, rank=0, world=1):
+        """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
+        rows = [self._training_row(number, i, size) for i in range(rank, size, world)]
+        return _group(rows, micro_size)
+
+    def validation_batches(self, micro_size, rank=0, world=1):
+        """Every sample at VALIDATION_DRAWS fixed timesteps with fixed noise, caption kept, not flipped."""
+        rows = [self._validation_row(number) for number in range(rank, len(self.latents) * VALIDATION_DRAWS, world)]
+        return _group(rows, micro_size)
+
+    def name_at(self, position):
+        """Name of the sample at `position` of the run, for messages."""
+        return self.latents.samples[sample_at(position, len(self.latents), self.seed)].name
+
+    def _training_row(self, number, i, size):
+        index = sample_at(number * size + i, len(self.latents), self.seed)
+        shape = self.latents.moments(index)[0].shape
+        draws = noise.draw(noise.generator_for(self.seed, number, i), shape, self.num_timesteps, **self.draw_options)
+        return self._row(index, draws, weight=1 / size)
+
+    def _validation_row(self, number):
+        index, part = divmod(number, VALIDATION_DRAWS)
+        draws = noise.draw(noise.generator_for(self.seed, "validation", number), self.latents.moments(index)[0].shape, self.num_timesteps)
+        t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
+        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0)
+
+    def _row(self, index, draws, weight):
+        """(name, {field: tensor}) of one example."""
+        sample, framing = self.latents.samples[index], self.latents.framings[index]
+        mean, std = self.latents.moments(index, draws.flip)
+        caption = "" if draws.drop_caption and not self.zero_unconditional else sample.caption
+        keep = 0.0 if draws.drop_caption and self.zero_unconditional else 1.0
+        return sample.name, dict(
+            mean=mean,
+            std=std,
+            posterior_eps=draws.posterior_eps,
+            eps=draws.eps,
+            t=torch.tensor(draws.timestep),
+            time_ids=dataset.time_ids(sample, framing, draws.flip),
+            weight=torch.tensor(weight),
+            keep_text=torch.tensor(keep),
+            **self.text.fields(caption),
+        )
+
+
+def _group(rows, micro_size):
+    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`."""
+    by_shape = {}
+    for name, fields in rows:
+        by_shape.setdefault(fields["mean"].shape, []).append((name, fields))
+    batches = []
+    for group in by_shape.values():
+        for start in range(0, len(group), micro_size):
+            names, fields = zip(*group[start : start + micro_size])
+            batches.append(Batch({key: torch.stack([row[key] for row in fields]) for key in fields[0]}, list(names)))
+    return batches

@@ -1,0 +1,281 @@
+"""Everything frozen is computed once: Samples -> latent moments and text embeddings, keyed by content.
+
+A key is a hash of all that made the entry, so a changed image or caption is a new entry and a stale one cannot be found.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from common import dataset, device, loading
+from common.files import write_safetensors
+from common.flags import UserError
+
+VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
+SHARD_ENTRIES = 64
+VAE_BATCH = 4
+TEXT_BATCH = 32
+MAX_TOKENS = 77
+
+
+def content_key(*parts):
+    """Hash of the repr of `parts`, as 32 hex digits."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+class Store:
+    """key -> tuple of tensors, in memory-mapped safetensors shards in one folder, or in RAM when `folder` is None.
+
+    Shards are written whole under a new name and never changed, so any number of processes may share a folder.
+    """
+
+    def __init__(self, folder=None):
+        self.folder = folder
+        self._pending, self._shards, self._shard_of = {}, {}, {}
+        self.reload()
+
+    def reload(self):
+        """Find the shards that other processes have written since."""
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            if path not in self._shards:
+                try:
+                    self._shards[path] = safe_open(path, "pt")
+                    self._shard_of.update((name.rpartition(".")[0], self._shards[path]) for name in self._shards[path].keys())
+                except SafetensorError as error:
+                    path.unlink()
+                    print(f"cache: {path} is damaged ({error}) and was removed; its entries are encoded again")
+
+    def __contains__(self, key):
+        return key in self._pending or key in self._shard_of
+
+    def __getitem__(self, key):
+        if key in self._pending:
+            return self._pending[key]
+        shard = self._shard_of[key]
+        return shard.get_tensor(f"{key}.0"), shard.get_tensor(f"{key}.1")
+
+    def __setitem__(self, key, pair):
+        self._pending[key] = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair)
+        if self.folder and len(self._pending) >= SHARD_ENTRIES:
+            self.flush()
+
+    def flush(self):
+        """Write what is pending as one more shard: complete or absent, never half."""
+        if not self.folder or not self._pending:
+            return
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
+        self._pending = {}
+        self.reload()
+
+
+# ---------------------------------------------------------------- images
+
+
+def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), **framing):
+    """Encode the pictures that are not in the cache yet -> LatentCache over the samples that could be read.
+
+    Args:
+        flips: (False,) or (False, True): which mirror images are needed.
+        framing: arguments of `dataset.frame`.
+    Raises:
+        UserError: more than `max_bad` pictures cannot be decoded, or the VAE gives non-finite latents.
+    """
+    made_by = content_key("latents", VERSION, loading.fingerprint(model.vae), str(host.dtype))
+    store = Store(Path(cache_dir) / "latents" / made_by)
+    framings = [dataset.frame(sample, **framing) for sample in samples]
+    wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
+    missing = [job for key, job in wanted.items() if key not in store]
+    bad = _encode_images(missing[host.rank :: host.world], store, model, host) if missing else []
+    host.barrier()
+    store.reload()
+    dataset.refuse_bad(bad, max_bad)
+    kept = [(s, f) for s, f in zip(samples, framings) if all(_latent_key(s, f, flip) in store for flip in flips)]
+    host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
+    if not kept:
+        raise UserError("none of the images could be decoded")
+    return LatentCache([s for s, _ in kept], [f for _, f in kept], store)
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """The samples of a run with their framing and their latent moments."""
+
+    samples: list
+    framings: list
+    store: Store
+
+    def __len__(self):
+        return len(self.samples)
+
+    def moments(self, index, flip=False):
+        """(mean, std), each [C, h, w], normalised: z = mean + std * eps is what the UNet is trained on."""
+        return self.store[_latent_key(self.samples[index], self.framings[index], flip)]
+
+    def subset(self, samples):
+        """The same cache, restricted to `samples`."""
+        wanted = {id(sample) for sample in samples}
+        kept = [i for i, sample in enumerate(self.samples) if id(sample) in wanted]
+        return replace(self, samples=[self.samples[i] for i in kept], framings=[self.framings[i] for i in kept])
+
+
+def _latent_key(sample, framing, flip):
+    return content_key(sample.key, framing, flip)
+
+
+def _encode_images(jobs, store, model, host):
+    """Fill `store` with the moments of the jobs; returns the names of the pictures that cannot be decoded."""
+    vae, bad = loading.load_vae(model, host), []
+    bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
+    with bar, contextlib.ExitStack() as at_exit:
+        at_exit.callback(store.flush)  # an interrupted encode goes on from here
+        batches = collections.defaultdict(list)
+        for job, image in _decoded(jobs):
+            bar.update()
+            if isinstance(image, Exception):
+                bad.append(f"{job[0].name} ({image})")
+                continue
+            batch = batches[image.shape]
+            batch.append((job, image))
+            if len(batch) == VAE_BATCH:
+                _encode_batch(batches.pop(image.shape), store, vae, host)
+        for batch in batches.values():
+            _encode_batch(batch, store, vae, host)
+    del vae
+    device.free_memory(host.device)
+    return bad
+
+
+def _decoded(jobs):
+    """Yield (job, pixels or the exception), decoding a few pictures ahead on every core."""
+    workers = os.cpu_count() or 1
+
+    def decode(job):
+        try:
+            return dataset.pixels(*job)
+        except (OSError, ValueError, SyntaxError) as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        ahead = collections.deque()
+        for job in jobs:
+            ahead.append((job, pool.submit(decode, job)))
+            if len(ahead) > 2 * workers + VAE_BATCH:
+                done, future = ahead.popleft()
+                yield done, future.result()
+        while ahead:
+            done, future = ahead.popleft()
+            yield done, future.result()
+
+
+@torch.no_grad()
+def _encode_batch(batch, store, vae, host):
+    posterior = vae.encode(torch.stack([image for _, image in batch]).to(host.device, vae.dtype)).latent_dist
+    mean, std = _normalise(vae.config, posterior.mean.float(), posterior.std.float())
+    mean, std = mean.to("cpu", host.dtype), std.to("cpu", host.dtype)
+    for (job, _), m, s in zip(batch, mean, std):
+        if not (m.isfinite().all() and s.isfinite().all()):
+            raise UserError(
+                f"{job[0].name}: the VAE gives non-finite latents in {str(vae.dtype).removeprefix('torch.')};"
+                f" use --pretrained_vae_model_name_or_path {loading.FP16_VAE}"
+            )
+        store[_latent_key(*job)] = (m, s)
+
+
+def _normalise(config, mean, std):
+    """Posterior of the VAE -> posterior of the latents the UNet sees (some fine-tunes ship channel statistics)."""
+    if getattr(config, "latents_mean", None) is None:
+        return mean * config.scaling_factor, std * config.scaling_factor
+    centre = torch.tensor(config.latents_mean, device=mean.device).view(1, -1, 1, 1)
+    scale = config.scaling_factor / torch.tensor(config.latents_std, device=mean.device).view(1, -1, 1, 1)
+    return (mean - centre) * scale, std * scale
+
+
+# ---------------------------------------------------------------- captions
+
+
+def tokenize(tokenizers, captions):
+    """Token ids of both tokenizers, padded and cut to 77: [B, 2, 77]."""
+    options = dict(padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    return torch.stack([tokenizer(captions, **options).input_ids for tokenizer in tokenizers], dim=1)
+
+
+def encode_text(encoders, input_ids):
+    """SDXL's text conditioning: ids [B, 2, 77] -> (prompt_embeds [B, 77, 768 + 1280], pooled [B, 1280]).
+
+    The penultimate hidden states of both encoders side by side; `pooled` is bigG's projected end-of-text (arXiv 2307.01952, sec. 2.1).
+    """
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(1))]
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
+
+
+class CachedText:
+    """Captions whose embeddings were computed once. A batch carries the embeddings."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def fields(self, caption):
+        """What one example's batch row carries: prompt_embeds [77, 2048] and pooled [1280]."""
+        prompt_embeds, pooled = self.store[content_key(caption)]
+        return {"prompt_embeds": prompt_embeds, "pooled": pooled}
+
+    def __call__(self, fields):
+        """(prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the device."""
+        return fields["prompt_embeds"], fields["pooled"]
+
+
+class LiveText:
+    """Captions that are encoded in every step, by encoders that stay on the device. A batch carries token ids."""
+
+    def __init__(self, pairs):
+        self.tokenizers, self.encoders = zip(*pairs)
+
+    def fields(self, caption):
+        return {"input_ids": tokenize(self.tokenizers, [caption])[0]}
+
+    def __call__(self, fields):
+        return encode_text(self.encoders, fields["input_ids"])
+
+
+def cache_text(captions, model, host, mode, cache_dir):
+    """Text conditioning for `captions`: CachedText in RAM or on disk, or LiveText when `mode` is "none"."""
+    if mode == "none":
+        return LiveText(loading.load_text_encoders(model, host))
+    parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
+    made_by = content_key("text", VERSION, loading.fingerprint(*parts), str(host.dtype))
+    store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
+    missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
+    mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM
+    if missing:
+        _encode_captions(mine, store, model, host)
+    host.barrier()
+    store.reload()
+    host.say(f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})")
+    return CachedText(store)
+
+
+@torch.no_grad()
+def _encode_captions(captions, store, model, host):
+    pairs = loading.load_text_encoders(model, host)
+    tokenizers, encoders = zip(*pairs)
+    cut = sum(len(tokenizers[0](caption).input_ids) > MAX_TOKENS for caption in captions)
+    if cut:
+        host.say(f"text: {cut} captions are longer than {MAX_TOKENS} tokens; what follows is not seen")
+    for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
+        batch = captions[start : start + TEXT_BATCH]
+        prompt_embeds, pooled = encode_text(encoders, tokenize(tokenizers, batch).to(host.device))
+        for caption, p, q in zip(batch, prompt_embeds.to("cpu", host.dtype), pooled.to("cpu", host.dtype)):
+            store[content_key(caption)] = (p, q)
+    store.flush()
+    del pairs, encoders
+    device.free_memory(host.device)

@@ -1,0 +1,75 @@
+"""Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from common.files import write_json, write_safetensors
+from common.flags import UserError
+
+
+def save_checkpoint(output_dir, step, engine, progress, limit):
+    """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
+    folder = Path(output_dir) / f"checkpoint-{step:06d}"
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tensors, numbers = {"flat": engine.flat.data}, {}
+    if engine.ema is not None:
+        tensors["ema"] = engine.ema.average
+    for i, group in enumerate(engine.flat.groups):
+        for key, value in engine.optimizer.state[group["params"][0]].items():
+            (tensors if torch.is_tensor(value) else numbers)[f"optimizer.{i}.{key}"] = value
+    write_safetensors(partial / "state.safetensors", tensors)
+    scale = {"value": engine.loss_scale.value.item(), "good_steps": engine.loss_scale.good_steps}
+    write_json(partial / "state.json", {"layout": engine.flat.layout, "optimizer": numbers, "loss_scale": scale, "progress": progress})
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    for old in find_checkpoints(output_dir)[:-limit] if limit else ():
+        shutil.rmtree(old)
+
+
+def find_checkpoints(output_dir):
+    """Complete checkpoint folders, oldest first."""
+    return sorted(path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
+
+
+def find_resume(resume_from_checkpoint, output_dir):
+    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume."""
+    if resume_from_checkpoint != "latest":
+        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
+    found = find_checkpoints(output_dir)
+    return found[-1] if found else None
+
+
+def load_checkpoint(folder, engine):
+    """Put the engine where the checkpoint was made; returns its `progress`.
+
+    Raises:
+        UserError: a damaged checkpoint, or one of another adapter.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors", device=str(engine.host.device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({error})") from None
+    if [tuple(map(str, entry)) for entry in state["layout"]] != [(name, str(list(shape))) for name, shape in engine.flat.layout]:
+        raise UserError(f"--resume_from_checkpoint {folder}: made with another --lora_rank, --lora_target_modules or base model")
+    if ("ema" in tensors) != (engine.ema is not None):
+        raise UserError(f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way")
+    engine.flat.data.copy_(tensors.pop("flat"))
+    if engine.ema is not None:
+        engine.ema.average.copy_(tensors.pop("ema"))
+    for name, value in {**tensors, **state["optimizer"]}.items():
+        _, group, key = name.split(".", 2)
+        parameter = engine.flat.groups[int(group)]["params"][0]
+        # torch keeps AdamW's step count on the CPU unless the optimizer is fused
+        on_cpu = key == "step" and torch.is_tensor(value) and not engine.optimizer.defaults.get("fused")
+        engine.optimizer.state[parameter][key] = value.cpu() if on_cpu else value
+    engine.loss_scale.value.fill_(state["loss_scale"]["value"])
+    engine.loss_scale.good_steps = state["loss_scale"]["good_steps"]
+    return state["progress"]

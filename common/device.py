@@ -1,0 +1,97 @@
+"""Where to compute and in which precision, and why: decided here once, printed once."""
+
+import os
+import resource
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+
+from common.flags import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Host:
+    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+    rank: int
+    world: int
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, line):
+        if self.is_main:
+            print(line, flush=True)
+
+    def barrier(self):
+        PartialState().wait_for_everyone()
+
+    def sum(self, tensor):
+        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def start(mixed_precision="fp16", seed=0):
+    """Join the process group that `accelerate launch` or torchrun prepared, if any; choose device and dtype, and say so.
+
+    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
+
+    Raises:
+        UserError: for bf16 on a card that only emulates it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # torchrun without a GPU then means gloo, not an error
+    _quieten_libraries()
+    torch.manual_seed(seed)
+    state = PartialState()
+    dtype, reason = _choose_dtype(state.device, mixed_precision)
+    host = Host(state.device, dtype, reason, state.process_index, state.num_processes)
+    processes = f", {host.world} processes" if host.world > 1 else ""
+    host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
+    return host
+
+
+def _quieten_libraries():
+    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _choose_dtype(device, mixed_precision):
+    if device.type != "cuda":
+        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if mixed_precision == "no":
+        return torch.float32, f"{name}, --mixed_precision no"
+    if mixed_precision == "bf16":
+        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
+        if capability < (8, 0):
+            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+        return torch.bfloat16, f"{name}, --mixed_precision bf16"
+    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def peak_gib(device):
+    """Highest memory so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def free_memory(device):
+    """Hand cached blocks of freed models back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,270 @@
+"""Flags as documented dataclasses: `flag()` declares one, `parse()` reads the command line, `check()` refuses what cannot work.
+
+Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, List, Literal, Optional
+
+import argparse_dataclass
+
+ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
+
+
+def flag(default, help, **metadata):
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
+    the help, and errors raised as UserError."""
+
+    def __init__(self, cls):
+        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        if str(kwargs.get("action")).startswith("store_"):
+            kwargs["action"] = Switch
+        elif "nargs" in kwargs:
+            kwargs["action"] = "extend"
+        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
+        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+        return super().add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            close = difflib.get_close_matches(typed, known, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def _shown(field):
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+
+
+def parse(cls, argv=None):
+    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+
+    Raises:
+        UserError: for whatever argparse refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(cls)
+    if "--demo" in argv:
+        parser.set_defaults(**_demo_defaults(cls))
+    return parser.parse_args(argv)
+
+
+def _demo_defaults(cls):
+    """What `--demo` changes: the class's own list, and a tiny model and data set that are built at the first use."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
+    from demo.build import demo_assets
+
+    model, data = demo_assets(Path(CACHE_DIR) / "demo")
+    places = dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data))
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in {**places, **cls.DEMO}.items() if name in names}
+
+
+def print_config(flags):
+    """What --dry_run shows: the resolved flags as JSON."""
+    print(json.dumps(dataclasses.asdict(flags), indent=2))
+
+
+def run(main):
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+
+    def __init_subclass__(cls):
+        inherited = getattr(cls, "__dataclass_fields__", {})
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if name in inherited and not isinstance(default, dataclasses.Field):
+                metadata = dict(inherited[name].metadata)
+                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
+
+
+@dataclass
+class TrainFlags(Described):
+    """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
+
+    # What --demo changes; the effective batch, the loss and the adapter stay the trainer's own.
+    DEMO: ClassVar[dict] = dict(
+        resolution=64, max_train_steps=24, lr_warmup_steps=4, learning_rate=1e-3, checkpointing_steps=12, validation_steps=12
+    )
+    # model
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file")
+    pretrained_vae_model_name_or_path: Optional[str] = flag(
+        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
+    )
+    config_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder")
+    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    # data
+    dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
+    train_data_dir: Optional[str] = flag(None, "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too")
+    image_column: str = flag("image", "column of the images in a hub data set")
+    caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
+    max_train_samples: Optional[int] = flag(None, "use only the first N samples")
+    max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
+    resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
+    center_crop: bool = flag(True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached")
+    random_flip: bool = flag(False, "mirror half of the training examples")
+    aspect_ratio_buckets: bool = flag(False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution")
+    caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
+    cache_dir: str = flag(CACHE_DIR, "where encoded images and captions are kept between runs")
+    text_cache: Literal["ram", "disk", "none"] = flag("ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step")
+    # adapter
+    lora_rank: int = flag(16, "rank r of the adapter")
+    lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
+    lora_dropout: float = flag(0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split")
+    lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    # optimisation
+    train_batch_size: int = flag(1, "examples in one forward pass on one device")
+    gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
+    num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
+    max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
+    learning_rate: float = flag(1e-4, "peak learning rate")
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
+        "cosine", "schedule of the learning rate over the optimizer steps"
+    )
+    lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the frozen model on a GPU; a CPU computes in fp32")
+    seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
+    # loss
+    min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
+    offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
+    use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
+    ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
+    # output
+    output_dir: str = flag("outputs/train", "where everything the run writes goes")
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
+    checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
+    resume_from_checkpoint: Optional[str] = flag(None, "'latest' or the path of a checkpoint folder: go on exactly where it was")
+    max_train_minutes: Optional[float] = flag(None, "stop early, with a checkpoint, after this many minutes")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
+    validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
+    validation_steps: int = flag(500, "optimizer steps between validations (images and held-out loss)")
+    validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
+    early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
+    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
+    demo: bool = flag(False, "a tiny SDXL and a tiny data set that come with the suite: no network, about a minute on a CPU")
+
+
+def check(flags):
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
+    positive += "learning_rate min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
+    for name in positive.split():
+        value = getattr(flags, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} {value}: must be greater than 0")
+    for name in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+        if not getattr(flags, name) >= 0:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater")
+    for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
+        if not 0 <= getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
+    if flags.resolution < 64 or flags.resolution % 32:
+        nearest = max(64, round(flags.resolution / 32) * 32)
+        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
+    if flags.early_stopping_patience and not flags.validation_split:
+        raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    _check_places(flags)
+    _check_packages(flags)
+
+
+def _check_places(flags):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        place = getattr(flags, name)
+        if place and _looks_local(place) and not os.path.exists(place):
+            raise UserError(f"--{name} {place}: no such folder or file")
+    if flags.train_data_dir is not None:
+        find_data_dir(flags.train_data_dir)
+    output = Path(flags.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: is a file; name a folder")
+    if flags.resume_from_checkpoint not in (None, "latest") and not os.path.isdir(flags.resume_from_checkpoint):
+        raise UserError(f"--resume_from_checkpoint {flags.resume_from_checkpoint}: no such checkpoint folder")
+    if flags.resume_from_checkpoint is None and (output / "metrics.jsonl").exists():
+        raise UserError(
+            f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+        )
+
+
+def _check_packages(flags):
+    wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
+    wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
+    for package, typed in wanted:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
+
+
+def find_data_dir(name):
+    """The folder `name`, or /kaggle/input/`name`, as a Path.
+
+    Raises:
+        UserError: when neither is a folder.
+    """
+    for folder in (Path(name), Path("/kaggle/input") / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
+
+
+def _looks_local(place):
+    return place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1

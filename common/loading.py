@@ -1,0 +1,209 @@
+"""A model's files -> its parts on the device: noise schedule, VAE, text encoders, UNet. Never a second copy in RAM.
+
+Whatever the user names (hub id, folder, single file) becomes one diffusers folder first; nothing else knows the difference.
+Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common import hub
+from common.flags import UserError
+from common.noise import NoiseSchedule
+
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
+CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it."""
+
+    name: str
+    folder: Path
+    vae: Path
+    variant: Optional[str]
+
+
+# ---------------------------------------------------------------- finding it
+
+
+def find_model(name, vae=None, variant="fp16", revision=None, config="stabilityai/stable-diffusion-xl-base-1.0", cache_dir="."):
+    """Turn what the user named into local folders, downloading only the files that are used (fp16: about 7 GB, not 14).
+
+    Raises:
+        UserError: no such model, or a hub that cannot be reached.
+    """
+    place = Path(name).expanduser()
+    if place.is_file():
+        folder = _convert_single_file(place, config, Path(cache_dir))
+    elif place.is_dir():
+        folder = place
+    else:
+        vae = vae or FP16_VAE
+        folder = _download_pipeline(name, variant, revision)
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
+    return Model(name, folder, _find_vae(vae) if vae else folder / "vae", variant)
+
+
+def _download_pipeline(repo_id, variant, revision):
+    from diffusers import StableDiffusionXLPipeline
+
+    hub.require(repo_id, "model", "pretrained_model_name_or_path", "model_index.json")
+    unused = dict(vae=None, feature_extractor=None, image_encoder=None, safety_checker=None)
+    return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, revision=revision, use_safetensors=True, **unused))
+
+
+def _find_vae(vae):
+    folder = Path(vae).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        hub.require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+        folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
+    for candidate in (folder, folder / "vae"):
+        if (candidate / "config.json").exists():
+            return candidate
+    raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
+
+
+def _convert_single_file(path, config, cache_dir):
+    """A .safetensors checkpoint in the original layout -> a diffusers folder (fp16) under `cache_dir`, made once."""
+    from diffusers import StableDiffusionXLPipeline
+
+    if path.suffix != ".safetensors":
+        raise UserError(f"--pretrained_model_name_or_path {path}: only .safetensors files are read; pickles can run code")
+    stat = path.stat()
+    folder = cache_dir / "single_file" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    if not folder.exists():
+        if not os.path.isdir(config):
+            hub.require(config, "model", "config_name_or_path", "model_index.json")
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        try:
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, dtype=torch.float16)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"--pretrained_model_name_or_path {path}: not a readable SDXL checkpoint ({error})") from None
+        pipeline.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def fingerprint(*folders):
+    """What identifies the models in `folders` for the caches: files with their sizes and times of change. Reads no weights."""
+    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+# ---------------------------------------------------------------- its parts
+
+
+def load_noise_schedule(model, device):
+    """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction")
+    return NoiseSchedule(scheduler.alphas_cumprod.to(device, torch.float32), scheduler.config.prediction_type)
+
+
+def load_vae(model, host):
+    """AutoencoderKL on the device; in fp32 where its config says that fp16 overflows (`force_upcast`)."""
+    from diffusers import AutoencoderKL
+
+    upcast = AutoencoderKL.load_config(model.vae).get("force_upcast", True)
+    dtype = torch.float32 if upcast else host.dtype
+    vae = AutoencoderKL.from_pretrained(model.vae, variant=_variant_in(model.vae, model.variant), dtype=dtype, use_safetensors=True)
+    return vae.to(host.device).requires_grad_(False).eval()
+
+
+def load_text_encoders(model, host):
+    """[(tokenizer, encoder)] of CLIP-L and bigG. The second must be CLIPTextModelWithProjection: its projection makes `pooled`."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    pairs = []
+    for part, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        folder = model.folder / f"text_encoder{part}"
+        variant = _variant_in(folder, model.variant)
+        encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
+        tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
+            raise UserError(f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?")
+        pairs.append((tokenizer, encoder.requires_grad_(False).eval()))
+    return pairs
+
+
+def load_unet(model, host):
+    """The UNet, frozen, built without memory and filled file by file straight on the device: RAM holds 0.5 GiB of it at a time."""
+    from diffusers import UNet2DConditionModel
+
+    folder = model.folder / "unet"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    fill(unet, weight_files(folder, model.variant), host.device, host.dtype)
+    return unet.requires_grad_(False).train()
+
+
+def weight_files(folder, variant):
+    """The safetensors files of a component: those of the variant when there are any, else the plain ones."""
+    stem = f"diffusion_pytorch_model.{_variant_in(folder, variant)}" if _variant_in(folder, variant) else "diffusion_pytorch_model"
+    files = sorted({*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")})
+    if not files:
+        raise UserError(f"{folder}: no {stem}.safetensors in it (only safetensors are read; pickles can run code)")
+    return files
+
+
+def fill(module, files, device, dtype):
+    """Fill a module made on the meta device from safetensors files.
+
+    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+    Raises:
+        UserError: a damaged file, or names that do not fit the module.
+    """
+    missing = set(module.state_dict())
+    for file in files:
+        for names in _chunks(file):
+            try:
+                with safe_open(file, "pt", device=str(device)) as tensors:
+                    chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
+            except SafetensorError as error:
+                raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+            if unknown := chunk.keys() - missing:
+                raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
+            module.load_state_dict(chunk, strict=False, assign=True)
+            missing -= chunk.keys()
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} weights are missing, e.g. {sorted(missing)[0]}")
+
+
+def _chunks(file):
+    """The tensor names of a file, in its own order, in lists of about CHUNK_BYTES."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.offset_keys())
+            sizes = {name: 2 * torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+    ends = itertools.accumulate(sizes.values())
+    for _, group in itertools.groupby(zip(names, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
+        yield [name for name, _ in group]
+
+
+def _variant_in(folder, variant):
+    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
+
+
+def zero_unconditional(model):
+    """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
+    return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)

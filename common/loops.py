@@ -1,0 +1,180 @@
+"""Steps, from the first or from a checkpoint, to the last: validation, checkpoints, early stop, time limit, signals."""
+
+import contextlib
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Optional
+
+from common import checkpoint, device
+from common.flags import UserError
+
+NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
+SMALLEST_SCALE = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how much at a time, and what happens on the way. Steps are optimizer steps."""
+
+    output_dir: Path
+    total_steps: int
+    effective_batch: int
+    micro_batch: int
+    checkpointing_steps: int
+    checkpoints_total_limit: Optional[int]
+    validation_steps: int
+    early_stopping_patience: Optional[int] = None
+    max_train_minutes: Optional[float] = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    batches: int = 0  # effective batches used: the steps, and those skipped for a loss that was not finite
+    best_val_loss: float = math.inf
+    validations_without_gain: int = 0
+
+
+def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch):
+    """Optimizer steps of a run: `max_train_steps` wins; otherwise as many as cover the epochs. Windows run across epoch ends."""
+    return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
+
+
+def train(engine, examples, held_out, plan, report, progress, draw_samples, save_weights):
+    """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
+
+    Args:
+        examples, held_out: batching.Examples; held_out may be None.
+        draw_samples: step -> None, draws the validation images.
+        save_weights: step -> None, writes the adapter files of a checkpointed step.
+    Raises:
+        UserError: the loss is not finite NON_FINITE_LIMIT times in a row (after a checkpoint).
+    """
+    host, non_finite, ended = engine.host, 0, "finished"
+    started, stopping = time.monotonic(), StopRequest(plan.max_train_minutes)
+    fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, plan.micro_batch, host.rank, host.world))
+    with stopping.listening():
+        while progress.step < plan.total_steps:
+            step_started = time.monotonic()
+            batches = fetch(progress.batches)
+            result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
+            if not result.applied:
+                skipped = _skip_batch(engine, result, report)
+                progress.batches += skipped
+                non_finite = non_finite + 1 if skipped else 0
+                if non_finite == NON_FINITE_LIMIT:
+                    _save(engine, plan, progress, save_weights)
+                    raise UserError(_non_finite_message(examples, progress, plan))
+                continue
+            non_finite = 0
+            progress.step, progress.batches = progress.step + 1, progress.batches + 1
+            row = _row(result, progress, plan, len(examples.latents), time.monotonic() - step_started, engine)
+            if progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps:
+                draw_samples(progress.step)
+                if held_out is not None:
+                    row["val_loss"] = _validate(engine, held_out, plan, progress)
+            report.log({**row, "seconds": round(time.monotonic() - started, 2)})
+            out_of_patience = plan.early_stopping_patience and progress.validations_without_gain >= plan.early_stopping_patience
+            if result.stop or out_of_patience:
+                ended = stopping.reason or ("early stopping" if out_of_patience else "stopped by another process")
+                break
+            if plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
+                _save(engine, plan, progress, save_weights)
+        _save(engine, plan, progress, save_weights)
+    return progress, ended
+
+
+class StopRequest:
+    """SIGINT, SIGTERM or the time limit: the step in flight is finished, then a checkpoint is written."""
+
+    def __init__(self, max_minutes):
+        self._signal, self._ends = None, time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+
+    @property
+    def reason(self):
+        return self._signal or ("time limit reached" if time.monotonic() > self._ends else None)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Inside, the first signal asks for a stop; a second one acts as usual."""
+        before = {}
+
+        def ask(number, frame):
+            self._signal = f"{signal.Signals(number).name} received"
+            signal.signal(number, before[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Prefetch:
+    """The result of `make(number)`, made ahead of time when `prepare` is given a chance."""
+
+    def __init__(self, make):
+        self._make, self._number, self._made = make, None, None
+
+    def prepare(self, number):
+        if number != self._number:
+            self._number, self._made = number, self._make(number)
+
+    def __call__(self, number):
+        self.prepare(number)
+        return self._made
+
+
+def _save(engine, plan, progress, save_weights):
+    if engine.host.is_main and progress.step:
+        checkpoint.save_checkpoint(plan.output_dir, progress.step, engine, asdict(progress), plan.checkpoints_total_limit)
+        save_weights(progress.step)
+    engine.host.barrier()
+
+
+def _skip_batch(engine, result, report):
+    """After a step that was not applied: whether to drop its batch. A mere gradient overflow is tried again at half the scale."""
+    if math.isfinite(result.loss) and engine.loss_scale.enabled and result.loss_scale > SMALLEST_SCALE:
+        report.say(f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it")
+        return False
+    report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
+    return True
+
+
+def _non_finite_message(examples, progress, plan):
+    names = [examples.name_at(i) for i in range((progress.batches - 1) * plan.effective_batch, progress.batches * plan.effective_batch)]
+    return (
+        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, the last one made of {', '.join(names)};"
+        " look at these images, lower --learning_rate, or use --mixed_precision no; a checkpoint was saved"
+    )
+
+
+def _row(result, progress, plan, num_samples, seconds, engine):
+    """One line of metrics.jsonl."""
+    return dict(
+        step=progress.step,
+        epoch=round(progress.batches * plan.effective_batch / num_samples, 4),
+        loss=result.loss,
+        mse=result.mse,
+        **{f"mse_t{i}": value for i, value in enumerate(result.mse_quarters)},
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        loss_scale=result.loss_scale,
+        s_per_img=seconds / plan.effective_batch,
+        peak_gib=device.peak_gib(engine.host.device),
+    )
+
+
+def _validate(engine, held_out, plan, progress):
+    loss = engine.validate(held_out.validation_batches(plan.micro_batch, engine.host.rank, engine.host.world))
+    gained = loss < progress.best_val_loss
+    progress.best_val_loss = min(loss, progress.best_val_loss)
+    progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
+    return loss

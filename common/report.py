@@ -1,0 +1,106 @@
+"""What a run shows: one progress bar, metrics.jsonl, a tracker, training.png, and grids of labelled images."""
+
+import importlib
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
+
+
+class Report:
+    """Numbers of a run, written by the main process only.
+
+    Args:
+        resumed_step: rows after it, from a run that was killed, are dropped from metrics.jsonl.
+        report_to: "none", "tensorboard" or "wandb"; accelerate's trackers do the rest.
+        config: the flags, for the tracker.
+    """
+
+    def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
+        self.is_main = is_main
+        self.bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=not is_main)
+        if not is_main:
+            return
+        self.path = Path(output_dir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self.file = self.path.open("a")
+        self.tracker = None
+        if report_to != "none":
+            tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
+            where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
+            self.tracker = tracker_class(Path(output_dir).name, **where)
+            scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            self.tracker.store_init_configuration(scalars)
+
+    def log(self, row):
+        """One optimizer step: to the bar, the file and the tracker."""
+        if not self.is_main:
+            return
+        self.bar.update()
+        shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
+        self.bar.set_postfix(shown, refresh=False)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.tracker:
+            self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+
+    def say(self, line):
+        """Print a line without breaking the bar."""
+        if self.is_main:
+            self.bar.write(line)
+
+    def close(self):
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
+            if self.tracker:
+                self.tracker.finish()
+
+
+def read_metrics(path):
+    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_training(output_dir):
+    """training.png from metrics.jsonl: loss with a running mean, held-out loss, and the learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(Path(output_dir) / "metrics.jsonl")
+    if not rows:
+        return
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True)
+    top.plot(steps, losses, color="0.75", linewidth=0.8, label="loss of each step")
+    top.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color="tab:blue", label="running mean")
+    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if held_out:
+        top.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held-out mse")
+    top.set_ylabel("loss")
+    top.legend(frameon=False)
+    bottom.plot(steps, [row["lr"] for row in rows], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(output_dir) / "training.png", dpi=120)
+    plt.close(figure)
+
+
+def _running_mean(values, window):
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
