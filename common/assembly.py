@@ -99,7 +99,8 @@ def train(flags, engine, data):
     if host.is_main:
         _write_results(output_dir, engine, recipe)
     host.barrier()
-    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; everything is in {output_dir}")
+    memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
     return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
 
 

@@ -1,11 +1,14 @@
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
-import os
+import logging
 import resource
+import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from common.flags import UserError
 
@@ -48,13 +51,12 @@ def start(mixed_precision="fp16", seed=0):
     Raises:
         UserError: for bf16 on a card that only emulates it.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # torchrun without a GPU then means gloo, not an error
     _quieten_libraries()
     torch.manual_seed(seed)
-    state = PartialState()
-    dtype, reason = _choose_dtype(state.device, mixed_precision)
-    host = Host(state.device, dtype, reason, state.process_index, state.num_processes)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
+    where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    dtype, reason = _choose_dtype(where, mixed_precision)
+    host = Host(where, dtype, reason, state.process_index, state.num_processes)
     processes = f", {host.world} processes" if host.world > 1 else ""
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
@@ -65,6 +67,7 @@ def _quieten_libraries():
     import diffusers
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -86,9 +89,17 @@ def _choose_dtype(device, mixed_precision):
 
 def peak_gib(device):
     """Highest memory so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else peak_ram_gib()
+
+
+def peak_ram_gib():
+    """Highest resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def seconds_since_start():
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 def free_memory(device):

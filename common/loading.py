@@ -174,11 +174,8 @@ def fill(module, files, device, dtype):
     missing = set(module.state_dict())
     for file in files:
         for names in _chunks(file):
-            try:
-                with safe_open(file, "pt", device=str(device)) as tensors:
-                    chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
-            except SafetensorError as error:
-                raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
             if unknown := chunk.keys() - missing:
                 raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
             module.load_state_dict(chunk, strict=False, assign=True)

@@ -56,7 +56,7 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
         UserError: the loss is not finite NON_FINITE_LIMIT times in a row (after a checkpoint).
     """
     host, non_finite, ended = engine.host, 0, "finished"
-    started, stopping = time.monotonic(), StopRequest(plan.max_train_minutes)
+    stopping = StopRequest(plan.max_train_minutes)
     fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, plan.micro_batch, host.rank, host.world))
     with stopping.listening():
         while progress.step < plan.total_steps:
@@ -78,7 +78,7 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
                 draw_samples(progress.step)
                 if held_out is not None:
                     row["val_loss"] = _validate(engine, held_out, plan, progress)
-            report.log({**row, "seconds": round(time.monotonic() - started, 2)})
+            report.log(row)
             out_of_patience = plan.early_stopping_patience and progress.validations_without_gain >= plan.early_stopping_patience
             if result.stop or out_of_patience:
                 ended = stopping.reason or ("early stopping" if out_of_patience else "stopped by another process")
@@ -169,6 +169,7 @@ def _row(result, progress, plan, num_samples, seconds, engine):
         loss_scale=result.loss_scale,
         s_per_img=seconds / plan.effective_batch,
         peak_gib=device.peak_gib(engine.host.device),
+        seconds=round(device.seconds_since_start(), 2),
     )
 
 
