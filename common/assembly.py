@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from common import adapters, batching, caching, checkpoint, dataset, files, formats, loading, loops, report, sampling
+from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, loading, loops, report, sampling
 from common.engine import Engine, lr_schedule
 
 
