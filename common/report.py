@@ -39,9 +39,9 @@ class Report:
         """One optimizer step: to the bar, the file and the tracker."""
         if not self.is_main:
             return
-        self.bar.update()
         shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
         self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.tracker:
