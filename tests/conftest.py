@@ -102,7 +102,7 @@ def assemble(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(train):
+def demo():
     """(model folder, data folder) of the demo."""
     from common import flags
     from demo.build import demo_assets
