@@ -35,7 +35,7 @@ def main(argv=None):
 
     host = device.start(flags.mixed_precision, flags.seed)
     data = assembly.load_data(flags, host)  # image, caption -> Sample -> cached latents and text
-    unet = loading.load_unet(data.model, host)  # frozen
+    unet = loading.load_unet(data.model, host, flags.quantize)  # frozen
     adapters.add_lora(unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     engine = assembly.build_engine(flags, host, unet, data)  # flat buffer, optimizer, schedule, EMA
     return assembly.train(flags, engine, data)  # steps, validation, checkpoints, results

@@ -6,6 +6,8 @@ import torch
 
 from common.flags import UserError
 
+TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
 
 def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
     """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
@@ -25,15 +27,25 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
     cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
 
 
+def add_text_lora(encoders, rank, alpha, dropout=0.0):
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    for encoder in encoders:
+        encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS))
+        cast_training_params(encoder, torch.float32)
+        encoder.train()
+
+
 def trainable(module):
     """[(name, parameter)] of what will be trained."""
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def count(module):
-    """(trainable, all) parameters of a module with adapters; 4-bit weights count as the numbers they hold."""
-    sizes = [(p.requires_grad, p.numel() * (2 if p.dtype == torch.uint8 else 1)) for p in module.parameters()]
-    return sum(n for requires_grad, n in sizes if requires_grad), sum(n for _, n in sizes)
+    """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
 
 
 class FlatParameters:
@@ -44,18 +56,20 @@ class FlatParameters:
 
     Args:
         groups: [(named parameters, options)]; options are those of a torch optimizer's parameter group (lr, weight_decay).
+        dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
     """
 
-    def __init__(self, groups):
+    def __init__(self, groups, dtype=torch.float32):
         named = [pair for pairs, _ in groups for pair in pairs]
         self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
         self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
         self.grad = torch.zeros_like(self.data)
-        start = 0
+        self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
+        self._parts, start = {}, 0
         for _, parameter in named:
-            view = slice(start, start := start + parameter.numel())
-            parameter.data = self.data[view].view_as(parameter)
-            parameter.grad = self.grad[view].view_as(parameter)
+            part = self._parts[parameter] = slice(start, start := start + parameter.numel())
+            parameter.data = self.data[part].view_as(parameter)
+            parameter.grad = self.grad[part].view_as(parameter)
         self.groups, start = [], 0
         for pairs, options in groups:
             part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
@@ -63,8 +77,22 @@ class FlatParameters:
             flat.grad = self.grad[part]
             self.groups.append({"params": [flat], **options})
 
+        self.followers = []  # what else is derived from the parameters: functions that `publish` calls
+
     def __len__(self):
         return self.data.numel()
+
+    def compute_copy(self, parameter):
+        """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
+        return self._compute[self._parts[parameter]].view_as(parameter)
+
+    @torch.no_grad()
+    def publish(self):
+        """After the numbers changed: renew everything that is derived from them."""
+        if self._compute is not self.data:
+            self._compute.copy_(self.data)
+        for follow in self.followers:
+            follow()
 
 
 def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):
@@ -95,7 +123,9 @@ class EMA:
         """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
         trained = self.flat.data.clone()
         self.flat.data.copy_(self.average)
+        self.flat.publish()
         try:
             yield
         finally:
             self.flat.data.copy_(trained)
+            self.flat.publish()

@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, loading, loops, report, sampling
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
 from common.engine import Engine, lr_schedule
 
 
@@ -44,7 +47,8 @@ def load_data(flags, host):
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images - bad, flips, **framing)
     captions = [sample.caption for sample in samples] + ["", *flags.validation_prompt]
-    text = caching.cache_text(captions, model, host, flags.text_cache, flags.cache_dir)
+    text_cache = "none" if flags.train_text_encoder else flags.text_cache
+    text = caching.cache_text(captions, model, host, text_cache, flags.cache_dir)
     schedule = loading.load_noise_schedule(model, host.device)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split, flags.seed)
     draws = dict(
@@ -58,12 +62,24 @@ def load_data(flags, host):
 
 
 def build_engine(flags, host, unet, data):
-    """The UNet with its adapter -> Engine: flat buffer, optimizer, learning-rate schedule, EMA."""
+    """The UNet with its adapter -> Engine: flat buffer, forward pass, optimizer, learning-rate schedule, EMA."""
+    fused_layers = flags.lora_backend == "fused"
+    if flags.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
     if flags.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    flat = adapters.FlatParameters([(adapters.trainable(unet), {})])
-    trained, everything = adapters.count(unet)
-    host.say(f"adapter: {trained:,} trainable parameters, {100 * trained / everything:.2f} % of {everything:,}")
+        # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
+        unet.enable_gradient_checkpointing(functools.partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=not fused_layers))
+    encoders = data.text.encoders if flags.train_text_encoder else ()
+    if encoders:
+        adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+    groups = [(adapters.trainable(unet), {})]
+    groups += [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})] if encoders else []
+    flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
+    dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
+    if fused_layers:
+        fused.fuse([unet, *encoders], flat, dropout_seed)
+    everything = sum(adapters.count(module) for module in (unet, *encoders))
+    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
     betas = (flags.adam_beta1, flags.adam_beta2)
     return Engine(
         unet,
@@ -76,7 +92,8 @@ def build_engine(flags, host, unet, data):
         flags.max_grad_norm,
         flags.min_snr_gamma,
         adapters.EMA(flat, flags.ema_decay) if flags.use_ema else None,
-        flags.seed if flags.lora_dropout else None,
+        flags.seed,
+        dropout_seed,
     )
 
 

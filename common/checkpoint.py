@@ -62,6 +62,7 @@ def load_checkpoint(folder, engine):
     if ("ema" in tensors) != (engine.ema is not None):
         raise UserError(f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way")
     engine.flat.data.copy_(tensors.pop("flat"))
+    engine.flat.publish()
     if engine.ema is not None:
         engine.ema.average.copy_(tensors.pop("ema"))
     for name, value in {**tensors, **state["optimizer"]}.items():

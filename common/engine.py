@@ -62,14 +62,15 @@ class Engine:
         lr_factor: optimizer steps done -> factor of the peak learning rate, see `lr_schedule`.
         min_snr_gamma: None for plain MSE.
         ema: adapters.EMA or None.
-        dropout_seed: not None when the adapter has dropout: the device's generator is then seeded per step.
+        seed: of the LoRA dropout masks, together with the step, the pass within it and the process.
+        dropout_seed: int64 scalar on the device, from which fused layers derive their masks.
     """
 
-    def __init__(self, unet, text, schedule, flat, optimizer, lr_factor, host, max_grad_norm, min_snr_gamma=None, ema=None, dropout_seed=None):
+    def __init__(self, unet, text, schedule, flat, optimizer, lr_factor, host, max_grad_norm, min_snr_gamma=None, ema=None, seed=0, dropout_seed=None):
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
         self.optimizer, self.lr_factor, self.host = optimizer, lr_factor, host
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.max_grad_norm, self.min_snr_gamma, self.dropout_seed = max_grad_norm, min_snr_gamma, dropout_seed
+        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
 
@@ -108,9 +109,10 @@ class Engine:
             stop: this process was asked to stop; every process hears of it with the statistics.
             meanwhile: called while the GPU works, before the host waits for it.
         """
-        if self.dropout_seed is not None:
-            torch.manual_seed(noise.generator_for(self.dropout_seed, number, self.host.rank).initial_seed())
-        total = sum(self.forward_backward(batch.to(self.host.device).tensors) for batch in batches)
+        total = 0
+        for index, batch in enumerate(batches):
+            self._seed_dropout(number, index)
+            total = total + self.forward_backward(batch.to(self.host.device).tensors)
         total = torch.cat([total, torch.full((1,), float(stop), device=total.device)])
         meanwhile()
         self.host.sum(self.flat.grad)
@@ -118,6 +120,12 @@ class Engine:
         norm = torch.linalg.vector_norm(self.flat.grad) / self.loss_scale.value  # inf or NaN anywhere shows here: this is the overflow check too
         numbers = torch.cat([total, norm.view(1), self.loss_scale.value.view(1)]).tolist()  # the one wait of the step
         return self._finish(number, *numbers)
+
+    def _seed_dropout(self, number, index):
+        seed = noise.generator_for(self.seed, "dropout", number, index, self.host.rank).initial_seed() >> 1
+        torch.manual_seed(seed)  # for PEFT's own dropout
+        if self.dropout_seed is not None:
+            self.dropout_seed.fill_(seed)
 
     def _finish(self, number, loss, mse, *rest):
         sums, counts, (stop, norm, scale) = rest[: noise.QUARTERS], rest[noise.QUARTERS : 2 * noise.QUARTERS], rest[2 * noise.QUARTERS :]
@@ -128,6 +136,7 @@ class Engine:
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
                 group["lr"] = peak * lr_factor
             self.optimizer.step()
+            self.flat.publish()
             if self.ema is not None:
                 self.ema.update(number)
         self.loss_scale.update(overflow=not applied)

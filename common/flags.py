@@ -143,6 +143,7 @@ class TrainFlags(Described):
     config_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder")
     variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    quantize: Literal["none", "nf4"] = flag("none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)")
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
     train_data_dir: Optional[str] = flag(None, "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too")
@@ -162,6 +163,10 @@ class TrainFlags(Described):
     lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
     lora_dropout: float = flag(0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split")
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
+    train_text_encoder: bool = flag(False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step")
+    text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
     gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
@@ -208,7 +213,7 @@ def check(flags):
         UserError: naming the flag, the value and the cure.
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
-    positive += "learning_rate min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
+    positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
     for name in positive.split():
         value = getattr(flags, name)
         if value is not None and not value > 0:
@@ -248,6 +253,8 @@ def _check_places(flags):
 
 def _check_packages(flags):
     wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
+    wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
+    wanted += [("xformers", "--enable_xformers_memory_efficient_attention")] if flags.enable_xformers_memory_efficient_attention else []
     wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:

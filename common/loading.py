@@ -144,15 +144,32 @@ def load_text_encoders(model, host):
     return pairs
 
 
-def load_unet(model, host):
-    """The UNet, frozen, built without memory and filled file by file straight on the device: RAM holds 0.5 GiB of it at a time."""
+def load_unet(model, host, quantize="none"):
+    """The UNet, frozen, built without memory and filled straight on the device: RAM holds 0.5 GiB of it at a time.
+
+    `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except those of the
+    time and size embeddings; each is quantised as it arrives, so the device never holds the fp16 model either.
+    """
     from diffusers import UNet2DConditionModel
 
     folder = model.folder / "unet"
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        if quantize == "nf4":
+            _make_linears_4bit(unet, host.dtype)
     fill(unet, weight_files(folder, model.variant), host.device, host.dtype)
     return unet.requires_grad_(False).train()
+
+
+def _make_linears_4bit(unet, compute_dtype):
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(unet.named_modules()):
+        if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
+            parent, _, child = name.rpartition(".")
+            options = dict(bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+            setattr(unet.get_submodule(parent), child, Linear4bit(module.in_features, module.out_features, **options))
+    unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
 
 
 def weight_files(folder, variant):
@@ -178,10 +195,19 @@ def fill(module, files, device, dtype):
                 chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
             if unknown := chunk.keys() - missing:
                 raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
-            module.load_state_dict(chunk, strict=False, assign=True)
             missing -= chunk.keys()
+            for name in [name for name in chunk if name.endswith(".weight") and _is_4bit(module, name)]:
+                layer = module.get_submodule(name.removesuffix(".weight"))
+                empty = layer.weight
+                options = dict(requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
+                layer.weight = type(empty)(chunk.pop(name), **options).to(device)  # Params4bit quantises when it is moved
+            module.load_state_dict(chunk, strict=False, assign=True)
     if missing:
         raise UserError(f"{files[0].parent}: {len(missing)} weights are missing, e.g. {sorted(missing)[0]}")
+
+
+def _is_4bit(module, weight_name):
+    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"  # by name: bitsandbytes may not be installed
 
 
 def _chunks(file):

@@ -1,0 +1,119 @@
+"""LoRA and DoRA linear layers as one autograd function over a frozen fp16 or NF4 weight.
+
+PEFT keeps the parameters, their names and the configuration; only the forward pass of its layers is replaced. What that saves
+on every layer: fp32 copies of the activations, a dozen kernel launches, and most of what PEFT keeps for the backward pass.
+
+Notation: x [M, K] input, W [N, K] frozen weight, A [r, K] and B [N, r] adapter, s = alpha / r, d dropout, m [N] DoRA
+magnitude, n [N] row norms of W + s B A, g = m / n.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from common.dropout import seeded_dropout
+
+
+class AdapterLinear(torch.autograd.Function):
+    """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
+
+    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Kept for the
+    backward pass: x, which the layers of an attention block share; x A^T, which is small; and for DoRA y, which attention
+    keeps anyway. W is read, or dequantised, once more.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, m, layer):
+        x2 = x.reshape(-1, x.shape[-1])
+        xa = layer.drop(x2) @ layer.a.t()
+        y = F.linear(x2, layer.weight(), layer.bias if m is None else None).addmm_(xa, layer.b.t(), alpha=layer.scale)
+        if m is not None:
+            y = y * layer.gain if layer.bias is None else torch.addcmul(layer.bias, y, layer.gain)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(x2, xa, None if m is None else y)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
+        dy, dm, dx = dy.reshape(-1, dy.shape[-1]), None, None
+        if y is not None:
+            # dL/dm = sum dy u / n with u = (y - bias) / g, hence u / n = (y - bias) / m
+            dm = (dy * (y if layer.bias is None else y - layer.bias)).sum(0, dtype=torch.float32) / layer.m
+            dy = dy * layer.gain
+        dxa = dy @ layer.b
+        dB = (dy.t() @ xa).float() * layer.scale
+        dA = (dxa.t() @ layer.drop(x2)).float() * layer.scale
+        if ctx.needs_input_grad[0]:
+            dx = dy @ layer.weight()
+            dx = dx.addmm_(dxa, layer.a, alpha=layer.scale) if not layer.p else dx.add_(layer.drop(dxa @ layer.a), alpha=layer.scale)
+            dx = dx.view(ctx.shape)
+        return dx, dA, dB, dm, None
+
+
+class FusedLayer:
+    """The forward pass of one PEFT layer.
+
+    Args:
+        layer: a PEFT Linear or Linear4bit with one active adapter.
+        flat: adapters.FlatParameters; holds the copies of A and B in the compute dtype.
+        seed: int64 scalar tensor, the dropout seed of the forward pass in hand.
+        salt: number of the layer.
+    """
+
+    def __init__(self, layer, flat, seed, salt):
+        base, (name,) = layer.get_base_layer(), layer.active_adapters
+        self.layer, self.peft_forward = layer, layer.forward
+        self.base, self.bias, self.scale = base.weight, base.bias, layer.scaling[name]
+        self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
+        self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+        self._p, self.seed, self.salt = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt
+        if self.m is not None:
+            self.squared_norm = self.weight().float().square().sum(1)
+            self.gain = torch.empty_like(self.m, dtype=self.a.dtype)
+            self.m.data.copy_(self.row_norms())  # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
+
+    def __call__(self, x):
+        if self.layer.disable_adapters:
+            return self.peft_forward(x)
+        return AdapterLinear.apply(x, self.A, self.B, self.m, self)
+
+    @property
+    def p(self):
+        """Dropout probability, 0 outside training."""
+        return self._p if self.layer.training else 0.0
+
+    def drop(self, x):
+        """d(x); the same mask whenever it is called with the same seed. d is its own transpose."""
+        return seeded_dropout(x, self.p, self.seed, self.salt) if self.p else x
+
+    def weight(self):
+        """W [N, K] in the compute dtype; dequantised into memory of its own if it is NF4."""
+        if self.base.dtype != torch.uint8:
+            return self.base
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.base.data, self.base.quant_state)
+
+    @torch.no_grad()
+    def row_norms(self):
+        """n [N] in fp32: ||W + sBA||^2 = ||W||^2 + 2s rowsum((W A^T) o B) + s^2 rowsum((B (A A^T)) o B), without W + sBA."""
+        A, B, s = self.A.float(), self.B.float(), self.scale
+        cross = ((self.weight() @ self.a.t()).float() * B).sum(1)
+        return (self.squared_norm + 2 * s * cross + s**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+    @torch.no_grad()
+    def update_gain(self):
+        """Set g after the parameters changed."""
+        self.gain.copy_(self.m / self.row_norms())
+
+
+def fuse(models, flat, seed):
+    """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`."""
+    layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for salt, layer in enumerate(layers):
+        layer.forward = FusedLayer(layer, flat, seed, salt)
+        if layer.forward.m is not None:
+            flat.followers.append(layer.forward.update_gain)
+    flat.publish()

@@ -1,0 +1,46 @@
+"""DoRA, weight-decomposed LoRA (arXiv 2402.09353): the adapter also learns the length of every row of the weights.
+
+    accelerate launch train_dora.py
+    accelerate launch train_dora.py --quantize nf4
+    python train_dora.py --demo
+"""
+
+from dataclasses import dataclass
+
+from common.flags import TrainFlags, check, parse, print_config, run
+
+
+@dataclass
+class Flags(TrainFlags):
+    """Fine-tune SDXL to a style with DoRA, on an fp16 or an NF4 base (QDoRA)."""
+
+    output_dir: str = "outputs/train_dora"
+    resolution: int = 512
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.1
+    gradient_accumulation_steps: int = 4
+    num_train_epochs: int = 3
+    lr_warmup_steps: int = 10
+    use_8bit_adam: bool = True
+
+
+def main(argv=None):
+    """Train; returns {"output_dir", "step", "ended", "weights"}."""
+    flags = parse(Flags, argv)
+    check(flags)
+    if flags.dry_run:
+        return print_config(flags)
+
+    from common import adapters, assembly, device, loading
+
+    host = device.start(flags.mixed_precision, flags.seed)
+    data = assembly.load_data(flags, host)  # image, caption -> Sample -> cached latents and text
+    unet = loading.load_unet(data.model, host, flags.quantize)  # frozen
+    adapters.add_lora(unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, use_dora=True)
+    engine = assembly.build_engine(flags, host, unet, data)  # flat buffer, optimizer, schedule, EMA
+    return assembly.train(flags, engine, data)  # steps, validation, checkpoints, results
+
+
+if __name__ == "__main__":
+    run(main)
