@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 from tqdm import tqdm
@@ -104,3 +105,74 @@ def _running_mean(values, window):
     for value in values:
         sums.append(sums[-1] + value)
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+
+
+def save_png(path, image, text):
+    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)
+
+
+CELL_PX, FONT_PX, GAP_PX = (256, 512), 20, 10
+PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+
+
+def grid(rows, column_titles, row_labels, footer):
+    """One labelled picture of many: titles on top, labels at the left, `footer` in small print below.
+
+    Args:
+        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+            label, more makes a file that nobody can send.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, small = ImageFont.load_default(FONT_PX), ImageFont.load_default(FONT_PX * 3 // 4)
+    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
+    left = side * 2 // 3
+    titles = [_wrap(title, font, side) for title in column_titles]
+    top = max(_height(title, font) for title in titles) + 2 * GAP_PX
+    width = left + len(titles) * (side + GAP_PX) + GAP_PX
+    footer = _wrap(footer, small, width - 2 * GAP_PX)
+    height = top + len(rows) * (side + GAP_PX) + _height(footer, small) + GAP_PX
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
+        pen.multiline_text((x, top - GAP_PX), title, INK, font, anchor="md", align="center")
+    for i, (label, images) in enumerate(zip(row_labels, rows)):
+        y = top + i * (side + GAP_PX)
+        pen.multiline_text((GAP_PX, y + side // 2), _wrap(label, font, left - GAP_PX), INK, font, anchor="lm")
+        for j, image in enumerate(images):
+            # Enlarged pixels stay sharp: a small image should look like what it is.
+            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
+    pen.multiline_text((GAP_PX, height - GAP_PX), footer, PALE_INK, small, anchor="ld")
+    return sheet
+
+
+def _wrap(text, font, width_px):
+    """`text` broken into lines that fit; a word that is too long alone is cut."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width_px:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(line for line in lines if line)
+
+
+def _height(text, font):
+    from PIL import Image, ImageDraw
+
+    return ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[3]

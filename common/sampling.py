@@ -1,13 +1,18 @@
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
+import dataclasses
 import gc
 
 import torch
 from tqdm import tqdm
 
-from common import device, loading
+from common import device, formats, loading
+from common.flags import UserError
+from common.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
+# GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
+ALL_GIB, UNET_GIB, IMAGE_GIB = 6.5, 4.8, 4.0
 
 
 def generator(seed):
@@ -56,3 +61,154 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     gc.collect()
     device.free_memory(host.device)
     return images
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
+
+    resolution: int = 1024
+    steps: int = STEPS
+    guidance_scale: float = GUIDANCE
+    negative_prompt: str | None = None
+    image: object = None
+    strength: float = 0.6
+
+    @property
+    def steps_run(self):
+        """img2img starts part of the way."""
+        return self.steps if self.image is None else int(self.steps * self.strength)
+
+
+def choose_memory(memory, host, settings, batch_size):
+    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
+
+    Returns:
+        (tier, the reason for it, for people to read).
+    Raises:
+        UserError: a tier that moves weights to and from a GPU, without a GPU.
+    """
+    if host.device.type != "cuda":
+        if memory in ("offload", "sequential"):
+            raise UserError(f"--memory {memory}: needs a CUDA GPU; on a {host.device.type} use --memory auto")
+        return host.device.type, "no GPU"
+    if memory != "auto":
+        return memory, f"--memory {memory}"
+    free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
+    scale = torch.finfo(host.dtype).bits / 16
+    image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
+    for tier, weights_gib in (("gpu", ALL_GIB), ("offload", UNET_GIB)):
+        need_gib = scale * (weights_gib + image_gib)
+        if need_gib <= free_gib:
+            return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
+    return "sequential", f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow"
+
+
+class Sampler:
+    """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
+
+    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
+    """
+
+    def __init__(self, model, host, scheduler, memory, img2img=False):
+        import diffusers
+
+        self.host, self.memory, self.adapters = host, memory, []
+        # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
+        home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
+        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
+        self.pipeline = pipeline(
+            vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=loading.load_unet(model, home).eval(),
+            scheduler=make_scheduler(scheduler, model.folder),
+            force_zeros_for_empty_prompt=loading.zero_unconditional(model),
+            add_watermarker=False,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.enable_slicing()  # a batch is decoded image by image: same pixels, less memory
+
+    def load(self, file):
+        """Load an adapter file; returns the name to activate it by. Before `place`."""
+        name = f"adapter{len(self.adapters):02d}"
+        formats.load_adapter(self.pipeline, file, name)
+        self.adapters.append(name)
+        return name
+
+    def place(self):
+        """Put the memory tier into effect."""
+        if self.memory == "offload":
+            self.pipeline.enable_model_cpu_offload(device=self.host.device)
+        elif self.memory == "sequential":
+            self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
+
+        Args:
+            adapters: [(name, scale)] to be active together; none is the base model.
+            on_step: called after every denoising step with the number of images in it.
+        Raises:
+            UserError: out of memory in the smallest plan.
+        """
+        try:
+            return self._draw(adapters, prompt, seeds, settings, on_step)
+        except torch.OutOfMemoryError:
+            pass  # outside of this block the failed call's tensors are free
+        self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.maybe_free_model_hooks()
+        gc.collect()
+        device.free_memory(self.host.device)
+        if len(seeds) > 1:
+            self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
+            half = len(seeds) // 2
+            return [image for part in (seeds[:half], seeds[half:]) for image in self.draw(adapters, prompt, part, settings, on_step)]
+        self._step_down(settings)
+        return self.draw(adapters, prompt, seeds, settings, on_step)
+
+    def _draw(self, adapters, prompt, seeds, settings, on_step):
+        def after_step(pipeline, step, t, tensors):
+            on_step(len(seeds))
+            return tensors
+
+        self._activate(adapters)
+        size = dict(height=settings.resolution, width=settings.resolution)
+        framing = size if settings.image is None else dict(image=settings.image, strength=settings.strength)
+        return self.pipeline(
+            prompt=[prompt] * len(seeds),
+            # Not "": only for None the pipeline uses the zeros that SDXL was trained with.
+            negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[generator(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+            **framing,
+        ).images
+
+    def _activate(self, adapters):
+        if not self.adapters:
+            return
+        if not adapters:
+            return self.pipeline.disable_lora()
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+
+    def _step_down(self, settings):
+        """The next smaller plan: gpu, offload, VAE in tiles, sequential."""
+        if self.memory == "gpu":
+            self.memory, plan = "offload", "only the part at work stays on the GPU"
+        elif not self.pipeline.vae.use_tiling:
+            plan = "the VAE works in tiles"
+            self.pipeline.vae.enable_tiling()
+        elif self.memory == "offload":
+            self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
+        else:
+            raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
+        self.host.say(f"out of GPU memory: {plan}")
+        self.pipeline.remove_all_hooks()
+        self.place()

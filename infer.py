@@ -1,0 +1,359 @@
+"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds.
+
+    python infer.py --compare
+    python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
+    python infer.py --lora outputs/train_opt --prompt "a fox in Naruto style" --num_images 4
+    python infer.py --demo --compare
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, List, Literal, NamedTuple, Optional
+
+from common.flags import CACHE_DIR, Described, UserError, flag, parse, print_config, run
+from common.schedulers import SCHEDULERS
+
+REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+DEMO_PROMPTS = [
+    "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
+    "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
+    "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
+]
+
+EMA_FOLDER = "ema_unet"
+
+
+@dataclass
+class Flags(Described):
+    """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
+
+    DEMO: ClassVar[dict] = dict(resolution=64, steps=8, output_dir="outputs/demo")
+    # what to draw
+    compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
+    lora: List[str] = flag([], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable")
+    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
+    lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
+    prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
+    negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
+    seed: int = flag(42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it")
+    num_images: int = flag(1, "images of each prompt")
+    resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
+    steps: int = flag(30, "denoising steps")
+    guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
+    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square")
+    strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
+    # model
+    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file")
+    pretrained_vae_model_name_or_path: Optional[str] = flag(
+        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
+    )
+    config_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder"
+    )
+    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    cache_dir: str = flag(CACHE_DIR, "where a single-file model is unpacked, once")
+    # machine
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
+        "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
+    )
+    batch_size: int = flag(1, "images of one prompt that are drawn together")
+    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go")
+    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
+    demo: bool = flag(False, "a tiny SDXL that comes with the suite: no network, seconds on a CPU")
+
+
+class Adapter(NamedTuple):
+    """An adapter as the user named it: a file or folder, and how strongly it counts."""
+
+    path: Path
+    scale: float
+
+
+class Column(NamedTuple):
+    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest."""
+
+    title: str
+    active: list
+    sources: list
+
+
+def main(argv=None):
+    """Draw; returns what manifest.json says."""
+    flags = parse(Flags, argv)
+    check(flags)
+    adapters = chosen_adapters(flags)
+    if flags.dry_run:
+        return print_config(flags)
+
+    from common import device, formats, loading, sampling
+
+    start_s = time.monotonic()
+    files = [formats.find_adapter(adapter.path) for adapter in adapters]
+    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
+    settings = sampling.Settings(flags.resolution, image=load_image(flags.image, flags.resolution), **options)
+    host = device.start(flags.mixed_precision, flags.seed)
+    if not host.is_main:
+        return None  # under `accelerate launch` one process draws
+    model = loading.find_model(
+        flags.pretrained_model_name_or_path,
+        flags.pretrained_vae_model_name_or_path,
+        flags.variant,
+        flags.revision,
+        flags.config_name_or_path,
+        flags.cache_dir,
+    )
+    memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
+    host.say(f"memory: {memory} ({reason})")
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, img2img=flags.image is not None)
+    columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
+    sampler.place()
+    load_s = time.monotonic() - start_s
+    records = draw(flags, sampler, columns, settings)  # images/*.png
+    return write_results(flags, sampler, model, columns, records, load_s)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def check(flags):
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    for name in ("num_images", "steps", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
+    for name in ("guidance_scale", "lora_scale"):
+        if not math.isfinite(getattr(flags, name)):
+            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
+    if flags.guidance_scale < 0:
+        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
+    if flags.resolution < 64 or flags.resolution % 8:
+        nearest = max(64, round(flags.resolution / 8) * 8)
+        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}")
+    if not 0 < flags.strength <= 1:
+        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
+    if flags.image and int(flags.steps * flags.strength) < 1:
+        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
+    if flags.image and not os.path.isfile(flags.image):
+        raise UserError(f"--image {flags.image}: no such file")
+    if os.path.exists(flags.output_dir) and not os.path.isdir(flags.output_dir):
+        raise UserError(f"--output_dir {flags.output_dir}: is a file; name a folder")
+    model = flags.pretrained_model_name_or_path
+    if re.match(r"[./~]|.*\.safetensors$|.*/.*/", model) and not Path(model).expanduser().exists():
+        raise UserError(f"--pretrained_model_name_or_path {model}: no such folder or file")
+
+
+def parse_lora(text):
+    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
+
+    Raises:
+        UserError: no such path.
+    """
+    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
+    if scaled and not Path(text).expanduser().exists():
+        path, scale = Path(scaled[1]).expanduser(), float(scaled[2])
+    else:
+        path, scale = Path(text).expanduser(), 1.0
+    if not path.exists():
+        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+    return Adapter(path, scale)
+
+
+def chosen_adapters(flags):
+    """The adapters of --lora, or for --compare those that lie in outputs/; averaged ones with --ema; scaled by --lora_scale.
+
+    Raises:
+        UserError: no such adapter, no averaged weights, nothing to compare.
+    """
+    chosen = [parse_lora(text) for text in flags.lora]
+    if flags.ema:
+        for adapter in chosen:
+            if not (adapter.path / EMA_FOLDER).is_dir():
+                raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
+        chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
+    if flags.compare and not chosen:
+        pattern = f"*/{EMA_FOLDER}/pytorch_lora_weights.safetensors" if flags.ema else "*/pytorch_lora_weights.safetensors"
+        chosen = [Adapter(path.parent, 1.0) for path in sorted(Path("outputs").glob(pattern))]
+        if not chosen:
+            raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
+        print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
+    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+
+
+def load_image(path, resolution):
+    """--image as RGB, the largest middle square scaled to `resolution` px; None without one."""
+    if path is None:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"--image {path}: cannot be read ({error})") from None
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def make_columns(flags, sampler, adapters, files):
+    """Load the adapters and say who draws: with --compare the base and each adapter alone, else all of them together.
+
+    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
+    """
+    loaded = []
+    for adapter, file in zip(adapters, files):
+        try:
+            name = sampler.load(file)
+        except UserError as error:
+            if flags.lora:
+                raise
+            sampler.host.say(f"left out: {error}")
+            continue
+        source = {"path": str(file), "scale": adapter.scale, "sha256": sha256(file)}
+        loaded.append(Column(title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
+    if not flags.compare:
+        together = [pair for one in loaded for pair in one.active]
+        return [Column(" + ".join(one.title for one in loaded) or "base", together, [source for one in loaded for source in one.sources])]
+    if not loaded:
+        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
+    titles = [column.title for column in loaded]
+    numbered = [f"{title} ({i})" if titles.count(title) > 1 else title for i, title in enumerate(titles, start=1)]
+    return [Column("base", [], []), *(column._replace(title=title) for column, title in zip(loaded, numbered))]
+
+
+def title_of(file, scale):
+    """What an adapter is called in pictures and file names: its run's folder, with step, EMA and scale where they matter."""
+    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
+    if folder.name == EMA_FOLDER:
+        title = f"{folder.parent.name} EMA"
+    elif step:
+        title = f"{folder.name} step {int(step[1])}"
+    else:
+        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
+    return title if scale == 1 else f"{title} x{scale:g}"
+
+
+def draw(flags, sampler, columns, settings):
+    """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
+    from tqdm import tqdm
+
+    prompts = flags.prompt or (DEMO_PROMPTS if flags.demo else REFERENCE_PROMPTS)
+    seeds = [flags.seed + i for i in range(flags.num_images)]
+    batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
+    warn_of_long_prompts(sampler, prompts)
+    (Path(flags.output_dir) / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    with tqdm(total=len(columns) * len(prompts) * len(seeds) * settings.steps_run, desc="drawing", unit="step") as bar:
+        for column, (i, prompt), batch in itertools.product(columns, enumerate(prompts), batches):
+            start_s = time.monotonic()
+            images = sampler.draw(column.active, prompt, batch, settings, bar.update)
+            seconds = (time.monotonic() - start_s) / len(batch)
+            for seed, image in zip(batch, images):
+                records.append({**save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                if image.convert("L").getextrema()[1] == 0:
+                    bar.write(f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE")
+    return records
+
+
+def warn_of_long_prompts(sampler, prompts):
+    tokenizer = sampler.pipeline.tokenizer
+    for prompt in prompts:
+        if (excess := len(tokenizer(prompt).input_ids) - tokenizer.model_max_length) > 0:
+            sampler.host.say(f"prompt too long, its last {excess} tokens are ignored: {prompt}")
+
+
+def save_image(flags, column, index, prompt, seed, image):
+    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
+    from common import report
+
+    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
+    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
+    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
+    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
+    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
+    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
+    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
+    file = f"images/{re.sub(r'[^A-Za-z0-9.-]+', '_', column.title)}_{index:02d}_{seed}.png"
+    parameters = "\n".join([*lines, ", ".join(facts)])
+    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+
+
+# ---------------------------------------------------------------- results
+
+
+def write_results(flags, sampler, model, columns, records, load_s):
+    """compare.png and manifest.json -> what the manifest says."""
+    from common import device, files
+
+    host, output_dir = sampler.host, Path(flags.output_dir)
+    drawn_s = sum(record["seconds"] for record in records)
+    packages = ("torch", "diffusers", "transformers", "peft")
+    manifest = {
+        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "device": {"type": host.device.type, "dtype": str(host.dtype).removeprefix("torch."), "memory": sampler.memory, "reason": host.reason},
+        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "peak_gib": round(device.peak_gib(host.device), 2),
+        "versions": {package: version(package) for package in packages},
+        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
+        "images": records,
+    }
+    if flags.compare:
+        write_comparison(flags, host, manifest)
+    files.write_json(output_dir / "manifest.json", manifest)
+    made = "compare.png, " if flags.compare else ""
+    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    return manifest
+
+
+def write_comparison(flags, host, manifest):
+    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
+    from PIL import Image
+
+    from common import report
+
+    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
+    rows = {}  # (prompt, seed) -> one image per column
+    for record in manifest["images"]:
+        with Image.open(output_dir / record["file"]) as image:
+            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+    for i, column in enumerate(manifest["columns"]):
+        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
+        if i and not column["mean_abs_difference_from_base"]:
+            host.say(f"{column['title']}: not one pixel differs from the base")
+    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
+    model = Path(manifest["model"]["name"]).name
+    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    manifest["grid"] = "compare.png"
+    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+
+
+def difference(image, other):
+    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
+    from PIL import ImageChops, ImageStat
+
+    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)
