@@ -327,8 +327,10 @@ def _fits(shapes, weights, layer, kind):
 
 
 def _check_loaded(file, module, name, weights):
-    """diffusers and PEFT only warn about what they leave out."""
+    """diffusers, transformers and PEFT only warn about what they leave out, and draw it at random (DoRA magnitudes of text encoders)."""
     from peft import get_peft_model_state_dict
 
-    if left_out := sorted(weights.keys() ^ get_peft_model_state_dict(module, adapter_name=name).keys()):
+    loaded = get_peft_model_state_dict(module, adapter_name=name)
+    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor.cpu(), weights[key].to(tensor.dtype))}
+    if left_out := sorted((weights.keys() | loaded.keys()) - used):
         raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")

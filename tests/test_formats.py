@@ -263,6 +263,15 @@ def test_what_does_not_fit_is_refused_in_one_line_that_names_the_file(fresh, tmp
     assert not pipeline.get_list_adapters()
 
 
+def test_a_magnitude_that_the_loader_drops_is_an_error(fresh, tmp_path):
+    """transformers fills the DoRA magnitudes of text encoders with random numbers and says so in a warning."""
+    name, pairs = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", {}
+    pairs |= pair(name, names=KOHYA) | {f"{name}.alpha": torch.tensor(4.0), f"{name}.dora_scale": torch.ones(32, 1)}
+    save_file(pairs, tmp_path / "dora.safetensors")
+    with pytest.raises(UserError, match="1 of 3 keys were not used by the loader, e.g. .*lora_magnitude_vector"):
+        loaded(fresh(), tmp_path / "dora.safetensors")
+
+
 def test_pickles_are_not_opened(tmp_path):
     class Bomb:
         def __reduce__(self):
