@@ -26,23 +26,27 @@ KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.we
 # ---------------------------------------------------------------- writing
 
 
-def save_adapter(path, unet, recipe):
-    """Write the UNet's adapter in diffusers' format, with what PEFT needs to rebuild it and the recipe that trained it.
+def save_adapter(path, unet, recipe, text_encoders=()):
+    """Write the adapters of the UNet, and of both text encoders if given, in diffusers' format, with what PEFT needs to rebuild them
+    and the recipe that trained them.
 
     Without the metadata diffusers would take alpha = rank, and rank 16 / alpha 32 would load at half strength.
     """
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    config = unet.peft_config["default"].to_dict()
-    described = {f"unet.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    weights, described = {}, {}
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = {_portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        weights |= {f"{component}.{name}": tensor for name, tensor in convert_state_dict_to_diffusers(part).items()}
+        config = module.peft_config["default"].to_dict()
+        described |= {f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
-    write_safetensors(path, {f"unet.{name}": tensor for name, tensor in weights.items()}, metadata)
+    write_safetensors(path, weights, metadata)
 
 
-def save_kohya(path, unet, recipe):
-    """Write the same adapter for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
+def save_kohya(path, unet, recipe, text_encoders=()):
+    """Write the same adapters for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
 
     Their format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha`
     and, for DoRA, `dora_scale` [out, 1]; layers are named by the original SDXL layout with underscores.
@@ -50,14 +54,15 @@ def save_kohya(path, unet, recipe):
     from peft import get_peft_model_state_dict
 
     config, tensors = unet.peft_config["default"], {}
-    for name, tensor in get_peft_model_state_dict(unet).items():
-        layer, _, kind = name.rpartition(".lora_")
-        key = _kohya_key("unet", layer, unet.config.layers_per_block)
-        if kind == "magnitude_vector":
-            tensors[f"{key}.dora_scale"] = _dora_scale(unet.get_submodule(layer), tensor)
-        else:
-            tensors[f"{key}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[kind] }.weight"] = tensor.half()
-            tensors[f"{key}.alpha"] = torch.tensor(float(config.lora_alpha))
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        for name, tensor in get_peft_model_state_dict(module).items():
+            layer, _, kind = name.rpartition(".lora_")
+            key = _kohya_key(component, layer, unet.config.layers_per_block)
+            if kind == "magnitude_vector":
+                tensors[f"{key}.dora_scale"] = _dora_scale(module.get_submodule(layer), tensor)
+            else:
+                tensors[f"{key}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[kind] }.weight"] = tensor.half()
+                tensors[f"{key}.alpha"] = torch.tensor(float(module.peft_config["default"].lora_alpha))
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
     metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
     metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
@@ -85,9 +90,14 @@ def _row_norms(weight, delta):
     return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
 
 
+def _portable(component, name):
+    """A name as every tool knows it: transformers 5 dropped `text_model.` from those inside CLIPTextModel."""
+    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+
+
 def _kohya_key(component, layer, layers_per_block):
-    """Name of a layer in a kohya file: prefix, then the name in the original layout (text encoders: transformers 4's) with underscores."""
-    name = _original_layout(layer, layers_per_block) if component == "unet" else f"text_model.{layer.removeprefix('text_model.')}"
+    """Name of a layer in a kohya file: prefix, then the UNet's original or the text encoder's portable name, with underscores."""
+    name = _original_layout(layer, layers_per_block) if component == "unet" else _portable(component, layer)
     return KOHYA_PREFIXES[component] + name.replace(".", "_")
 
 
@@ -213,7 +223,7 @@ def _read_diffusers(file, tensors, metadata, modules):
 
 
 def _named_as_in(encoder, weights):
-    """transformers 5 dropped `text_model.` from the names inside CLIPTextModel; files keep it."""
+    """The opposite of _portable, where `encoder` is one without the prefix."""
     flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
     return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
 

@@ -140,6 +140,23 @@ def test_our_diffusers_file_draws_exactly_the_same_in_plain_diffusers(tuned, fre
     assert gap(drawn(trained), drawn(other)) == 0
 
 
+def test_text_encoder_adapters_travel_with_the_unets(tuned, fresh, tmp_path):
+    trained = tuned()
+    encoders = [trained.text_encoder, trained.text_encoder_2]
+    adapters.add_text_lora(encoders, rank=2, alpha=4)
+    unet_alone = drawn(trained)
+    for encoder in encoders:
+        shake(encoder)
+        encoder.eval()
+    formats.save_adapter(tmp_path / formats.WEIGHTS, trained.unet, {}, encoders)
+    formats.save_kohya(tmp_path / "kohya.safetensors", trained.unet, {}, encoders)
+    other = fresh()
+    other.load_lora_weights(tmp_path)
+    assert gap(drawn(trained), drawn(other)) == gap(drawn(trained), drawn(loaded(fresh(), tmp_path))) == 0
+    kohya = drawn(loaded(fresh(), tmp_path / "kohya.safetensors"))
+    assert gap(drawn(trained), kohya) < 1e-3 < gap(unet_alone, kohya)
+
+
 # ---------------------------------------------------------------- what load_adapter reads
 
 
