@@ -231,17 +231,19 @@ def make_columns(flags, sampler, adapters, files):
     if not loaded:
         raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
     titles = [column.title for column in loaded]
-    numbered = [f"{title} ({i})" if titles.count(title) > 1 else title for i, title in enumerate(titles, start=1)]
+    numbered = [f"{title} ({titles[: i + 1].count(title)})" if titles.count(title) > 1 else title for i, title in enumerate(titles)]
     return [Column("base", [], []), *(column._replace(title=title) for column, title in zip(loaded, numbered))]
 
 
 def title_of(file, scale):
-    """What an adapter is called in pictures and file names: its run's folder, with step, EMA and scale where they matter."""
+    """What an adapter is called in pictures and file names: its run's folder, with step, EMA, kohya and scale where they matter."""
     folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
     if folder.name == EMA_FOLDER:
         title = f"{folder.parent.name} EMA"
     elif step:
         title = f"{folder.name} step {int(step[1])}"
+    elif folder.name == "kohya":
+        title = f"{file.stem} kohya"
     else:
         title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
     return title if scale == 1 else f"{title} x{scale:g}"
@@ -288,7 +290,7 @@ def save_image(flags, column, index, prompt, seed, image):
     facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
     facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{re.sub(r'[^A-Za-z0-9.-]+', '_', column.title)}_{index:02d}_{seed}.png"
+    file = f"images/{re.sub(r'[^A-Za-z0-9.-]+', '_', column.title).strip('_')}_{index:02d}_{seed}.png"
     parameters = "\n".join([*lines, ", ".join(facts)])
     report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
     return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}

@@ -119,7 +119,7 @@ def save_png(path, image, text):
     os.replace(partial, path)
 
 
-CELL_PX, FONT_PX, GAP_PX = (256, 512), 20, 10
+CELL_PX, GAP_PX = (256, 512), 10
 PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
 
 
@@ -130,10 +130,12 @@ def grid(rows, column_titles, row_labels, footer):
         rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
             label, more makes a file that nobody can send.
     """
+    import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    font, small = ImageFont.load_default(FONT_PX), ImageFont.load_default(FONT_PX * 3 // 4)
     side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
+    letters = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own font stops at ASCII
+    font, small = ImageFont.truetype(letters, side / 14), ImageFont.truetype(letters, side / 20)
     left = side * 2 // 3
     titles = [_wrap(title, font, side) for title in column_titles]
     top = max(_height(title, font) for title in titles) + 2 * GAP_PX
