@@ -94,6 +94,7 @@ def build_engine(flags, host, unet, data):
         adapters.EMA(flat, flags.ema_decay) if flags.use_ema else None,
         flags.seed,
         dropout_seed,
+        flags.cuda_graph,
     )
 
 

@@ -28,11 +28,6 @@ class Batch:
     def __len__(self):
         return len(self.names)
 
-    def to(self, device):
-        """The same on `device`, copied without waiting for it."""
-        pin = device.type == "cuda"
-        return Batch({k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in self.tensors.items()}, self.names)
-
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed, epoch, count):
@@ -105,8 +100,8 @@ class Examples:
         )
 
 
-def _group(rows, micro_size):
-    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`."""
+def _group(rows, micro_size, pin=torch.cuda.is_available()):
+    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`; pinned, so that the GPU can fetch them unaided."""
     by_shape = {}
     for name, fields in rows:
         by_shape.setdefault(fields["mean"].shape, []).append((name, fields))
@@ -114,5 +109,6 @@ def _group(rows, micro_size):
     for group in by_shape.values():
         for start in range(0, len(group), micro_size):
             names, fields = zip(*group[start : start + micro_size])
-            batches.append(Batch({key: torch.stack([row[key] for row in fields]) for key in fields[0]}, list(names)))
+            tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
+            batches.append(Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names)))
     return batches

@@ -22,7 +22,7 @@ from common.flags import UserError
 
 VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
 SHARD_ENTRIES = 64
-VAE_BATCH = 4
+VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
 MAX_TOKENS = 77
 
@@ -146,7 +146,7 @@ def _encode_images(jobs, store, model, host):
                 continue
             batch = batches[image.shape]
             batch.append((job, image))
-            if len(batch) == VAE_BATCH:
+            if (len(batch) + 1) * image[0].numel() > VAE_PIXELS:
                 _encode_batch(batches.pop(image.shape), store, vae, host)
         for batch in batches.values():
             _encode_batch(batch, store, vae, host)
@@ -169,7 +169,7 @@ def _decoded(jobs):
         ahead = collections.deque()
         for job in jobs:
             ahead.append((job, pool.submit(decode, job)))
-            if len(ahead) > 2 * workers + VAE_BATCH:
+            if len(ahead) > 2 * workers:
                 done, future = ahead.popleft()
                 yield done, future.result()
         while ahead:

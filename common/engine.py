@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from common import noise
+from common.graphs import Graphed
 
 GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
 
@@ -64,15 +65,18 @@ class Engine:
         ema: adapters.EMA or None.
         seed: of the LoRA dropout masks, together with the step, the pass within it and the process.
         dropout_seed: int64 scalar on the device, from which fused layers derive their masks.
+        cuda_graph: replay passes instead of launching them, on a GPU.
     """
 
-    def __init__(self, unet, text, schedule, flat, optimizer, lr_factor, host, max_grad_norm, min_snr_gamma=None, ema=None, seed=0, dropout_seed=None):
+    def __init__(self, unet, text, schedule, flat, optimizer, lr_factor, host, max_grad_norm, min_snr_gamma=None, ema=None, seed=0, dropout_seed=None, cuda_graph=True):
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
         self.optimizer, self.lr_factor, self.host = optimizer, lr_factor, host
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
+        self.run_pass = Graphed(self.forward_backward, host.device, enabled=cuda_graph, say=host.say)
+        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say)
 
     def predict(self, fields):
         """Run the UNet on a batch's fields -> (prediction, target), both [B, C, h, w]."""
@@ -112,7 +116,7 @@ class Engine:
         total = 0
         for index, batch in enumerate(batches):
             self._seed_dropout(number, index)
-            total = total + self.forward_backward(batch.to(self.host.device).tensors)
+            total = total + self.run_pass(batch.tensors)
         total = torch.cat([total, torch.full((1,), float(stop), device=total.device)])
         meanwhile()
         self.host.sum(self.flat.grad)
@@ -136,7 +140,7 @@ class Engine:
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
                 group["lr"] = peak * lr_factor
             self.optimizer.step()
-            self.flat.publish()
+            self.publish({})
             if self.ema is not None:
                 self.ema.update(number)
         self.loss_scale.update(overflow=not applied)
@@ -150,7 +154,8 @@ class Engine:
         self.unet.eval()
         totals = torch.zeros(2, device=self.host.device)
         for batch in batches:
-            mse = noise.mse_per_sample(*self.predict(batch.to(self.host.device).tensors))
+            fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+            mse = noise.mse_per_sample(*self.predict(fields))
             totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
         self.unet.train()
         total, examples = self.host.sum(totals).tolist()

@@ -164,6 +164,7 @@ class TrainFlags(Described):
     lora_dropout: float = flag(0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split")
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
+    cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
     train_text_encoder: bool = flag(False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step")
     text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
