@@ -12,7 +12,8 @@ import torch
 
 from common.flags import UserError
 
-STEPS = ["--max_train_steps", 12, "--checkpointing_steps", 4, "--lr_warmup_steps", 2]
+# No warm-up: its first step has a learning rate of 0, and a run that stopped there would have nothing to lose.
+STEPS = ["--max_train_steps", 12, "--checkpointing_steps", 4, "--lr_warmup_steps", 0]
 RECIPES = {
     "adamw": [],
     "8-bit adam, buckets, flips": ["--use_8bit_adam", "--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.2],
@@ -145,16 +146,16 @@ def test_a_time_limit_ends_early_with_a_checkpoint_that_resumes_exactly(train, w
 
 def test_a_run_in_many_short_sessions_is_one_run(train, whole, tmp_path):
     """A session a step: data order, schedule, average and optimizer all go on."""
-    flags = ["--max_train_steps", 5, "--lr_warmup_steps", 2, "--use_8bit_adam"]
+    flags = ["--max_train_steps", 4, "--lr_warmup_steps", 0, "--use_8bit_adam"]
     sessions = [train(*flags, "--max_train_minutes", 1e-9, "--resume_from_checkpoint", "latest", into=tmp_path)]
     while sessions[-1].result["ended"] != "finished" and len(sessions) < 9:
         sessions.append(train(*flags, "--max_train_minutes", 1e-9, "--resume_from_checkpoint", "latest", into=tmp_path))
-    assert len(sessions) >= 3
+    assert len(sessions) >= 2
     assert_equal_runs(sessions[-1], whole(*flags))
 
 
 def test_lora_dropout_resumes_exactly(train, whole, tmp_path):
-    flags = ["--max_train_steps", 4, "--lora_dropout", 0.3]
+    flags = ["--max_train_steps", 4, "--lr_warmup_steps", 0, "--lora_dropout", 0.3]
     train(*flags, "--max_train_minutes", 1e-9, into=tmp_path)
     assert_equal_runs(train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path), whole(*flags))
 

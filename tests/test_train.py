@@ -331,6 +331,23 @@ def test_max_train_samples_trains_on_the_first(assemble):
     assert {name[-7:] for batch in parts.data.examples.effective_batch(0, 8, 8) for name in batch.names} == {"000.png", "001.png", "002.png"}
 
 
+def test_bad_images_count_together_however_they_are_found_out(train, demo, tmp_path):
+    """One that is no image, and one whose end is missing: two."""
+    shutil.copytree(demo.data, tmp_path / "data")
+    (tmp_path / "data/003.png").write_text("not an image")
+    Image.open(tmp_path / "data/005.png").convert("RGB").save(tmp_path / "data/005.png", "JPEG")
+    data = (tmp_path / "data/005.png").read_bytes()
+    (tmp_path / "data/005.png").write_bytes(data[: len(data) // 2])
+    flags = ["--max_train_steps", 1, "--train_data_dir", tmp_path / "data"]
+    with pytest.raises(UserError, match="003.png"):
+        train(*flags)
+    with pytest.raises(UserError, match="005.png.*--max_bad_images 2"):
+        train(*flags, "--max_bad_images", 1, into=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = train(*flags, "--max_bad_images", 2)
+    assert json.loads((run.dir / "config.json").read_text())["data"]["images"] == 22
+
+
 # ---------------------------------------------------------------- validation
 
 
