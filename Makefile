@@ -14,7 +14,7 @@ test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 clean:
 	rm -rf $(VENV) outputs

@@ -1,9 +1,9 @@
 """Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds.
 
-    python infer.py --compare
-    python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
-    python infer.py --lora outputs/train_opt --prompt "a fox in Naruto style" --num_images 4
-    python infer.py --demo --compare
+python infer.py --compare
+python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
+python infer.py --lora outputs/train_opt --prompt "a fox in Naruto style" --num_images 4
+python infer.py --demo --compare
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
-from common.flags import CACHE_DIR, Described, UserError, flag, parse, print_config, run
+from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, parse, print_config, run
 from common.schedulers import SCHEDULERS
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
@@ -32,13 +32,15 @@ EMA_FOLDER = "ema_unet"
 
 
 @dataclass
-class Flags(Described):
+class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
     DEMO: ClassVar[dict] = dict(resolution=64, steps=8, output_dir="outputs/demo")
     # what to draw
     compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
-    lora: List[str] = flag([], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable")
+    lora: List[str] = flag(
+        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable"
+    )
     ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
     lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
     prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
@@ -51,26 +53,12 @@ class Flags(Described):
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square")
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
-    # model
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file")
-    pretrained_vae_model_name_or_path: Optional[str] = flag(
-        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
-    )
-    config_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder"
-    )
-    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
-    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
-    cache_dir: str = flag(CACHE_DIR, "where a single-file model is unpacked, once")
     # machine
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
     output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go")
-    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
-    demo: bool = flag(False, "a tiny SDXL that comes with the suite: no network, seconds on a CPU")
 
 
 class Adapter(NamedTuple):
@@ -97,7 +85,10 @@ def main(argv=None):
         return print_config(flags)
 
     from common import device, formats, loading, sampling
+    from demo.build import demo_assets
 
+    if flags.demo:
+        demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
     files = [formats.find_adapter(adapter.path) for adapter in adapters]
     options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
@@ -151,9 +142,7 @@ def check(flags):
         raise UserError(f"--image {flags.image}: no such file")
     if os.path.exists(flags.output_dir) and not os.path.isdir(flags.output_dir):
         raise UserError(f"--output_dir {flags.output_dir}: is a file; name a folder")
-    model = flags.pretrained_model_name_or_path
-    if re.match(r"[./~]|.*\.safetensors$|.*/.*/", model) and not Path(model).expanduser().exists():
-        raise UserError(f"--pretrained_model_name_or_path {model}: no such folder or file")
+    check_model(flags)
 
 
 def parse_lora(text):
@@ -267,7 +256,9 @@ def draw(flags, sampler, columns, settings):
             for seed, image in zip(batch, images):
                 records.append({**save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
                 if image.convert("L").getextrema()[1] == 0:
-                    bar.write(f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE")
+                    bar.write(
+                        f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
+                    )
     return records
 
 
@@ -308,7 +299,12 @@ def write_results(flags, sampler, model, columns, records, load_s):
     packages = ("torch", "diffusers", "transformers", "peft")
     manifest = {
         "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
-        "device": {"type": host.device.type, "dtype": str(host.dtype).removeprefix("torch."), "memory": sampler.memory, "reason": host.reason},
+        "device": {
+            "type": host.device.type,
+            "dtype": str(host.dtype).removeprefix("torch."),
+            "memory": sampler.memory,
+            "reason": host.reason,
+        },
         "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
         "peak_gib": round(device.peak_gib(host.device), 2),
         "versions": {package: version(package) for package in packages},
@@ -340,7 +336,9 @@ def write_comparison(flags, host, manifest):
             host.say(f"{column['title']}: not one pixel differs from the base")
     labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     model = Path(manifest["model"]["name"]).name
-    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    footer = (
+        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    )
     grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
     manifest["grid"] = "compare.png"
     report.save_png(output_dir / "compare.png", grid, {"parameters": footer})

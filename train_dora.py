@@ -1,8 +1,8 @@
 """DoRA, weight-decomposed LoRA (arXiv 2402.09353): the adapter also learns the length of every row of the weights.
 
-    accelerate launch train_dora.py
-    accelerate launch train_dora.py --quantize nf4
-    python train_dora.py --demo
+accelerate launch train_dora.py
+accelerate launch train_dora.py --quantize nf4
+python train_dora.py --demo
 """
 
 from dataclasses import dataclass

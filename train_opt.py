@@ -1,7 +1,7 @@
 """LoRA for an 8 to 12 GB card: 768 px, rank 8, Min-SNR weighting, offset noise, EMA, text embeddings on disk.
 
-    accelerate launch train_opt.py --resolution 768
-    python train_opt.py --demo
+accelerate launch train_opt.py --resolution 768
+python train_opt.py --demo
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """QLoRA (arXiv 2305.14314): the frozen weights in 4 bits, for the least memory.
 
-    accelerate launch train_qlora.py --strategy aggressive
-    accelerate launch train_qlora.py --strategy normal
-    python train_qlora.py --demo
+accelerate launch train_qlora.py --strategy aggressive
+accelerate launch train_qlora.py --strategy normal
+python train_qlora.py --demo
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """LoRA at SDXL's own resolution, for the best quality on a 14 GB card: 1024 px, rank 16, plain MSE.
 
-    accelerate launch train_sdxl.py
-    python train_sdxl.py --demo
+accelerate launch train_sdxl.py
+python train_sdxl.py --demo
 """
 
 from dataclasses import dataclass

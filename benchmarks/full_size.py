@@ -21,12 +21,27 @@ from demo import build  # noqa: E402
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(
-    unet=dict(sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20],
-              cross_attention_dim=2048, addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
-    text_encoder=dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                      projection_dim=768),
-    text_encoder_2=dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-                        projection_dim=1280, hidden_act="gelu"),
+    unet=dict(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+    text_encoder=dict(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    ),
+    text_encoder_2=dict(
+        vocab_size=49408,
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+    ),
     vae=dict(sample_size=512, block_out_channels=(128, 256, 512, 512)),
 )
 PARAMETERS = dict(unet=2_567_463_684, text_encoder=123_060_480, text_encoder_2=694_659_840, vae=83_653_863)

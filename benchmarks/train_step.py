@@ -145,7 +145,10 @@ def t4_attention():
 
 def markdown(rows):
     """The rows as a Markdown table; out of memory is a result."""
-    lines = ["| run | px | images a step | s/img | GPU busy s/img | allocated GiB | reserved GiB | matmul share |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | px | images a step | s/img | GPU busy s/img | allocated GiB | reserved GiB | matmul share |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         keys = "resolution images_per_step s_per_img gpu_busy_s_per_img peak_allocated_gib peak_reserved_gib matmul_share".split()
         cells = ["out of memory"] + [""] * 6 if "oom" in row else [str(row[key]) for key in keys]

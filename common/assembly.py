@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
 from common.engine import Engine, lr_schedule
+from common.flags import DEMO_ROOT
+from demo.build import demo_assets
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Data:
 
 def load_data(flags, host):
     """Image-caption pairs and a model -> Data: Samples, their latent moments and text embeddings, training and held out."""
+    if flags.demo:
+        demo_assets(DEMO_ROOT)
     samples, bad = dataset.load_samples(
         flags.dataset_name, flags.train_data_dir, flags.image_column, flags.caption_column, flags.max_train_samples, flags.max_bad_images
     )
@@ -69,7 +73,7 @@ def build_engine(flags, host, unet, data):
     if flags.gradient_checkpointing:
         # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
         unet.enable_gradient_checkpointing(functools.partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=not fused_layers))
-    encoders = data.text.encoders if flags.train_text_encoder else ()
+    encoders = _trained_encoders(flags, data)
     if encoders:
         adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     groups = [(adapters.trainable(unet), {})]
@@ -87,7 +91,7 @@ def build_engine(flags, host, unet, data):
         data.schedule,
         flat,
         adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
-        lr_schedule(flags.lr_scheduler, flags.lr_warmup_steps, _plan(flags, host, data).total_steps),
+        lr_schedule(flags.lr_scheduler, flags.lr_warmup_steps, _plan(flags, host, data).total_steps, flags.learning_rate),
         host,
         flags.max_grad_norm,
         flags.min_snr_gamma,
@@ -106,20 +110,29 @@ def train(flags, engine, data):
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
-    host.say(f"training: {plan.total_steps} steps of {plan.effective_batch} images, {plan.micro_batch} at a time, from step {progress.step}")
+    host.say(
+        f"training: {plan.total_steps} steps of {plan.effective_batch} images, {plan.micro_batch} at a time, from step {progress.step}"
+    )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data)
-    save = lambda step: formats.save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors", engine.unet, recipe)  # noqa: E731
+    save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
+    save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
         progress, ended = loops.train(engine, data.examples, data.held_out, plan, log, progress, draw, save)
     finally:
         log.close()
     if host.is_main:
-        _write_results(output_dir, engine, recipe)
+        _write_results(output_dir, engine.ema, save_adapter)
+        formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data))
+        report.plot_training(output_dir)
     host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
     return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
+
+
+def _trained_encoders(flags, data):
+    return data.text.encoders if flags.train_text_encoder else ()
 
 
 def _plan(flags, host, data):
@@ -151,7 +164,15 @@ def _recipe(flags, data):
 
 
 # Flags that may differ between a run and its continuation without a word: they do not change what is computed.
-_FREE_TO_CHANGE = {"resume_from_checkpoint", "max_train_minutes", "output_dir", "cache_dir", "report_to", "train_batch_size", "gradient_accumulation_steps"}
+_FREE_TO_CHANGE = {
+    "resume_from_checkpoint",
+    "max_train_minutes",
+    "output_dir",
+    "cache_dir",
+    "report_to",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
 def _resume(flags, engine):
@@ -174,6 +195,7 @@ def _draw_samples(flags, engine, data, step):
     """samples/STEP_I.png for every --validation_prompt, with the average where there is one."""
     if not flags.validation_prompt or not engine.host.is_main:
         return
+    engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
     with engine.ema.applied() if engine.ema else contextlib.nullcontext():
         images = sampling.draw_while_training(
             engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
@@ -184,10 +206,8 @@ def _draw_samples(flags, engine, data, step):
         image.save(folder / f"{step:06d}_{i}.png")
 
 
-def _write_results(output_dir, engine, recipe):
-    formats.save_adapter(output_dir / formats.WEIGHTS, engine.unet, recipe)
-    if engine.ema is not None:
-        with engine.ema.applied():
-            formats.save_adapter(output_dir / "ema_unet" / formats.WEIGHTS, engine.unet, recipe)
-    formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe)
-    report.plot_training(output_dir)
+def _write_results(output_dir, ema, save_adapter):
+    save_adapter(output_dir / formats.WEIGHTS)
+    if ema is not None:
+        with ema.applied():
+            save_adapter(output_dir / "ema_unet" / formats.WEIGHTS)

@@ -100,9 +100,9 @@ class Examples:
         )
 
 
-def _group(rows, micro_size, pin=torch.cuda.is_available()):
+def _group(rows, micro_size):
     """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`; pinned, so that the GPU can fetch them unaided."""
-    by_shape = {}
+    by_shape, pin = {}, torch.cuda.is_available()
     for name, fields in rows:
         by_shape.setdefault(fields["mean"].shape, []).append((name, fields))
     batches = []

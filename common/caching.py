@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common import dataset, device, loading
 from common.files import write_safetensors
 from common.flags import UserError
+from common.hub import FP16_VAE
 
 VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
 SHARD_ENTRIES = 64
@@ -98,7 +99,7 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), **fr
     bad = _encode_images(missing[host.rank :: host.world], store, model, host) if missing else []
     host.barrier()
     store.reload()
-    dataset.refuse_bad(bad, max_bad)
+    dataset.refuse_bad(list(dict.fromkeys(bad)), max_bad)  # a picture and its mirror image are one
     kept = [(s, f) for s, f in zip(samples, framings) if all(_latent_key(s, f, flip) in store for flip in flips)]
     host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
     if not kept:
@@ -186,7 +187,7 @@ def _encode_batch(batch, store, vae, host):
         if not (m.isfinite().all() and s.isfinite().all()):
             raise UserError(
                 f"{job[0].name}: the VAE gives non-finite latents in {str(vae.dtype).removeprefix('torch.')};"
-                f" use --pretrained_vae_model_name_or_path {loading.FP16_VAE}"
+                f" use --pretrained_vae_model_name_or_path {FP16_VAE}"
             )
         store[_latent_key(*job)] = (m, s)
 
@@ -260,7 +261,9 @@ def cache_text(captions, model, host, mode, cache_dir):
         _encode_captions(mine, store, model, host)
     host.barrier()
     store.reload()
-    host.say(f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})")
+    host.say(
+        f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})"
+    )
     return CachedText(store)
 
 
@@ -271,11 +274,12 @@ def _encode_captions(captions, store, model, host):
     cut = sum(len(tokenizers[0](caption).input_ids) > MAX_TOKENS for caption in captions)
     if cut:
         host.say(f"text: {cut} captions are longer than {MAX_TOKENS} tokens; what follows is not seen")
-    for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
-        batch = captions[start : start + TEXT_BATCH]
-        prompt_embeds, pooled = encode_text(encoders, tokenize(tokenizers, batch).to(host.device))
-        for caption, p, q in zip(batch, prompt_embeds.to("cpu", host.dtype), pooled.to("cpu", host.dtype)):
-            store[content_key(caption)] = (p, q)
-    store.flush()
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(store.flush)
+        for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
+            batch = captions[start : start + TEXT_BATCH]
+            prompt_embeds, pooled = encode_text(encoders, tokenize(tokenizers, batch).to(host.device))
+            for caption, p, q in zip(batch, prompt_embeds.to("cpu", host.dtype), pooled.to("cpu", host.dtype)):
+                store[content_key(caption)] = (p, q)
     del pairs, encoders
     device.free_memory(host.device)

@@ -26,7 +26,8 @@ def save_checkpoint(output_dir, step, engine, progress, limit):
             (tensors if torch.is_tensor(value) else numbers)[f"optimizer.{i}.{key}"] = value
     write_safetensors(partial / "state.safetensors", tensors)
     scale = {"value": engine.loss_scale.value.item(), "good_steps": engine.loss_scale.good_steps}
-    write_json(partial / "state.json", {"layout": engine.flat.layout, "optimizer": numbers, "loss_scale": scale, "progress": progress})
+    made_with = {"layout": engine.flat.layout, "optimizer_class": type(engine.optimizer).__name__}
+    write_json(partial / "state.json", {**made_with, "optimizer": numbers, "loss_scale": scale, "progress": progress})
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     for old in find_checkpoints(output_dir)[:-limit] if limit else ():
@@ -59,8 +60,12 @@ def load_checkpoint(folder, engine):
         raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({error})") from None
     if [tuple(map(str, entry)) for entry in state["layout"]] != [(name, str(list(shape))) for name, shape in engine.flat.layout]:
         raise UserError(f"--resume_from_checkpoint {folder}: made with another --lora_rank, --lora_target_modules or base model")
+    if state["optimizer_class"] != type(engine.optimizer).__name__:
+        raise UserError(f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
     if ("ema" in tensors) != (engine.ema is not None):
-        raise UserError(f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"
+        )
     engine.flat.data.copy_(tensors.pop("flat"))
     engine.flat.publish()
     if engine.ema is not None:

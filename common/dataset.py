@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common import hub
 from common.flags import UserError, find_data_dir
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -83,7 +82,8 @@ def _open_sample(name, caption, read):
     data = read()
     with Image.open(io.BytesIO(data)) as image:  # reads the header only
         width, height = image.size
-        if image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 lie on their side
+        in_header = image.format != "PNG" or "exif" in image.info  # Pillow decodes a whole PNG to look behind the pixels
+        if in_header and image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 lie on their side
             width, height = height, width
     key = hashlib.blake2b(data, digest_size=16).hexdigest()
     return Sample(name, key, (caption or "").strip(), width, height, read)
@@ -103,23 +103,25 @@ def _folder_pairs(folder, caption_column):
             f"--train_data_dir {folder}: no captions; add metadata.jsonl or .csv (columns file_name and {caption_column}),"
             f" or a .txt beside each image ({captions[0].name})"
         )
-    return [
-        (str(image), text.read_text(encoding="utf-8-sig") if text.exists() else "", image.read_bytes) for image, text in zip(images, captions)
-    ]
+    return [(str(image), _read_text(text) if text.exists() else "", image.read_bytes) for image, text in zip(images, captions)]
 
 
 def _metadata_pairs(metadata, rows, caption_column):
     for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{metadata}: row {number} is not an object with file_name and {caption_column}")
         for column in ("file_name", caption_column):
             if column not in row:
                 raise UserError(f"{metadata}: row {number} has no {column!r} (it has {', '.join(map(str, row))}); see --caption_column")
+            if not isinstance(row[column], (str, type(None))) or (row[column] is None and column == "file_name"):
+                raise UserError(f"{metadata}: row {number}: {column} is {row[column]!r}, not a text")
     folder = metadata.parent
     return [(str(folder / row["file_name"]), row[caption_column], (folder / row["file_name"]).read_bytes) for row in rows]
 
 
 def _jsonl_rows(path):
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -129,8 +131,14 @@ def _jsonl_rows(path):
 
 
 def _csv_rows(path):
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(io.StringIO(_read_text(path))))
+
+
+def _read_text(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
 def _hub_pairs(dataset_name, image_column, caption_column):
@@ -138,7 +146,6 @@ def _hub_pairs(dataset_name, image_column, caption_column):
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
-    hub.require(dataset_name, "dataset", "dataset_name", "README.md")
     data = load_dataset(dataset_name, split="train")
     for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in data.column_names:
@@ -171,9 +178,10 @@ def hold_out(samples, share, seed):
 def buckets(resolution):
     """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2 (SDXL, arXiv 2307.01952, app. I)."""
     step = 64 if resolution >= 512 else 16
-    sides = range(step, int(resolution * BUCKET_RATIO), step)
-    pairs = ((width, resolution**2 // width // step * step) for width in sides)
-    return sorted({(w, h) for w, h in pairs if h and 1 / BUCKET_RATIO <= w / h <= BUCKET_RATIO} | {(resolution, resolution)})
+    sides = range(resolution // step * step, int(resolution * BUCKET_RATIO), step)
+    wide = [(width, resolution**2 // width // step * step) for width in sides]
+    wide = [(w, h) for w, h in wide if h and 1 <= w / h <= BUCKET_RATIO] + [(resolution, resolution)]
+    return sorted({*wide, *((h, w) for w, h in wide)})
 
 
 def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
@@ -205,7 +213,10 @@ def pixels(sample, framing, flip=False):
         OSError, ValueError or SyntaxError from Pillow, for a file that cannot be decoded.
     """
     with Image.open(io.BytesIO(sample.read())) as image:
-        image = _to_rgb(ImageOps.exif_transpose(image)).resize(framing.resized, Image.Resampling.LANCZOS)
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    if image.size != (sample.width, sample.height):
+        raise ValueError(f"is {image.size}, but its header says {(sample.width, sample.height)}")
+    image = image.resize(framing.resized, Image.Resampling.LANCZOS)
     image = image.crop((framing.left, framing.top, framing.left + framing.width, framing.top + framing.height))
     if flip:
         image = ImageOps.mirror(image)
@@ -214,8 +225,8 @@ def pixels(sample, framing, flip=False):
 
 def _to_rgb(image):
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own conversion clips it to white
-        grey = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray((grey / max(grey.max(), 1.0) * 255).astype(np.uint8))
+        white = 1.0 if image.mode == "F" else 65535.0
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / white * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

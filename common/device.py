@@ -51,7 +51,7 @@ def start(mixed_precision="fp16", seed=0):
     Raises:
         UserError: for bf16 on a card that only emulates it.
     """
-    _quieten_libraries()
+    quieten_libraries()
     torch.manual_seed(seed)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
@@ -62,12 +62,12 @@ def start(mixed_precision="fp16", seed=0):
     return host
 
 
-def _quieten_libraries():
+def quieten_libraries():
     """Their notices and loading bars would drown the run's own lines; their errors still come through."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     import diffusers
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()

@@ -32,11 +32,11 @@ class LossScale:
             self.value.mul_(2.0)
 
 
-def lr_schedule(name, warmup_steps, total_steps):
+def lr_schedule(name, warmup_steps, total_steps, peak_lr):
     """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state."""
     from diffusers.optimization import get_scheduler
 
-    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak_lr)  # "polynomial" ends at an absolute rate
     return get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas[0]
 
 
@@ -68,14 +68,29 @@ class Engine:
         cuda_graph: replay passes instead of launching them, on a GPU.
     """
 
-    def __init__(self, unet, text, schedule, flat, optimizer, lr_factor, host, max_grad_norm, min_snr_gamma=None, ema=None, seed=0, dropout_seed=None, cuda_graph=True):
+    def __init__(
+        self,
+        unet,
+        text,
+        schedule,
+        flat,
+        optimizer,
+        lr_factor,
+        host,
+        max_grad_norm,
+        min_snr_gamma=None,
+        ema=None,
+        seed=0,
+        dropout_seed=None,
+        cuda_graph=True,
+    ):
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
         self.optimizer, self.lr_factor, self.host = optimizer, lr_factor, host
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
-        self.run_pass = Graphed(self.forward_backward, host.device, enabled=cuda_graph, say=host.say)
+        self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
         self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say)
 
     def predict(self, fields):
@@ -121,7 +136,9 @@ class Engine:
         meanwhile()
         self.host.sum(self.flat.grad)
         self.host.sum(total)
-        norm = torch.linalg.vector_norm(self.flat.grad) / self.loss_scale.value  # inf or NaN anywhere shows here: this is the overflow check too
+        norm = (
+            torch.linalg.vector_norm(self.flat.grad) / self.loss_scale.value
+        )  # inf or NaN anywhere shows here: this is the overflow check too
         numbers = torch.cat([total, norm.view(1), self.loss_scale.value.view(1)]).tolist()  # the one wait of the step
         return self._finish(number, *numbers)
 

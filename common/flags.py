@@ -8,17 +8,19 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, Optional
+from typing import ClassVar, List, Literal, Optional, get_args
 
 import argparse_dataclass
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+DEMO_ROOT = Path(CACHE_DIR) / "demo"
 
 
 class UserError(Exception):
@@ -49,6 +51,7 @@ class Parser(argparse_dataclass.ArgumentParser):
 
     def __init__(self, cls):
         self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
         super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
 
     def add_argument(self, *names, **kwargs):
@@ -59,6 +62,8 @@ class Parser(argparse_dataclass.ArgumentParser):
             kwargs["action"] = Switch
         elif "nargs" in kwargs:
             kwargs["action"] = "extend"
+        if dest in self._optional:
+            kwargs["type"] = _or_none(kwargs["type"])
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
         spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
@@ -70,6 +75,16 @@ class Parser(argparse_dataclass.ArgumentParser):
             close = difflib.get_close_matches(typed, known, n=1)
             message += f"; did you mean {close[0]}?" if close else ""
         raise UserError(f"{message} (--help lists every flag)")
+
+
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
 
 
 def _shown(field):
@@ -84,18 +99,21 @@ def parse(cls, argv=None):
         UserError: for whatever argparse refuses.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
     parser = Parser(cls)
-    if "--demo" in argv:
+    if "demo" in typed:
         parser.set_defaults(**_demo_defaults(cls))
+    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
     return parser.parse_args(argv)
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: the class's own list, and a tiny model and data set that are built at the first use."""
+    """What `--demo` changes: the class's own list, and the places of a tiny model and data set, which `demo.build` fills later."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.build import demo_assets
+    from demo.build import demo_places
 
-    model, data = demo_assets(Path(CACHE_DIR) / "demo")
+    model, data = demo_places(DEMO_ROOT)
     places = dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data))
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in {**places, **cls.DEMO}.items() if name in names}
@@ -128,44 +146,70 @@ class Described:
 
 
 @dataclass
-class TrainFlags(Described):
+class ModelFlags(Described):
+    """Which model to load, and how: the same for every script."""
+
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file"
+    )
+    pretrained_vae_model_name_or_path: Optional[str] = flag(
+        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
+    )
+    config_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder"
+    )
+    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    cache_dir: str = flag(CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs")
+    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
+    demo: bool = flag(False, "a tiny SDXL and a tiny data set that come with the suite: no network, about a minute on a CPU")
+
+
+@dataclass
+class TrainFlags(ModelFlags):
     """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
 
     # What --demo changes; the effective batch, the loss and the adapter stay the trainer's own.
     DEMO: ClassVar[dict] = dict(
         resolution=64, max_train_steps=24, lr_warmup_steps=4, learning_rate=1e-3, checkpointing_steps=12, validation_steps=12
     )
-    # model
-    pretrained_model_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file")
-    pretrained_vae_model_name_or_path: Optional[str] = flag(
-        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
-    )
-    config_name_or_path: str = flag("stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder")
-    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
-    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
-    quantize: Literal["none", "nf4"] = flag("none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)")
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
-    train_data_dir: Optional[str] = flag(None, "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too")
+    train_data_dir: Optional[str] = flag(
+        None, "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too"
+    )
     image_column: str = flag("image", "column of the images in a hub data set")
     caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
     max_train_samples: Optional[int] = flag(None, "use only the first N samples")
     max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
     resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
-    center_crop: bool = flag(True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached")
+    center_crop: bool = flag(
+        True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached"
+    )
     random_flip: bool = flag(False, "mirror half of the training examples")
-    aspect_ratio_buckets: bool = flag(False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution")
+    aspect_ratio_buckets: bool = flag(
+        False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
+    )
     caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
-    cache_dir: str = flag(CACHE_DIR, "where encoded images and captions are kept between runs")
-    text_cache: Literal["ram", "disk", "none"] = flag("ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step")
+    text_cache: Literal["ram", "disk", "none"] = flag(
+        "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
+    )
     # adapter
+    quantize: Literal["none", "nf4"] = flag(
+        "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
+    )
     lora_rank: int = flag(16, "rank r of the adapter")
     lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
-    lora_dropout: float = flag(0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split")
+    lora_dropout: float = flag(
+        0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split"
+    )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
-    train_text_encoder: bool = flag(False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step")
+    train_text_encoder: bool = flag(
+        False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
+    )
     text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
     # optimisation
@@ -185,7 +229,6 @@ class TrainFlags(Described):
     adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the frozen model on a GPU; a CPU computes in fp32")
     seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
     # loss
     min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
@@ -203,8 +246,6 @@ class TrainFlags(Described):
     validation_steps: int = flag(500, "optimizer steps between validations (images and held-out loss)")
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
     early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
-    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
-    demo: bool = flag(False, "a tiny SDXL and a tiny data set that come with the suite: no network, about a minute on a CPU")
 
 
 def check(flags):
@@ -214,14 +255,18 @@ def check(flags):
         UserError: naming the flag, the value and the cure.
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
-    positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
+    positive += (
+        "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
+    )
     for name in positive.split():
         value = getattr(flags, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} {value}: must be greater than 0")
-    for name in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
-        if not getattr(flags, name) >= 0:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: must be greater than 0, and finite")
+    for (
+        name
+    ) in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+        if not 0 <= getattr(flags, name) < math.inf:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
     for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
         if not 0 <= getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
@@ -232,21 +277,37 @@ def check(flags):
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
     _check_places(flags)
     _check_packages(flags)
+    check_model(flags)
+
+
+def check_model(flags):
+    """The part of `check` that every script needs: what is meant to be local must be there, and the rest must be within reach."""
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        place = getattr(flags, name)
+        looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
+        if looks_local and not os.path.exists(os.path.expanduser(place)) and not _of_the_demo(place):
+            raise UserError(f"--{name} {place}: no such folder or file")
+    if not flags.dry_run:
+        from common import hub
+
+        hub.check(flags)
+
+
+def _of_the_demo(place):
+    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
 
 
 def _check_places(flags):
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
-        place = getattr(flags, name)
-        if place and _looks_local(place) and not os.path.exists(place):
-            raise UserError(f"--{name} {place}: no such folder or file")
-    if flags.train_data_dir is not None:
+    if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
         find_data_dir(flags.train_data_dir)
     output = Path(flags.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: is a file; name a folder")
     if flags.resume_from_checkpoint not in (None, "latest") and not os.path.isdir(flags.resume_from_checkpoint):
         raise UserError(f"--resume_from_checkpoint {flags.resume_from_checkpoint}: no such checkpoint folder")
-    if flags.resume_from_checkpoint is None and (output / "metrics.jsonl").exists():
+    if flags.resume_from_checkpoint is None and any(
+        (output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")
+    ):
         raise UserError(
             f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
         )
@@ -272,7 +333,3 @@ def find_data_dir(name):
         if folder.is_dir():
             return folder
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
-
-
-def _looks_local(place):
-    return place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1

@@ -275,7 +275,9 @@ def _read_peft(file, tensors, metadata, modules):
         raise UserError(f"--lora {file}: a PEFT file needs its {PEFT_CONFIG} beside it")
     described = json.loads((file.parent / PEFT_CONFIG).read_text())
     if described.get("peft_type") != "LORA":
-        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {described.get('peft_type')}; only LoRA and DoRA are supported")
+        raise UserError(
+            f"--lora {file.parent}: holds a PEFT adapter of type {described.get('peft_type')}; only LoRA and DoRA are supported"
+        )
     weights = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     component = next((component for component in COMPONENTS if not _misfits(modules[component], weights)), "unet")
     return {component: weights}, {component: LoraConfig.from_pretrained(file.parent).to_dict()}
@@ -302,14 +304,18 @@ def _load_into(pipeline, component, name, weights, config):
     else:
         prefixed = {f"{component}.{key}": tensor for key, tensor in weights.items()}
         encoder, config = getattr(pipeline, component), {f"{component}.{key}": value for key, value in config.items()}
-        pipeline.load_lora_into_text_encoder(prefixed, None, encoder, prefix=component, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+        pipeline.load_lora_into_text_encoder(
+            prefixed, None, encoder, prefix=component, adapter_name=name, metadata=config, low_cpu_mem_usage=True
+        )
 
 
 # ---------------------------------------------------------------- checks
 
 
 def _misfit(file, keys, total):
-    return UserError(f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?")
+    return UserError(
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+    )
 
 
 def _check_values(file, weights):

@@ -1,22 +1,37 @@
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
 import os
+from pathlib import Path
 
-from common.flags import UserError
+from common.flags import DEMO_ROOT, UserError
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
 
-def require(repo_id, repo_type, flag, filename):
-    """Return when `repo_id` is cached or the hub can be reached.
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
 
-    Args:
-        repo_type: "model" or "dataset".
-        flag: the flag that named it, for the message.
-        filename: a file every such repo has; when it is in the local cache, the network is not asked.
+
+def check(flags):
+    """Every repo that the flags name and that is not a local path is cached or within reach.
+
     Raises:
-        UserError: naming the repo and the ways to work offline.
+        UserError: naming the flag, the repo and the ways to work offline.
     """
+    if "dataset_name" in vars(flags) and flags.train_data_dir is None:
+        _require(flags.dataset_name, "dataset", "dataset_name", "README.md")
+    model, vae = Path(flags.pretrained_model_name_or_path).expanduser(), flags.pretrained_vae_model_name_or_path
+    is_local, in_demo = model.exists(), model.is_relative_to(DEMO_ROOT)
+    if model.is_file() and not os.path.isdir(flags.config_name_or_path):
+        _require(flags.config_name_or_path, "model", "config_name_or_path", "model_index.json")
+    if not is_local and not in_demo:
+        _require(flags.pretrained_model_name_or_path, "model", "pretrained_model_name_or_path", "model_index.json")
+        vae = vae or FP16_VAE
+    if vae and not Path(vae).expanduser().is_dir():
+        _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _require(repo_id, repo_type, flag, filename):
+    """Return when `repo_id` is cached (it then holds `filename`, which every such repo has) or the hub knows it."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -15,11 +15,10 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import hub
 from common.flags import UserError
+from common.hub import FP16_VAE
 from common.noise import NoiseSchedule
 
-FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 CHUNK_BYTES = 512 * 2**20
 
@@ -41,7 +40,7 @@ def find_model(name, vae=None, variant="fp16", revision=None, config="stabilitya
     """Turn what the user named into local folders, downloading only the files that are used (fp16: about 7 GB, not 14).
 
     Raises:
-        UserError: no such model, or a hub that cannot be reached.
+        UserError: not a diffusers model.
     """
     place = Path(name).expanduser()
     if place.is_file():
@@ -59,7 +58,6 @@ def find_model(name, vae=None, variant="fp16", revision=None, config="stabilitya
 def _download_pipeline(repo_id, variant, revision):
     from diffusers import StableDiffusionXLPipeline
 
-    hub.require(repo_id, "model", "pretrained_model_name_or_path", "model_index.json")
     unused = dict(vae=None, feature_extractor=None, image_encoder=None, safety_checker=None)
     return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, revision=revision, use_safetensors=True, **unused))
 
@@ -69,7 +67,6 @@ def _find_vae(vae):
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        hub.require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
         folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").exists():
@@ -86,8 +83,6 @@ def _convert_single_file(path, config, cache_dir):
     stat = path.stat()
     folder = cache_dir / "single_file" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     if not folder.exists():
-        if not os.path.isdir(config):
-            hub.require(config, "model", "config_name_or_path", "model_index.json")
         partial = folder.with_name(f"{folder.name}.{os.getpid()}")
         try:
             pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, dtype=torch.float16)
@@ -114,7 +109,9 @@ def load_noise_schedule(model, device):
 
     scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction")
+        raise UserError(
+            f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
+        )
     return NoiseSchedule(scheduler.alphas_cumprod.to(device, torch.float32), scheduler.config.prediction_type)
 
 
@@ -139,7 +136,9 @@ def load_text_encoders(model, host):
         encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
         tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
         if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
-            raise UserError(f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?")
+            raise UserError(
+                f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
+            )
         pairs.append((tokenizer, encoder.requires_grad_(False).eval()))
     return pairs
 
@@ -199,7 +198,9 @@ def fill(module, files, device, dtype):
             for name in [name for name in chunk if name.endswith(".weight") and _is_4bit(module, name)]:
                 layer = module.get_submodule(name.removesuffix(".weight"))
                 empty = layer.weight
-                options = dict(requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
+                options = dict(
+                    requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer
+                )
                 layer.weight = type(empty)(chunk.pop(name), **options).to(device)  # Params4bit quantises when it is moved
             module.load_state_dict(chunk, strict=False, assign=True)
     if missing:

@@ -58,6 +58,7 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
     host, non_finite, ended = engine.host, 0, "finished"
     stopping = StopRequest(plan.max_train_minutes)
     fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, plan.micro_batch, host.rank, host.world))
+    save = _Saver(engine, plan, save_weights, progress.step)
     with stopping.listening():
         while progress.step < plan.total_steps:
             step_started = time.monotonic()
@@ -68,7 +69,7 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
                 progress.batches += skipped
                 non_finite = non_finite + 1 if skipped else 0
                 if non_finite == NON_FINITE_LIMIT:
-                    _save(engine, plan, progress, save_weights)
+                    save(progress)
                     raise UserError(_non_finite_message(examples, progress, plan))
                 continue
             non_finite = 0
@@ -84,8 +85,8 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
                 ended = stopping.reason or ("early stopping" if out_of_patience else "stopped by another process")
                 break
             if plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
-                _save(engine, plan, progress, save_weights)
-        _save(engine, plan, progress, save_weights)
+                save(progress)
+        save(progress)
     return progress, ended
 
 
@@ -132,11 +133,19 @@ class _Prefetch:
         return self._made
 
 
-def _save(engine, plan, progress, save_weights):
-    if engine.host.is_main and progress.step:
-        checkpoint.save_checkpoint(plan.output_dir, progress.step, engine, asdict(progress), plan.checkpoints_total_limit)
-        save_weights(progress.step)
-    engine.host.barrier()
+class _Saver:
+    """Writes a checkpoint and the adapter file of a step, unless that step's are there already."""
+
+    def __init__(self, engine, plan, save_weights, step):
+        self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
+
+    def __call__(self, progress):
+        if self._engine.host.is_main and progress.step != self._saved:
+            limit = self._plan.checkpoints_total_limit
+            checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
+            self._save_weights(progress.step)
+        self._saved = progress.step
+        self._engine.host.barrier()
 
 
 def _skip_batch(engine, result, report):
@@ -149,10 +158,11 @@ def _skip_batch(engine, result, report):
 
 
 def _non_finite_message(examples, progress, plan):
-    names = [examples.name_at(i) for i in range((progress.batches - 1) * plan.effective_batch, progress.batches * plan.effective_batch)]
+    first = (progress.batches - NON_FINITE_LIMIT) * plan.effective_batch
+    names = dict.fromkeys(examples.name_at(i) for i in range(first, progress.batches * plan.effective_batch))
     return (
-        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, the last one made of {', '.join(names)};"
-        " look at these images, lower --learning_rate, or use --mixed_precision no; a checkpoint was saved"
+        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these images,"
+        f" lower --learning_rate, or use --mixed_precision no{'; a checkpoint was saved' if progress.step else ''}"
     )
 
 

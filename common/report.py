@@ -33,6 +33,7 @@ class Report:
             tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
             where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
             self.tracker = tracker_class(Path(output_dir).name, **where)
+            self.tracker.start()
             scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
             self.tracker.store_init_configuration(scalars)
 

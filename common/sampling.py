@@ -38,7 +38,9 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     vae = loading.load_vae(model, host).to(host.dtype)  # the pipeline itself upcasts a VAE that needs it
     no_text = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     zeros = loading.zero_unconditional(model)
-    pipeline = StableDiffusionXLPipeline(vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline(
+        vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     unconditional = (None, None) if zeros else condition(text, "", host)
     unet.eval()

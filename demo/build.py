@@ -13,19 +13,38 @@ from PIL import Image, ImageDraw
 VERSION = 1  # part of the folder names: raise it when anything below changes what is built
 
 # The topology and the noise schedule of SDXL (config.json files of stabilityai/stable-diffusion-xl-base-1.0); the widths are left open.
-UNET = dict(layers_per_block=2, use_linear_projection=True, addition_embed_type="text_time",
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
-VAE = dict(layers_per_block=2, latent_channels=4, scaling_factor=0.13025, force_upcast=False,
-           down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+UNET = dict(
+    layers_per_block=2,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+VAE = dict(
+    layers_per_block=2,
+    latent_channels=4,
+    scaling_factor=0.13025,
+    force_upcast=False,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
 SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
 # 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
 TINY = dict(
-    unet=dict(sample_size=8, block_out_channels=(16, 32, 64), norm_num_groups=8, transformer_layers_per_block=[1, 1, 2],
-              attention_head_dim=[1, 2, 4], cross_attention_dim=80, addition_time_embed_dim=8, projection_class_embeddings_input_dim=112),
+    unet=dict(
+        sample_size=8,
+        block_out_channels=(16, 32, 64),
+        norm_num_groups=8,
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[1, 2, 4],
+        cross_attention_dim=80,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=112,
+    ),
     text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32),
-    text_encoder_2=dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64,
-                        hidden_act="gelu"),
+    text_encoder_2=dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64, hidden_act="gelu"
+    ),
     vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
 )
 
@@ -39,8 +58,12 @@ SCENES = {
     "a green hill": ("#a9e2ff", ("#fff3a0", -34, 84, 10, 10), ("#8fd66a", 40, 0, 70, 44), ("#63bd58", -40, -12, 80, 40)),
     "the sea": ("#c9f0ff", ("#ffffff", 40, 84, 18, 7), ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9), ("#ffe2a0", -10, -20, 90, 36)),
     "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
-    "a snowy mountain": ("#d6ecff", ("#8fa3cf", -80, 0, -28, 98, 34, 0), ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
-                         ("#eef6ff", 0, -30, 100, 58)),
+    "a snowy mountain": (
+        "#d6ecff",
+        ("#8fa3cf", -80, 0, -28, 98, 34, 0),
+        ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
+        ("#eef6ff", 0, -30, 100, 58),
+    ),
     "a pink garden": ("#ffe6ef", ("#ffb0cc", -44, 82, 24, 18), ("#ffb0cc", 46, 74, 22, 17), ("#a5dc8c", 0, -26, 100, 56)),
 }
 
@@ -52,6 +75,7 @@ def tokenizers(texts: Iterable[str]):
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=9999, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
@@ -71,19 +95,27 @@ def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     first, second = tokenizers(texts)
     # pooling looks for the config's eos_token_id, so it has to be the tokenizer's own
     ids = dict(vocab_size=len(first), bos_token_id=first.bos_token_id, eos_token_id=first.eos_token_id)
     with torch.device(device):
-        parts = dict(unet=UNet2DConditionModel(**UNET, **widths["unet"]), vae=AutoencoderKL(**VAE, **widths["vae"]),
-                     text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
-                     text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])))
+        parts = dict(
+            unet=UNet2DConditionModel(**UNET, **widths["unet"]),
+            vae=AutoencoderKL(**VAE, **widths["vae"]),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
+        )
     return StableDiffusionXLPipeline(**parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER))
 
 
 def build_model(folder: Path) -> None:
     """Writes a tiny random SDXL as a diffusers folder (fp32 safetensors, the same weights every time)."""
     import torch
+
+    from common.device import quieten_libraries
+
+    quieten_libraries()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         words = [*WHO, *MOODS, *EYES, *HAIR, *SCENES, "with eyes and hair fur dressed in front of", "Naruto style"]
@@ -194,6 +226,12 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def demo_places(root: Path) -> tuple[Path, Path]:
+    """(model folder, image folder) of this version of the demo under `root`, built or not."""
+    return root / f"model-v{VERSION}", root / f"data-v{VERSION}"
+
+
 def demo_assets(root: Path) -> tuple[Path, Path]:
-    """(model folder, image folder) of this version of the demo under `root`; the first call builds them."""
-    return build_once(root / f"model-v{VERSION}", build_model), build_once(root / f"data-v{VERSION}", build_images)
+    """The same two folders; the first call builds them."""
+    model, data = demo_places(root)
+    return build_once(model, build_model), build_once(data, build_images)

@@ -77,7 +77,9 @@ def change_weights(folder):
     """Other weights of the same shapes, under the same names."""
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
-        save_file({name: tensor * 1.25 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+        save_file(
+            {name: tensor * 1.25 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, file, {"format": "pt"}
+        )
 
 
 def add_caption(place, name, caption):
@@ -300,6 +302,7 @@ def test_another_dtype_never_reads_an_old_entry(place, host, encoded):
 
 
 def test_an_interrupted_encode_of_images_goes_on_where_it_was(place, host, encoded, monkeypatch):
+    monkeypatch.setattr(caching, "VAE_PIXELS", 4 * 64 * 64)
     encode, calls = AutoencoderKL.encode, []
 
     def interrupted(self, x, *rest, **options):
@@ -339,6 +342,7 @@ def test_an_interrupted_encode_of_captions_goes_on_where_it_was(place, host, enc
 def test_a_killed_encode_loses_no_more_than_the_shard_it_was_filling(place, host, encoded, monkeypatch):
     """kill -9 runs no cleanup: what was flushed is there, and a half-written shard is not taken for one."""
     monkeypatch.setattr(caching, "SHARD_ENTRIES", 2)
+    monkeypatch.setattr(caching, "VAE_PIXELS", 4 * 64 * 64)
     encode, calls = AutoencoderKL.encode, []
 
     class Killed(BaseException):

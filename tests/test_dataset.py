@@ -159,7 +159,9 @@ def test_a_line_that_is_not_json_is_named(folder):
     assert str(folder / "metadata.jsonl") in message and "line 2" in message
 
 
-@pytest.mark.parametrize("line", ['["a.png", "x"]', '"a.png"', "5", "null", '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "x"}'])
+@pytest.mark.parametrize(
+    "line", ['["a.png", "x"]', '"a.png"', "5", "null", '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "x"}']
+)
 def test_json_that_is_no_caption_row_is_named_in_one_line(folder, line):
     (folder / "metadata.jsonl").write_text(line + "\n")
     assert str(folder / "metadata.jsonl") in refusal(folder)

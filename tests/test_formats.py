@@ -114,7 +114,9 @@ def test_our_kohya_file_draws_the_same_by_comfyuis_formulas(tuned, fresh, tmp_pa
         inside = name.removeprefix(f"lora_unet_{block}_")
         layer = next(n for n, _ in other.unet.named_modules() if n.startswith(ORIGINAL[block]) and n.replace(".", "_").endswith(inside))
         up, down, alpha = (tensors[f"{name}.{kind}"].float() for kind in ("lora_up.weight", "lora_down.weight", "alpha"))
-        changes[layer] = comfyui(other.unet.get_submodule(layer).weight.data, up @ down, alpha / len(down), tensors.get(f"{name}.dora_scale"))
+        changes[layer] = comfyui(
+            other.unet.get_submodule(layer).weight.data, up @ down, alpha / len(down), tensors.get(f"{name}.dora_scale")
+        )
     assert len(changes) == len(tensors) / (4 if use_dora else 3)
     assert gap(drawn(trained), drawn(patched(other, changes))) < 1e-3 < gap(drawn(fresh()), drawn(trained))
 
@@ -212,7 +214,12 @@ def test_a_strangers_kohya_file_counts_with_the_rank_and_alpha_of_each_layer(fre
     unet, up_block = pipeline.unet, "up_blocks.1.attentions.2.transformer_blocks.0"
     layers = {  # kohya's name -> (module, its own name, rank, alpha)
         "lora_unet_down_blocks_1_attentions_0_proj_in": (unet, "down_blocks.1.attentions.0.proj_in", 2, 1.0),
-        "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k": (unet, "mid_block.attentions.0.transformer_blocks.1.attn2.to_k", 4, None),
+        "lora_unet_middle_block_1_transformer_blocks_1_attn2_to_k": (
+            unet,
+            "mid_block.attentions.0.transformer_blocks.1.attn2.to_k",
+            4,
+            None,
+        ),
         "lora_unet_output_blocks_5_1_transformer_blocks_0_ff_net_2": (unet, f"{up_block}.ff.net.2", 2, 6.0),
         "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (pipeline.text_encoder, "encoder.layers.0.self_attn.q_proj", 2, 1.0),
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": (pipeline.text_encoder, "encoder.layers.0.mlp.fc1", 4, 4.0),
@@ -264,7 +271,10 @@ REFUSED = {
     "a checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4)}, "1 of 1 keys"),
     "untrained": ({key: tensor * ("up" not in key) for key, tensor in pair().items()}, "would change nothing"),
     "diverged": ({key: tensor * float("nan") for key, tensor in pair().items()}, "2 tensors hold NaN"),
-    "column DoRA": (pair(LAYER, names=KOHYA) | {f"{LAYER}.alpha": torch.tensor(4.0), f"{LAYER}.dora_scale": torch.ones(1, 32)}, "input columns"),
+    "column DoRA": (
+        pair(LAYER, names=KOHYA) | {f"{LAYER}.alpha": torch.tensor(4.0), f"{LAYER}.dora_scale": torch.ones(1, 32)},
+        "input columns",
+    ),
     "nothing in it": ({}, "has no tensors"),
 }
 

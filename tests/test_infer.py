@@ -157,7 +157,9 @@ def test_manifest_and_png_say_how_each_image_was_made(trained, draw, tmp_path):
         assert record["negative_prompt"] == "the sea" and record["scheduler"] == "euler" and record["resolution"] == 64
         chunks = Image.open(file).text
         assert json.loads(chunks["settings"]).items() <= record.items()
-        assert chunks["parameters"].startswith(f"{record['prompt']}\nNegative prompt: the sea\nSteps: {STEPS}, Sampler: euler, CFG scale: 7.5, ")
+        assert chunks["parameters"].startswith(
+            f"{record['prompt']}\nNegative prompt: the sea\nSteps: {STEPS}, Sampler: euler, CFG scale: 7.5, "
+        )
     assert "Lora: " in chunks["parameters"] and f"Seed: {record['seed']}, Size: 64x64" in chunks["parameters"]
 
 
@@ -266,7 +268,9 @@ def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(s
     assert capsys.readouterr().out.count("out of GPU memory: ") == 3
 
 
-@pytest.mark.parametrize("free_gib, resolution, tier", [(14.5, 1024, "gpu"), (7.9, 512, "gpu"), (9.0, 1024, "offload"), (3.8, 1024, "sequential")])
+@pytest.mark.parametrize(
+    "free_gib, resolution, tier", [(14.5, 1024, "gpu"), (7.9, 512, "gpu"), (9.0, 1024, "offload"), (3.8, 1024, "sequential")]
+)
 def test_auto_picks_the_memory_tier_by_what_is_free_and_says_so(monkeypatch, free_gib, resolution, tier):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 16 * 2**30))
     host = device.Host(torch.device("cuda"), torch.float16, "", 0, 1)

@@ -83,7 +83,9 @@ class Reference:
             posterior = self.vae.encode(pixels).latent_dist
             z = (posterior.mean + posterior.std * posterior_eps) * self.vae.config.scaling_factor
             prompt = self.captions[file.rpartition("/")[2]]
-            prompt_embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=True)
+            prompt_embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
+                prompt, device="cpu", do_classifier_free_guidance=True
+            )
         if drop:
             prompt_embeds, pooled = negative, negative_pooled
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
@@ -174,7 +176,12 @@ def steps(parts, count, reference_step):
 
 @pytest.mark.parametrize(
     ("flags", "max_grad_norm"),
-    [([], 1.0), (["--max_grad_norm", 1e-3], 1e-3), (["--max_grad_norm", 0], math.inf), (["--adam_weight_decay", 0.3, "--adam_beta1", 0.5], 1.0)],
+    [
+        ([], 1.0),
+        (["--max_grad_norm", 1e-3], 1e-3),
+        (["--max_grad_norm", 0], math.inf),
+        (["--adam_weight_decay", 0.3, "--adam_beta1", 0.5], 1.0),
+    ],
 )
 def test_the_update_is_adamw_with_clipping_over_tensors_of_their_own(assemble, flags, max_grad_norm):
     """One flat parameter or 272 separate ones make no difference."""
@@ -261,7 +268,9 @@ def test_the_parameters_are_views_of_the_flat_buffer(assemble):
 # ---------------------------------------------------------------- how a batch is cut
 
 
-@pytest.mark.parametrize("flags", [[], ["--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.3]], ids=["squares", "buckets, flips"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.3]], ids=["squares", "buckets, flips"]
+)
 def test_losses_do_not_depend_on_how_the_effective_batch_is_cut(train, flags):
     runs = [
         train("--max_train_steps", 4, *flags, "--train_batch_size", micro, "--gradient_accumulation_steps", EFFECTIVE // micro)
@@ -284,7 +293,11 @@ def test_the_shares_of_the_processes_make_up_the_effective_batch(assemble, proce
 
     def examples(rank, world):
         shares = parts.data.examples.effective_batch(2, EFFECTIVE, 2, rank, world)
-        return [(name, {key: values[i].tolist() for key, values in batch.tensors.items()}) for batch in shares for i, name in enumerate(batch.names)]
+        return [
+            (name, {key: values[i].tolist() for key, values in batch.tensors.items()})
+            for batch in shares
+            for i, name in enumerate(batch.names)
+        ]
 
     whole = examples(0, 1)
     shared = [example for rank in range(processes) for example in examples(rank, processes)]
@@ -317,7 +330,9 @@ def frozen(engine):
 
 def test_the_base_is_bit_equal_after_training(train, demo):
     seen = {}
-    run = train("--max_train_steps", 3, "--lr_warmup_steps", 0, prepare=lambda engine, data: seen.update(engine=engine, before=frozen(engine)))
+    run = train(
+        "--max_train_steps", 3, "--lr_warmup_steps", 0, prepare=lambda engine, data: seen.update(engine=engine, before=frozen(engine))
+    )
     after = frozen(seen["engine"])
     assert after.keys() == seen["before"].keys() and len(after) > 500
     assert all(torch.equal(seen["before"][name], after[name]) for name in after)

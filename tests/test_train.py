@@ -206,11 +206,24 @@ def test_where_text_embeddings_are_kept_changes_no_loss(train, plain, tmp_path):
 
 
 def test_text_is_encoded_live_with_caption_dropout_and_validation_too(train, few_steps):
-    flags = ["--max_train_steps", 3, "--caption_dropout", 0.4, "--validation_split", 0.25, "--validation_prompt", "a cat", "--validation_steps", 3]
+    flags = [
+        "--max_train_steps",
+        3,
+        "--caption_dropout",
+        0.4,
+        "--validation_split",
+        0.25,
+        "--validation_prompt",
+        "a cat",
+        "--validation_steps",
+        3,
+    ]
     cached, live = train(*flags), train(*flags, "--text_cache", "none")
     assert live.losses == pytest.approx(cached.losses, rel=1e-5)
     assert live.rows[-1]["val_loss"] == pytest.approx(cached.rows[-1]["val_loss"], rel=1e-5)
-    difference = np.asarray(Image.open(live.dir / "samples/000003_0.png"), int) - np.asarray(Image.open(cached.dir / "samples/000003_0.png"), int)
+    difference = np.asarray(Image.open(live.dir / "samples/000003_0.png"), int) - np.asarray(
+        Image.open(cached.dir / "samples/000003_0.png"), int
+    )
     assert abs(difference).max() <= 2
 
 
@@ -328,7 +341,11 @@ def test_random_crops_differ_from_the_middle_and_are_the_same_every_time(assembl
 
 def test_max_train_samples_trains_on_the_first(assemble):
     parts = assemble("--max_train_samples", 3)
-    assert {name[-7:] for batch in parts.data.examples.effective_batch(0, 8, 8) for name in batch.names} == {"000.png", "001.png", "002.png"}
+    assert {name[-7:] for batch in parts.data.examples.effective_batch(0, 8, 8) for name in batch.names} == {
+        "000.png",
+        "001.png",
+        "002.png",
+    }
 
 
 def test_bad_images_count_together_however_they_are_found_out(train, demo, tmp_path):
@@ -473,7 +490,11 @@ def test_offline_a_hub_id_is_named_with_its_flag(demo, tmp_path, flag):
     import train_opt
 
     local = {"dataset_name": [], "pretrained_model_name_or_path": ["--train_data_dir", str(demo.data)]}
-    local["pretrained_vae_model_name_or_path"] = [*local["pretrained_model_name_or_path"], "--pretrained_model_name_or_path", str(demo.model)]
+    local["pretrained_vae_model_name_or_path"] = [
+        *local["pretrained_model_name_or_path"],
+        "--pretrained_model_name_or_path",
+        str(demo.model),
+    ]
     with pytest.raises(UserError) as caught:
         train_opt.main([*local[flag], f"--{flag}", "someone/something", "--output_dir", str(tmp_path / "run")])
     assert all(part in str(caught.value) for part in (f"--{flag} someone/something", "--demo", "local path"))
