@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
+from common import hub
 from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, parse, print_config, run
 from common.schedulers import SCHEDULERS
 
@@ -83,6 +84,7 @@ def main(argv=None):
     adapters = chosen_adapters(flags)
     if flags.dry_run:
         return print_config(flags)
+    hub.check(flags)
 
     from common import device, formats, loading, sampling
     from demo.build import demo_assets

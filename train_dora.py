@@ -7,6 +7,7 @@ python train_dora.py --demo
 
 from dataclasses import dataclass
 
+from common import hub
 from common.flags import TrainFlags, check, parse, print_config, run
 
 
@@ -31,6 +32,7 @@ def main(argv=None):
     check(flags)
     if flags.dry_run:
         return print_config(flags)
+    hub.check(flags)
 
     from common import adapters, assembly, device, loading
 

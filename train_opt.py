@@ -7,6 +7,7 @@ python train_opt.py --demo
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from common import hub
 from common.flags import TrainFlags, check, parse, print_config, run
 
 
@@ -34,6 +35,7 @@ def main(argv=None):
     check(flags)
     if flags.dry_run:
         return print_config(flags)
+    hub.check(flags)
 
     from common import adapters, assembly, device, loading
 

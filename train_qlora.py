@@ -8,6 +8,7 @@ python train_qlora.py --demo
 from dataclasses import dataclass
 from typing import List, Literal, Optional
 
+from common import hub
 from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check, flag, parse, print_config, run
 
 STRATEGIES = {
@@ -43,6 +44,7 @@ def main(argv=None):
     check(flags)
     if flags.dry_run:
         return print_config(flags)
+    hub.check(flags)
 
     from common import adapters, assembly, device, loading
 

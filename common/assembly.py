@@ -49,7 +49,7 @@ def load_data(flags, host):
     )
     framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
     flips = (False, True) if flags.random_flip else (False,)
-    latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images - bad, flips, **framing)
+    latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
     captions = [sample.caption for sample in samples] + ["", *flags.validation_prompt]
     text_cache = "none" if flags.train_text_encoder else flags.text_cache
     text = caching.cache_text(captions, model, host, text_cache, flags.cache_dir)

@@ -82,10 +82,11 @@ class Store:
 # ---------------------------------------------------------------- images
 
 
-def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), **framing):
+def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **framing):
     """Encode the pictures that are not in the cache yet -> LatentCache over the samples that could be read.
 
     Args:
+        bad_before: unreadable pictures that were counted already.
         flips: (False,) or (False, True): which mirror images are needed.
         framing: arguments of `dataset.frame`.
     Raises:
@@ -99,7 +100,7 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), **fr
     bad = _encode_images(missing[host.rank :: host.world], store, model, host) if missing else []
     host.barrier()
     store.reload()
-    dataset.refuse_bad(list(dict.fromkeys(bad)), max_bad)  # a picture and its mirror image are one
+    dataset.refuse_bad(list(dict.fromkeys(bad)), max_bad, bad_before)  # a picture and its mirror image are one
     kept = [(s, f) for s, f in zip(samples, framings) if all(_latent_key(s, f, flip) in store for flip in flips)]
     host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
     if not kept:

@@ -69,11 +69,11 @@ def load_samples(dataset_name, train_data_dir, image_column, caption_column, max
     return samples, len(bad)
 
 
-def refuse_bad(bad, max_bad):
-    """Name unreadable images; more than `max_bad` of them are a UserError."""
-    if len(bad) > max_bad:
+def refuse_bad(bad, max_bad, before=0):
+    """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
+    if bad and before + len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with --max_bad_images {len(bad)}")
+        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with --max_bad_images {before + len(bad)}")
     for name in bad:
         print(f"skipped unreadable image {name}")
 

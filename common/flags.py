@@ -281,16 +281,12 @@ def check(flags):
 
 
 def check_model(flags):
-    """The part of `check` that every script needs: what is meant to be local must be there, and the rest must be within reach."""
+    """The part of `check` that every script needs: a model that is meant to be local must be there."""
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
         if looks_local and not os.path.exists(os.path.expanduser(place)) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
-    if not flags.dry_run:
-        from common import hub
-
-        hub.check(flags)
 
 
 def _of_the_demo(place):

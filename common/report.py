@@ -86,7 +86,7 @@ def plot_training(output_dir):
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True)
     top.plot(steps, losses, color="0.75", linewidth=0.8, label="loss of each step")
-    top.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color="tab:blue", label="running mean")
+    top.plot(steps, _running_mean(losses, max(5, len(losses) // 20)), color="tab:blue", label="running mean")
     held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     if held_out:
         top.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held-out mse")
