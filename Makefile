@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/.ready  ## train on the tiny demo and compare before and after; minutes on two CPU cores
 	rm -rf outputs/demo
@@ -12,6 +12,9 @@ demo: $(VENV)/.ready  ## train on the tiny demo and compare before and after; mi
 
 test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.ready  ## the claims that need a CUDA GPU
+	GPU_TESTS=1 $(BIN)/python -m pytest tests/test_gpu.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .

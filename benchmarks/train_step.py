@@ -56,7 +56,8 @@ def main():
     if cap:
         torch.cuda.set_per_process_memory_fraction(cap * device.GIB / torch.cuda.get_device_properties(0).total_memory)
     rate, rows = matmul_tflops(), []
-    common = ["--pretrained_model_name_or_path", options.model, "--train_data_dir", options.images, *options.flags]
+    common = ["--max_vram_gb", str(cap)] if cap else []
+    common += ["--pretrained_model_name_or_path", options.model, "--train_data_dir", options.images, *options.flags]
     with t4_attention() if options.as_t4 else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
         for name in options.only.split(","):
             row, _, resolution = name.partition("@")

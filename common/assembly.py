@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
 from common.engine import Engine, lr_schedule
+from common.fit import BlockCheckpointing, Fit, measure
 from common.flags import DEMO_ROOT
 from demo.build import demo_assets
 
@@ -70,9 +70,11 @@ def build_engine(flags, host, unet, data):
     fused_layers = flags.lora_backend == "fused"
     if flags.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
+    checkpointing = None
     if flags.gradient_checkpointing:
         # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
-        unet.enable_gradient_checkpointing(functools.partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=not fused_layers))
+        checkpointing = BlockCheckpointing(preserve_rng_state=not fused_layers)
+        unet.enable_gradient_checkpointing(checkpointing)
     encoders = _trained_encoders(flags, data)
     if encoders:
         adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
@@ -99,6 +101,7 @@ def build_engine(flags, host, unet, data):
         flags.seed,
         dropout_seed,
         flags.cuda_graph,
+        checkpointing,
     )
 
 
@@ -110,17 +113,17 @@ def train(flags, engine, data):
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
-    host.say(
-        f"training: {plan.total_steps} steps of {plan.effective_batch} images, {plan.micro_batch} at a time, from step {progress.step}"
-    )
+    fit = _fit(flags, engine, data, plan)
+    host.say(f"training: {plan.total_steps} steps of {plan.effective_batch} images, {fit.micro_batch} at a time, from step {progress.step}")
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data)
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
-        progress, ended = loops.train(engine, data.examples, data.held_out, plan, log, progress, draw, save)
+        progress, ended = loops.train(engine, data.examples, data.held_out, plan, fit, log, progress, draw, save)
     finally:
         log.close()
+    engine.run_pass.clear()
     if host.is_main:
         _write_results(output_dir, engine.ema, save_adapter)
         formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data))
@@ -135,13 +138,29 @@ def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
 
 
+def _fit(flags, engine, data, plan):
+    """On a GPU the measured Fit, unless --no_auto_fit; else the documented micro-batch."""
+    host = engine.host
+    if host.device.type != "cuda" or not flags.auto_fit:
+        return Fit(flags.train_batch_size, engine.checkpointing)
+    there_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / device.GIB
+    budget_gib = min(flags.max_vram_gb or there_gib, there_gib)
+    torch.cuda.set_per_process_memory_fraction(budget_gib * device.GIB / torch.cuda.get_device_properties(host.device).total_memory)
+
+    def make_batches(micro_batch):
+        return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
+
+    fit, line = measure(engine, make_batches, plan.effective_batch // host.world, engine.checkpointing, budget_gib)
+    host.say(line)
+    return fit
+
+
 def _plan(flags, host, data):
     effective_batch = flags.train_batch_size * flags.gradient_accumulation_steps * host.world
     return loops.Plan(
         Path(flags.output_dir),
         loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples.latents), effective_batch),
         effective_batch,
-        flags.train_batch_size,
         flags.checkpointing_steps,
         flags.checkpoints_total_limit,
         flags.validation_steps,

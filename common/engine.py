@@ -40,6 +40,10 @@ def lr_schedule(name, warmup_steps, total_steps, peak_lr):
     return get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas[0]
 
 
+class PassOutOfMemory(Exception):
+    """A forward and backward pass needs more GPU memory than there is."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one attempt at an optimizer step gave. `applied` is False when gradients overflowed or the loss was not finite."""
@@ -66,6 +70,7 @@ class Engine:
         seed: of the LoRA dropout masks, together with the step, the pass within it and the process.
         dropout_seed: int64 scalar on the device, from which fused layers derive their masks.
         cuda_graph: replay passes instead of launching them, on a GPU.
+        checkpointing: fit.BlockCheckpointing of the UNet, or None when it recomputes nothing.
     """
 
     def __init__(
@@ -83,15 +88,20 @@ class Engine:
         seed=0,
         dropout_seed=None,
         cuda_graph=True,
+        checkpointing=None,
     ):
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
-        self.optimizer, self.lr_factor, self.host = optimizer, lr_factor, host
+        self.optimizer, self.lr_factor, self.host, self.checkpointing = optimizer, lr_factor, host, checkpointing
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
         self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
         self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
         self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say)
+
+    def optimizer_state_bytes(self):
+        """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
+        return 2 * len(self.flat) * (1 if "8bit" in type(self.optimizer).__name__ else 4)
 
     def predict(self, fields):
         """Run the UNet on a batch's fields -> (prediction, target), both [B, C, h, w]."""
@@ -127,12 +137,10 @@ class Engine:
             batches: batching.Batch list; their weights, over all processes, sum to 1.
             stop: this process was asked to stop; every process hears of it with the statistics.
             meanwhile: called while the GPU works, before the host waits for it.
+        Raises:
+            PassOutOfMemory: a pass does not fit; nothing has moved.
         """
-        total = 0
-        for index, batch in enumerate(batches):
-            self._seed_dropout(number, index)
-            total = total + self.run_pass(batch.tensors)
-        total = torch.cat([total, torch.full((1,), float(stop), device=total.device)])
+        total = torch.cat([self._passes(number, batches), torch.full((1,), float(stop), device=self.host.device)])
         meanwhile()
         self.host.sum(self.flat.grad)
         self.host.sum(total)
@@ -141,6 +149,19 @@ class Engine:
         )  # inf or NaN anywhere shows here: this is the overflow check too
         numbers = torch.cat([total, norm.view(1), self.loss_scale.value.view(1)]).tolist()  # the one wait of the step
         return self._finish(number, *numbers)
+
+    def _passes(self, number, batches):
+        try:
+            total = 0
+            for index, batch in enumerate(batches):
+                self._seed_dropout(number, index)
+                total = total + self.run_pass(batch.tensors)
+            return total
+        except torch.OutOfMemoryError:
+            pass  # outside of this block the failed pass's tensors are free
+        self.flat.grad.zero_()
+        self.run_pass.clear()
+        raise PassOutOfMemory
 
     def _seed_dropout(self, number, index):
         seed = noise.generator_for(self.seed, "dropout", number, index, self.host.rank).initial_seed() >> 1

@@ -206,6 +206,8 @@ class TrainFlags(ModelFlags):
     )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
+    auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
+    max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
     train_text_encoder: bool = flag(
         False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
@@ -255,9 +257,7 @@ def check(flags):
         UserError: naming the flag, the value and the cure.
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
-    positive += (
-        "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit"
-    )
+    positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
     for name in positive.split():
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:

@@ -39,7 +39,7 @@ class Graphed:
 
     def clear(self):
         """Give the graphs' memory back; the next calls capture them again."""
-        self._graphs, self.pool = {}, None  # a pool does not outlive its last graph
+        self._seen, self._graphs, self.pool = set(), {}, None  # a pool does not outlive its last graph
         if self.enabled:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Optional
 
 from common import checkpoint, device
+from common.engine import PassOutOfMemory
 from common.flags import UserError
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
@@ -22,7 +23,6 @@ class Plan:
     output_dir: Path
     total_steps: int
     effective_batch: int
-    micro_batch: int
     checkpointing_steps: int
     checkpoints_total_limit: Optional[int]
     validation_steps: int
@@ -45,11 +45,12 @@ def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch)
     return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
 
 
-def train(engine, examples, held_out, plan, report, progress, draw_samples, save_weights):
+def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights):
     """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
 
     Args:
         examples, held_out: batching.Examples; held_out may be None.
+        fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
         draw_samples: step -> None, draws the validation images.
         save_weights: step -> None, writes the adapter files of a checkpointed step.
     Raises:
@@ -57,13 +58,18 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
     """
     host, non_finite, ended = engine.host, 0, "finished"
     stopping = StopRequest(plan.max_train_minutes)
-    fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, plan.micro_batch, host.rank, host.world))
+    fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
     save = _Saver(engine, plan, save_weights, progress.step)
     with stopping.listening():
         while progress.step < plan.total_steps:
             step_started = time.monotonic()
             batches = fetch(progress.batches)
-            result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
+            try:
+                result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
+            except PassOutOfMemory:
+                _step_down(fit, report)
+                fetch.forget()
+                continue
             if not result.applied:
                 skipped = _skip_batch(engine, result, report)
                 progress.batches += skipped
@@ -78,7 +84,7 @@ def train(engine, examples, held_out, plan, report, progress, draw_samples, save
             if progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps:
                 draw_samples(progress.step)
                 if held_out is not None:
-                    row["val_loss"] = _validate(engine, held_out, plan, progress)
+                    row["val_loss"] = _validate(engine, held_out, fit.micro_batch, progress)
             report.log(row)
             out_of_patience = plan.early_stopping_patience and progress.validations_without_gain >= plan.early_stopping_patience
             if result.stop or out_of_patience:
@@ -128,6 +134,9 @@ class _Prefetch:
         if number != self._number:
             self._number, self._made = number, self._make(number)
 
+    def forget(self):
+        self._number = None
+
     def __call__(self, number):
         self.prepare(number)
         return self._made
@@ -146,6 +155,16 @@ class _Saver:
             self._save_weights(progress.step)
         self._saved = progress.step
         self._engine.host.barrier()
+
+
+def _step_down(fit, report):
+    if not fit.step_down():
+        raise UserError(
+            "out of GPU memory with one image a pass and every block recomputed: lower --resolution or --lora_rank, use --use_8bit_adam,"
+            " or train_qlora.py; --resume_from_checkpoint latest goes on from the last checkpoint"
+        )
+    recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+    report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
 
 
 def _skip_batch(engine, result, report):
@@ -183,8 +202,8 @@ def _row(result, progress, plan, num_samples, seconds, engine):
     )
 
 
-def _validate(engine, held_out, plan, progress):
-    loss = engine.validate(held_out.validation_batches(plan.micro_batch, engine.host.rank, engine.host.world))
+def _validate(engine, held_out, micro_batch, progress):
+    loss = engine.validate(held_out.validation_batches(micro_batch, engine.host.rank, engine.host.world))
     gained = loss < progress.best_val_loss
     progress.best_val_loss = min(loss, progress.best_val_loss)
     progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 # Before torch or common.flags are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same numbers where there is a GPU
+os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1")
+if not os.environ.get("GPU_TESTS"):  # the same numbers where there is a GPU; `make test-gpu` is for that
+    os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -1,0 +1,130 @@
+"""How much goes through a pass: measured on this card, with these images, instead of guessed.
+
+Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) trades up to a third more work for most of the
+memory, block by block; a larger pass uses the GPU better. `measure` times what fits and takes the fastest.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from common.device import GIB
+
+SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
+LARGEST_PASS = 8
+TIMED_CANDIDATES = 3
+
+
+class BlockCheckpointing:
+    """The checkpoint function of a UNet: recomputes every block in the backward pass, except those in `kept`.
+
+    Args:
+        preserve_rng_state: needed by layers whose dropout draws from the device's generator.
+    """
+
+    def __init__(self, preserve_rng_state=False):
+        self.preserve_rng_state = preserve_rng_state
+        self.kept = set()
+        self.sizes = None  # a dict while blocks are measured: block -> bytes that it would keep
+
+    def __call__(self, block, *args):
+        if self.sizes is not None:
+            before = torch.cuda.memory_allocated()
+            output = block(*args)
+            self.sizes[block] = torch.cuda.memory_allocated() - before
+            del output
+        if block in self.kept:
+            return block(*args)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
+
+
+@dataclass
+class Fit:
+    """How a run cuts its effective batch: `micro_batch` images a pass, and what is recomputed (None: nothing)."""
+
+    micro_batch: int
+    checkpointing: Optional[BlockCheckpointing] = None
+
+    def step_down(self):
+        """The next smaller plan after an out-of-memory; False when there is none."""
+        if self.checkpointing and self.checkpointing.kept:
+            self.checkpointing.kept = set()
+        elif self.micro_batch > 1:
+            self.micro_batch = -(-self.micro_batch // 2)
+        else:
+            return False
+        return True
+
+
+def measure(engine, make_batches, share, checkpointing, budget_gib):
+    """The fastest Fit within `budget_gib` of GPU memory for `share` images a step on this process.
+
+    Args:
+        engine: ready to train; gradients are zero again afterwards.
+        make_batches: micro_batch -> the batches of one step.
+        checkpointing: BlockCheckpointing of the UNet, or None where nothing may be recomputed.
+    Returns:
+        (Fit, the line that says what was chosen).
+    """
+    base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
+    room = (budget_gib - SPARE_GIB) * GIB - base
+    candidates = []
+    for size in (n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0):
+        if size * lowest <= room or size == 1:
+            candidates.append((size, _blocks_to_keep(sizes, (room - size * lowest) / size)))
+    timed = [(_seconds_per_image(engine, make_batches, checkpointing, *c), *c) for c in candidates[-TIMED_CANDIDATES:]]
+    seconds, size, kept = min(timed, key=lambda row: row[0])
+    if checkpointing:
+        checkpointing.kept = kept
+    used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
+    passes = share // size
+    return Fit(size, checkpointing), (
+        f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
+        f" recomputed, {seconds:.3f} s/img, about {used_gib:.1f} of {budget_gib:.1f} GiB"
+    )
+
+
+def _probe(engine, batch, checkpointing):
+    """One pass of one image -> bytes before it, optimizer state included; peak bytes above that; {block: bytes it would keep}."""
+    base = torch.cuda.memory_allocated() + engine.optimizer_state_bytes()
+    before = torch.cuda.memory_allocated()
+    if checkpointing:
+        checkpointing.sizes = {}
+    torch.cuda.reset_peak_memory_stats()
+    engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    lowest, sizes = torch.cuda.max_memory_allocated() - before, {}
+    if checkpointing:
+        sizes, checkpointing.sizes = checkpointing.sizes, None
+    engine.flat.grad.zero_()
+    return base, lowest, sizes
+
+
+def _blocks_to_keep(sizes, room):
+    """As many blocks as keep their activations in `room` bytes; the last first, as theirs are needed for the shortest time."""
+    kept = set()
+    for block, size in reversed(sizes.items()):
+        if size <= room:
+            kept.add(block)
+            room -= size
+    return kept
+
+
+def _seconds_per_image(engine, make_batches, checkpointing, size, kept):
+    """Time one pass as it will be run; infinite when it does not fit after all."""
+    if checkpointing:
+        checkpointing.kept = kept
+    tensors, seconds = make_batches(size)[0].tensors, float("inf")
+    try:
+        for _ in range(4):  # as it is, captured, replayed twice
+            started = time.perf_counter()
+            engine.run_pass(tensors)
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - started) / size
+    except torch.OutOfMemoryError:
+        seconds = float("inf")
+    engine.run_pass.clear()
+    engine.flat.grad.zero_()
+    return seconds

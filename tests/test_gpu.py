@@ -1,0 +1,161 @@
+"""Claims about the GPU: `make test-gpu`. The last recorded run is in docs/log.md."""
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU: make test-gpu")
+
+METHODS = [
+    ("train_sdxl", []),
+    ("train_sdxl", ["--train_text_encoder"]),
+    ("train_qlora", ["--lora_dropout", "0"]),
+    ("train_dora", ["--lora_dropout", "0"]),
+    ("train_dora", ["--lora_dropout", "0", "--quantize", "nf4"]),
+]
+
+
+def names(value):
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def gradient(parts, number=0):
+    """(loss, flat gradient over the loss scale) of the first effective batch, weights moved off their start."""
+    engine = parts.engine
+    generator = torch.Generator("cpu").manual_seed(1)
+    engine.flat.data.add_(0.02 * torch.randn(len(engine.flat), generator=generator).to(engine.flat.data))
+    engine.flat.publish()
+    batches = parts.data.examples.effective_batch(number, 4, 4)
+    total = sum(engine.run_pass(batch.tensors) for batch in batches)
+    return total[0].item(), engine.flat.grad / engine.loss_scale.value
+
+
+@pytest.mark.parametrize(("script", "flags"), METHODS, ids=names)
+def test_fused_layers_compute_what_peft_computes_in_fp16(assemble, script, flags):
+    results = {}
+    for backend in ("fused", "peft"):
+        results[backend] = gradient(assemble(*flags, "--lora_backend", backend, "--no_cuda_graph", script=script))
+    (loss, grad), (expected_loss, expected_grad) = results["fused"], results["peft"]
+    assert loss == pytest.approx(expected_loss, rel=1e-3)
+    assert (grad - expected_grad).norm() < 2e-2 * expected_grad.norm()  # two roundings of 80 layers; one layer is compared below
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("nf4", [False, True], ids=["fp16", "nf4"])
+def test_one_fused_layer_is_peft_in_fp32_to_a_thousandth(dora, nf4):
+    """Outputs and gradients of a layer of SDXL's size, in fp16, against PEFT's own code in fp32 over the same weights."""
+    import bitsandbytes
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from common import adapters, fused
+
+    def build(dtype):
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(640, 1280, dtype=dtype)
+        linear.weight.data.copy_(linear.weight.half())
+        model = torch.nn.Sequential(linear)
+        if nf4:
+            quantised = bitsandbytes.nn.Linear4bit(640, 1280, compute_dtype=dtype, quant_type="nf4")
+            quantised.load_state_dict(linear.state_dict())
+            model = torch.nn.Sequential(quantised)
+            model.is_loaded_in_4bit = True
+        model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=["0"], use_dora=dora), model.cuda())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.02, generator=torch.Generator("cuda").manual_seed(1))
+        return model
+
+    def run(model, flat, dtype):
+        x = torch.randn(2, 1024, 640, device="cuda", generator=torch.Generator("cuda").manual_seed(2)).half().to(dtype).requires_grad_()
+        y = model(x)
+        y.backward(torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(3)).half().to(dtype))
+        return [tensor.float() for tensor in (y.detach(), x.grad, flat.grad)]
+
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        model = build(dtype)
+        flat = adapters.FlatParameters([(adapters.trainable(model), {})], dtype)
+        if dtype == torch.float16:
+            fused.fuse([model], flat, torch.zeros((), dtype=torch.int64, device="cuda"))
+        results.append(run(model, flat, dtype))
+    for expected, got in zip(*results, strict=True):
+        assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(("script", "flags"), [*METHODS, ("train_dora", []), ("train_qlora", ["--gradient_checkpointing"])], ids=names)
+def test_a_replayed_pass_is_the_launched_pass(assemble, script, flags):
+    """Dropout and checkpointing included: masks are a function of the seed that is read when the graph runs."""
+    losses = {}
+    for graph in ("--cuda_graph", "--no_cuda_graph"):
+        engine, data = (parts := assemble(*flags, graph, script=script)).engine, parts.data
+        results = [engine.step(n + 1, data.examples.effective_batch(n, 4, 2)) for n in range(5)]
+        losses[graph] = [(result.loss, result.grad_norm) for result in results]
+        assert bool(engine.run_pass._graphs) == (graph == "--cuda_graph")
+    for replayed, launched in zip(*losses.values(), strict=True):
+        assert replayed == pytest.approx(launched, rel=2e-3)
+
+
+@pytest.mark.parametrize("graph", ["--cuda_graph", "--no_cuda_graph"])
+def test_an_overflow_moves_nothing_but_the_scale(assemble, graph):
+    engine, data = (parts := assemble("--lr_warmup_steps", "0", graph)).engine, parts.data
+    for n in range(3):
+        engine.step(n + 1, data.examples.effective_batch(n, 8, 4))
+    before, average = engine.flat.data.clone(), engine.ema.average.clone()
+    engine.loss_scale.value.fill_(2.0**40)
+    result = engine.step(4, data.examples.effective_batch(3, 8, 4))
+    assert not result.applied and engine.loss_scale.value.item() == 2.0**39
+    assert torch.equal(engine.flat.data, before) and torch.equal(engine.ema.average, average) and not engine.flat.grad.any()
+    engine.loss_scale.value.fill_(2.0**12)
+    assert engine.step(4, data.examples.effective_batch(3, 8, 4)).applied
+
+
+def test_a_pass_never_waits_for_the_gpu(assemble):
+    engine, data = (parts := assemble()).engine, parts.data
+    batches = [data.examples.effective_batch(n, 8, 4) for n in range(3)]
+    for batch in batches:
+        engine.step(1, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches[0] * 3:
+            engine.run_pass(batch.tensors)
+        engine.publish({})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dropout_is_a_function_of_seed_and_layer():
+    from common.dropout import seeded_dropout
+
+    x, seed = torch.ones(1000, 640, device="cuda", dtype=torch.float16), torch.tensor(7, device="cuda")
+    once, again = seeded_dropout(x, 0.1, seed, 3), seeded_dropout(x, 0.1, seed, 3)
+    assert torch.equal(once, again) and not torch.equal(once, seeded_dropout(x, 0.1, seed, 4))
+    assert not torch.equal(once, seeded_dropout(x, 0.1, seed + 1, 3))
+    assert (once == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
+    assert once.float().mean().item() == pytest.approx(1.0, abs=0.003)
+
+
+def test_the_plan_steps_down_when_memory_runs_out_and_the_step_is_repeated(train, monkeypatch):
+    from common import engine
+
+    original, failures = engine.Engine.forward_backward, []
+
+    def too_large(self, fields):
+        if len(fields["t"]) > 2:
+            failures.append(len(fields["t"]))
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, fields)
+
+    flags = ["--max_train_steps", 3, "--no_auto_fit", "--gradient_checkpointing", "--lr_warmup_steps", 0]
+    expected = train(*flags)
+    monkeypatch.setattr(engine.Engine, "forward_backward", too_large)
+    run = train(*flags)
+    assert failures == [4] and run.losses == pytest.approx(expected.losses, rel=2e-3)
+
+
+def test_losses_are_those_of_the_documented_micro_batch(train):
+    flags = ["--max_train_steps", 6, "--lr_warmup_steps", 0]
+    planned = train(*flags, "--auto_fit")
+    plain = train(*flags, "--no_auto_fit", "--no_cuda_graph", "--lora_backend", "peft")
+    assert planned.losses == pytest.approx(plain.losses, rel=2e-3)
