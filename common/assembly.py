@@ -84,6 +84,8 @@ def build_engine(flags, host, unet, data):
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
         fused.fuse([unet, *encoders], flat, dropout_seed)
+        if host.device.type == "cuda":
+            fused.fuse_geglu(unet)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
     host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
     betas = (flags.adam_beta1, flags.adam_beta2)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from common.dropout import seeded_dropout
+from common.kernels import Geglu, gain_backward, seeded_dropout
 
 
 class AdapterLinear(torch.autograd.Function):
@@ -39,14 +39,17 @@ class AdapterLinear(torch.autograd.Function):
         dy, dm, dx = dy.reshape(-1, dy.shape[-1]), None, None
         if y is not None:
             # dL/dm = sum dy u / n with u = (y - bias) / g, hence u / n = (y - bias) / m
-            dm = (dy * (y if layer.bias is None else y - layer.bias)).sum(0, dtype=torch.float32) / layer.m
-            dy = dy * layer.gain
+            dy, dm = gain_backward(dy.contiguous(), y, layer.gain, layer.bias)
+            dm = dm / layer.m
         dxa = dy @ layer.b
         dB = (dy.t() @ xa).float() * layer.scale
         dA = (dxa.t() @ layer.drop(x2)).float() * layer.scale
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
-            dx = dx.addmm_(dxa, layer.a, alpha=layer.scale) if not layer.p else dx.add_(layer.drop(dxa @ layer.a), alpha=layer.scale)
+            if layer.p:
+                layer.drop(dxa @ layer.a, add_to=dx, alpha=layer.scale)
+            else:
+                dx.addmm_(dxa, layer.a, alpha=layer.scale)
             dx = dx.view(ctx.shape)
         return dx, dA, dB, dm, None
 
@@ -84,9 +87,9 @@ class FusedLayer:
         """Dropout probability, 0 outside training."""
         return self._p if self.layer.training else 0.0
 
-    def drop(self, x):
+    def drop(self, x, **into):
         """d(x); the same mask whenever it is called with the same seed. d is its own transpose."""
-        return seeded_dropout(x, self.p, self.seed, self.salt) if self.p else x
+        return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
     def weight(self):
         """W [N, K] in the compute dtype; dequantised into memory of its own if it is NF4."""
@@ -117,3 +120,10 @@ def fuse(models, flat, seed):
         if layer.forward.m is not None:
             flat.followers.append(layer.forward.update_gain)
     flat.publish()
+
+
+def fuse_geglu(unet):
+    """Replace the gated activation of the feed-forward blocks by one kernel, which also keeps a third less for the backward pass."""
+    for module in unet.modules():
+        if type(module).__name__ == "GEGLU":
+            module.forward = lambda x, proj=module.proj: Geglu.apply(proj(x))

@@ -126,7 +126,7 @@ def test_a_pass_never_waits_for_the_gpu(assemble):
 
 
 def test_dropout_is_a_function_of_seed_and_layer():
-    from common.dropout import seeded_dropout
+    from common.kernels import seeded_dropout
 
     x, seed = torch.ones(1000, 640, device="cuda", dtype=torch.float16), torch.tensor(7, device="cuda")
     once, again = seeded_dropout(x, 0.1, seed, 3), seeded_dropout(x, 0.1, seed, 3)
@@ -159,3 +159,31 @@ def test_losses_are_those_of_the_documented_micro_batch(train):
     planned = train(*flags, "--auto_fit")
     plain = train(*flags, "--no_auto_fit", "--no_cuda_graph", "--lora_backend", "peft")
     assert planned.losses == pytest.approx(plain.losses, rel=2e-3)
+
+
+def test_the_gated_activation_is_pytorchs_with_its_gradient():
+    from common.kernels import Geglu
+
+    h = torch.randn(3, 70, 2 * 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).half()
+    dy = torch.randn(3, 70, 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).half()
+    exact = h.double().requires_grad_()
+    value, gate = exact.chunk(2, dim=-1)
+    (expected := value * torch.nn.functional.gelu(gate)).backward(dy.double())
+    h.requires_grad_()
+    (y := Geglu.apply(h)).backward(dy)
+    for got, reference in ((y, expected), (h.grad, exact.grad)):
+        assert (got.double() - reference).norm() < 5e-4 * reference.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 77, 4096])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_doras_backward_kernel_is_its_formula(rows, with_bias):
+    from common.kernels import gain_backward
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    dy, y = (torch.randn(rows, 640, device="cuda", generator=generator).half() for _ in range(2))
+    gain, bias = (torch.randn(640, device="cuda", generator=generator).half() for _ in range(2))
+    du, sums = gain_backward(dy, y, gain, bias if with_bias else None)
+    u = y.double() - (bias.double() if with_bias else 0)
+    assert (du.double() - dy.double() * gain.double()).norm() < 5e-4 * du.double().norm()
+    assert (sums.double() - (dy.double() * u).sum(0)).norm() < 1e-5 * sums.double().norm()
