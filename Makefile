@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo study test test-gpu lint clean
 
 demo: $(VENV)/.ready  ## train on the tiny demo and compare before and after; minutes on two CPU cores
 	rm -rf outputs/demo
 	$(BIN)/python train_opt.py --demo --output_dir outputs/demo/train_opt
 	$(BIN)/python infer.py --demo --compare --lora outputs/demo/train_opt --output_dir outputs/demo
 	@echo "The comparison grid lies in outputs/demo/compare.png"
+
+STUDY ?= --demo
+study: $(VENV)/.ready  ## the four methods at equal budget; on a GPU: make study STUDY="-- --train_data_dir FOLDER"
+	$(BIN)/python tools/study.py $(STUDY)
 
 test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
