@@ -86,13 +86,13 @@ def main(argv=None):
         return print_config(flags)
     hub.check(flags)
 
-    from common import device, formats, loading, sampling
+    from common import adapter_reading, device, loading, sampling
     from demo.build import demo_assets
 
     if flags.demo:
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
-    files = [formats.find_adapter(adapter.path) for adapter in adapters]
+    files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
     options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
     settings = sampling.Settings(flags.resolution, image=load_image(flags.image, flags.resolution), **options)
     host = device.start(flags.mixed_precision, flags.seed)

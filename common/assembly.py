@@ -129,6 +129,8 @@ def train(flags, engine, data):
     if host.is_main:
         _write_results(output_dir, engine.ema, save_adapter)
         formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data))
+        if flags.save_peft:
+            formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
         report.plot_training(output_dir)
     host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
@@ -189,6 +191,7 @@ _FREE_TO_CHANGE = {
     "resume_from_checkpoint",
     "max_train_minutes",
     "output_dir",
+    "save_peft",
     "cache_dir",
     "report_to",
     "train_batch_size",

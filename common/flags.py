@@ -239,6 +239,7 @@ class TrainFlags(ModelFlags):
     ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
     # output
     output_dir: str = flag("outputs/train", "where everything the run writes goes")
+    save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
     checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
     resume_from_checkpoint: Optional[str] = flag(None, "'latest' or the path of a checkpoint folder: go on exactly where it was")

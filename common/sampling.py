@@ -6,7 +6,7 @@ import gc
 import torch
 from tqdm import tqdm
 
-from common import device, formats, loading
+from common import adapter_loading, device, loading
 from common.flags import UserError
 from common.schedulers import make_scheduler
 
@@ -138,7 +138,7 @@ class Sampler:
     def load(self, file):
         """Load an adapter file; returns the name to activate it by. Before `place`."""
         name = f"adapter{len(self.adapters):02d}"
-        formats.load_adapter(self.pipeline, file, name)
+        adapter_loading.load_adapter(self.pipeline, file, name)
         self.adapters.append(name)
         return name
 

@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import adapters, formats
+from common import adapter_loading, adapter_reading, adapters, formats
 from common.flags import UserError
 
 ATTENTION, FEED_FORWARD = ["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.0.proj", "ff.net.2"]
@@ -73,7 +73,7 @@ def drawn(pipeline):
 
 
 def loaded(pipeline, place):
-    formats.load_adapter(pipeline, formats.find_adapter(place), "adapter00")
+    adapter_loading.load_adapter(pipeline, adapter_reading.find_adapter(place), "adapter00")
     return pipeline
 
 
@@ -159,6 +159,28 @@ def test_text_encoder_adapters_travel_with_the_unets(tuned, fresh, tmp_path):
     assert gap(drawn(trained), kohya) < 1e-3 < gap(unet_alone, kohya)
 
 
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_our_peft_folder_draws_the_same_by_peft_itself_and_by_us(tuned, fresh, tmp_path, use_dora):
+    trained, other = tuned(use_dora=use_dora), fresh()
+    formats.save_peft(tmp_path, trained.unet, {"base_model": "some/sdxl"})
+    PeftModel.from_pretrained(other.unet, tmp_path)  # puts its layers into the UNet that it is given
+    assert gap(drawn(trained), drawn(other)) < 1e-3 < gap(drawn(fresh()), drawn(other))
+    assert gap(drawn(trained), drawn(loaded(fresh(), tmp_path))) < 1e-3
+
+
+def test_a_run_writes_on_request_what_peft_reads_for_each_part_of_the_model(train, fresh):
+    run = train("--max_train_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--train_text_encoder", "--save_peft")
+    by_diffusers, by_peft = fresh(), fresh()
+    by_diffusers.load_lora_weights(run.dir)
+    for component, folder in zip(formats.COMPONENTS, ("", "text_encoder", "text_encoder_2")):
+        peft = PeftModel.from_pretrained(getattr(by_peft, component), run.dir / "peft" / folder)
+        assert peft.active_peft_config.base_model_name_or_path == json.loads((run.dir / "config.json").read_text())["base_model"]
+    assert gap(drawn(by_diffusers), drawn(by_peft)) < 1e-3 < gap(drawn(fresh()), drawn(by_peft))
+    assert gap(drawn(by_diffusers), drawn(loaded(fresh(), run.dir / "peft"))) < 1e-3
+    alone = loaded(fresh(), run.dir / "peft" / "text_encoder_2")
+    assert [component for component in formats.COMPONENTS if hasattr(getattr(alone, component), "peft_config")] == ["text_encoder_2"]
+
+
 # ---------------------------------------------------------------- what load_adapter reads
 
 
@@ -190,14 +212,20 @@ def test_plain_diffusers_ignores_a_peft_folder_and_we_do_not(tuned, fresh, tmp_p
     assert gap(drawn(fresh()), drawn(loaded(fresh(), folder))) > 1e-3
 
 
+def test_loading_a_peft_folder_does_not_ask_the_hub_about_its_base_model(tuned, fresh, tmp_path, monkeypatch):
+    formats.save_peft(tmp_path, tuned().unet, {"base_model": "some/sdxl"})
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked the hub"))
+    loaded(fresh(), tmp_path)
+
+
 def test_a_runs_folder_means_its_final_weights_and_not_those_of_a_step(tuned, tmp_path):
     pipeline = tuned()
     for name in (formats.WEIGHTS, "pytorch_lora_weights_000450.safetensors", "pytorch_lora_weights_000900.safetensors"):
         formats.save_adapter(tmp_path / name, pipeline.unet, {})
-    assert formats.find_adapter(tmp_path) == tmp_path / formats.WEIGHTS
+    assert adapter_reading.find_adapter(tmp_path) == tmp_path / formats.WEIGHTS
     (tmp_path / formats.WEIGHTS).unlink()
     with pytest.raises(UserError, match="name one of its files, e.g. pytorch_lora_weights_000900.safetensors"):
-        formats.find_adapter(tmp_path)
+        adapter_reading.find_adapter(tmp_path)
 
 
 def test_a_file_without_alpha_counts_as_alpha_equal_to_rank(tuned, fresh, tmp_path):
@@ -245,7 +273,7 @@ def test_a_lycoris_dora_scale_goes_with_the_norm_of_the_merged_weight(tuned, fre
     magnitudes = {key: tensor for key, tensor in get_peft_model_state_dict(trained.unet).items() if "magnitude" in key}
     tensors = load_file(written_kohya(trained, tmp_path))
     for key, magnitude in magnitudes.items():
-        name = formats._kohya_key("unet", key.removesuffix(".lora_magnitude_vector"), layers_per_block=2)
+        name = formats.kohya_key("unet", key.removesuffix(".lora_magnitude_vector"), layers_per_block=2)
         tensors[f"{name}.dora_scale"] = magnitude.view(-1, 1)
     save_file(tensors, tmp_path / "lycoris.safetensors")
     assert gap(drawn(trained), drawn(loaded(fresh(), tmp_path / "lycoris.safetensors"))) < 1e-3
@@ -309,7 +337,7 @@ def test_pickles_are_not_opened(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(pickle.dumps(Bomb()))
         with pytest.raises(UserError, match=f"{file.name}: only .safetensors files are read"):
-            formats.find_adapter(file.parent if "/" in name else file)
+            adapter_reading.find_adapter(file.parent if "/" in name else file)
 
 
 def test_damaged_and_missing_files_are_named(tuned, tmp_path):
@@ -318,9 +346,9 @@ def test_damaged_and_missing_files_are_named(tuned, tmp_path):
     for keep in (file.stat().st_size - 1, 100, 0):
         file.write_bytes(file.read_bytes()[:keep])
         with pytest.raises(UserError, match=f"--lora {file}: damaged"):
-            formats.find_adapter(file)
+            adapter_reading.find_adapter(file)
     with pytest.raises(UserError, match="no such file or folder"):
-        formats.find_adapter(tmp_path / "absent")
+        adapter_reading.find_adapter(tmp_path / "absent")
 
 
 def test_a_peft_adapter_of_another_kind_is_named(tuned, fresh, tmp_path):
