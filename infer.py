@@ -1,8 +1,9 @@
-"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds.
+"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds; --merge makes them one model.
 
 python infer.py --compare
 python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
 python infer.py --lora outputs/train_opt --prompt "a fox in Naruto style" --num_images 4
+python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dora:0.5
 python infer.py --demo --compare
 """
 
@@ -44,6 +45,9 @@ class Flags(ModelFlags):
     )
     ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
     lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
+    merge: Optional[str] = flag(
+        None, "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet"
+    )
     prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
     negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
     seed: int = flag(42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it")
@@ -78,7 +82,7 @@ class Column(NamedTuple):
 
 
 def main(argv=None):
-    """Draw; returns what manifest.json says."""
+    """Draw, or merge; returns what manifest.json or merge.json says."""
     flags = parse(Flags, argv)
     check(flags)
     adapters = chosen_adapters(flags)
@@ -110,6 +114,8 @@ def main(argv=None):
     host.say(f"memory: {memory} ({reason})")
     sampler = sampling.Sampler(model, host, flags.scheduler, memory, img2img=flags.image is not None)
     columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
+    if flags.merge:
+        return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
     records = draw(flags, sampler, columns, settings)  # images/*.png
@@ -144,7 +150,27 @@ def check(flags):
         raise UserError(f"--image {flags.image}: no such file")
     if os.path.exists(flags.output_dir) and not os.path.isdir(flags.output_dir):
         raise UserError(f"--output_dir {flags.output_dir}: is a file; name a folder")
+    if flags.merge is not None:
+        check_merge(flags)
     check_model(flags)
+
+
+def check_merge(flags):
+    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    place, model = Path(flags.merge).expanduser(), Path(flags.pretrained_model_name_or_path).expanduser()
+    if not flags.lora:
+        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
+    for name in ("compare", "prompt", "image"):
+        if getattr(flags, name):
+            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
+    if place.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
+    if os.path.lexists(place):
+        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
 
 
 def parse_lora(text):
@@ -235,6 +261,8 @@ def title_of(file, scale):
         title = f"{folder.name} step {int(step[1])}"
     elif folder.name == "kohya":
         title = f"{file.stem} kohya"
+    elif folder.name == "peft":
+        title = f"{folder.parent.name} peft"
     else:
         title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
     return title if scale == 1 else f"{title} x{scale:g}"
@@ -292,24 +320,42 @@ def save_image(flags, column, index, prompt, seed, image):
 # ---------------------------------------------------------------- results
 
 
+def merge(flags, sampler, model, column):
+    """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
+    from common import merging
+
+    place, host = Path(flags.merge).expanduser(), sampler.host
+    record = {**provenance(flags, model), "dtype": dtype_name(host), "adapters": column.sources}
+    host.say(f"merging {column.title}")
+    merging.merge(sampler.pipeline, column.active, model, place, record)
+    host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
+    return record
+
+
+def provenance(flags, model):
+    """What was loaded, by which packages: for manifest.json and merge.json."""
+    packages = ("torch", "diffusers", "transformers", "peft")
+    return {
+        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def dtype_name(host):
+    return str(host.dtype).removeprefix("torch.")
+
+
 def write_results(flags, sampler, model, columns, records, load_s):
     """compare.png and manifest.json -> what the manifest says."""
     from common import device, files
 
     host, output_dir = sampler.host, Path(flags.output_dir)
     drawn_s = sum(record["seconds"] for record in records)
-    packages = ("torch", "diffusers", "transformers", "peft")
     manifest = {
-        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
-        "device": {
-            "type": host.device.type,
-            "dtype": str(host.dtype).removeprefix("torch."),
-            "memory": sampler.memory,
-            "reason": host.reason,
-        },
+        **provenance(flags, model),
+        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
         "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
         "peak_gib": round(device.peak_gib(host.device), 2),
-        "versions": {package: version(package) for package in packages},
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
     }

@@ -22,17 +22,28 @@ def save_adapter(path, unet, recipe, text_encoders=()):
 
     Without the metadata diffusers would take alpha = rank, and rank 16 / alpha 32 would load at half strength.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     weights, described = {}, {}
     for component, module in zip(COMPONENTS, (unet, *text_encoders)):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
-        weights |= {f"{component}.{name}": tensor for name, tensor in convert_state_dict_to_diffusers(part).items()}
+        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
         config = module.peft_config["default"].to_dict()
         described |= {f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
     write_safetensors(path, weights, metadata)
+
+
+def _spelt_by_diffusers(component, weights):
+    """PEFT's keys -> diffusers', the same way for every layer.
+
+    Its own conversion respells only the attention layers of a UNet, and of a file with two spellings its loader reads that of the first key.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    if component != "unet":
+        return convert_state_dict_to_diffusers(weights)
+    return {name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor for name, tensor in weights.items()}
 
 
 def save_peft(folder, unet, recipe, text_encoders=()):

@@ -56,9 +56,9 @@ def tuned(fresh):
     return tuned
 
 
-def shake(module):
+def shake(module, seed=1):
     """Give the adapter in `module` weights that matter."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -134,9 +134,12 @@ def test_a_kohya_file_tells_rank_alpha_and_model_to_its_readers(tuned, tmp_path)
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
 
 
+@pytest.mark.parametrize(
+    "targets", [ATTENTION, ATTENTION + FEED_FORWARD, ATTENTION + RESIDUAL], ids=["attention", "ff too", "convolutions too"]
+)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-def test_our_diffusers_file_draws_exactly_the_same_in_plain_diffusers(tuned, fresh, tmp_path, use_dora):
-    trained, other = tuned(use_dora=use_dora), fresh()
+def test_our_diffusers_file_draws_exactly_the_same_in_plain_diffusers(tuned, fresh, tmp_path, targets, use_dora):
+    trained, other = tuned(targets, use_dora), fresh()
     formats.save_adapter(tmp_path / formats.WEIGHTS, trained.unet, {})
     other.load_lora_weights(tmp_path)
     assert gap(drawn(trained), drawn(other)) == 0

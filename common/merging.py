@@ -1,0 +1,68 @@
+"""Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
+
+import os
+import shutil
+from itertools import chain
+
+from safetensors import SafetensorError
+
+from common.files import write_json
+from common.flags import UserError
+
+SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
+
+
+def merge(pipeline, adapters, model, place, record):
+    """Fuse adapters into a StableDiffusionXLPipeline, layer by layer in place, and write it to a new folder, whole or not at all.
+
+    The folder draws what `set_adapters` draws at the same scales, for several LoRA and DoRA adapters together too.
+
+    Args:
+        adapters: [(name in the pipeline, scale)].
+        model: the loading.Model that the pipeline was loaded from; its own folder is only read.
+        place: Path of the new folder.
+        record: what merge.json in it says.
+    Raises:
+        UserError: no room on the disk, not writable, merged weights that are not finite.
+    """
+    _check_room(pipeline, place)
+    _fuse(pipeline, adapters)
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    try:
+        _write(pipeline, model, partial, record)
+        partial.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--merge {place}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(pipeline, place):
+    tensors = chain.from_iterable(getattr(pipeline, name).parameters() for name in SAVED)
+    disk = next(folder for folder in place.absolute().parents if folder.is_dir())
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(f"--merge {place}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on that disk")
+
+
+def _fuse(pipeline, adapters):
+    """Add the adapters to the weights and take their layers out: what remains is a plain model."""
+    pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+    try:
+        pipeline.fuse_lora(safe_fusing=True)  # at the scales just set; lora_scale would come on top
+    except ValueError:
+        raise UserError(f"--merge: the merged weights are not finite in {pipeline.dtype}; lower the scales") from None
+    pipeline.unload_lora_weights()
+
+
+def _write(pipeline, model, folder, record):
+    """The weights as the libraries save them; everything that no adapter changes as it lies in the model's folder."""
+    for name in SAVED:
+        getattr(pipeline, name).save_pretrained(folder / name)
+    for name in COPIED:
+        shutil.copytree(model.folder / name, folder / name)
+    shutil.copy(model.folder / "model_index.json", folder)
+    write_json(folder / "merge.json", record)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes its files unreadable for others
