@@ -17,6 +17,6 @@ def write_safetensors(path, tensors, metadata=None):
     """The same for tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
     partial.chmod(0o644)  # safetensors makes its files unreadable for others
     os.replace(partial, path)

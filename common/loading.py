@@ -167,7 +167,9 @@ def _make_linears_4bit(unet, compute_dtype):
         if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
             parent, _, child = name.rpartition(".")
             options = dict(bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
-            setattr(unet.get_submodule(parent), child, Linear4bit(module.in_features, module.out_features, **options))
+            layer = Linear4bit(module.in_features, module.out_features, **options)
+            layer.support_avx512bf16_for_cpu = False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            setattr(unet.get_submodule(parent), child, layer)
     unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
 
 

@@ -36,52 +36,7 @@ def test_fused_layers_compute_what_peft_computes_in_fp16(assemble, script, flags
         results[backend] = gradient(assemble(*flags, "--lora_backend", backend, "--no_cuda_graph", script=script))
     (loss, grad), (expected_loss, expected_grad) = results["fused"], results["peft"]
     assert loss == pytest.approx(expected_loss, rel=1e-3)
-    assert (grad - expected_grad).norm() < 2e-2 * expected_grad.norm()  # two roundings of 80 layers; one layer is compared below
-
-
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("nf4", [False, True], ids=["fp16", "nf4"])
-def test_one_fused_layer_is_peft_in_fp32_to_a_thousandth(dora, nf4):
-    """Outputs and gradients of a layer of SDXL's size, in fp16, against PEFT's own code in fp32 over the same weights."""
-    import bitsandbytes
-    from peft import LoraConfig, inject_adapter_in_model
-
-    from common import adapters, fused
-
-    def build(dtype):
-        torch.manual_seed(0)
-        linear = torch.nn.Linear(640, 1280, dtype=dtype)
-        linear.weight.data.copy_(linear.weight.half())
-        model = torch.nn.Sequential(linear)
-        if nf4:
-            quantised = bitsandbytes.nn.Linear4bit(640, 1280, compute_dtype=dtype, quant_type="nf4")
-            quantised.load_state_dict(linear.state_dict())
-            model = torch.nn.Sequential(quantised)
-            model.is_loaded_in_4bit = True
-        model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=["0"], use_dora=dora), model.cuda())
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.02, generator=torch.Generator("cuda").manual_seed(1))
-        return model
-
-    def run(model, flat, dtype):
-        x = torch.randn(2, 1024, 640, device="cuda", generator=torch.Generator("cuda").manual_seed(2)).half().to(dtype).requires_grad_()
-        y = model(x)
-        y.backward(torch.randn(y.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(3)).half().to(dtype))
-        return [tensor.float() for tensor in (y.detach(), x.grad, flat.grad)]
-
-    results = []
-    for dtype in (torch.float32, torch.float16):
-        model = build(dtype)
-        flat = adapters.FlatParameters([(adapters.trainable(model), {})], dtype)
-        if dtype == torch.float16:
-            fused.fuse([model], flat, torch.zeros((), dtype=torch.int64, device="cuda"))
-        results.append(run(model, flat, dtype))
-    for expected, got in zip(*results, strict=True):
-        assert (got - expected).norm() < 1e-3 * expected.norm()
+    assert (grad - expected_grad).norm() < 2e-2 * expected_grad.norm()  # two ways of rounding, over 80 layers
 
 
 @pytest.mark.parametrize(("script", "flags"), [*METHODS, ("train_dora", []), ("train_qlora", ["--gradient_checkpointing"])], ids=names)
