@@ -272,7 +272,7 @@ def draw(flags, sampler, columns, settings):
     """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
     from tqdm import tqdm
 
-    prompts = flags.prompt or (DEMO_PROMPTS if flags.demo else REFERENCE_PROMPTS)
+    prompts = list(dict.fromkeys(flags.prompt)) or (DEMO_PROMPTS if flags.demo else REFERENCE_PROMPTS)
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)
@@ -311,7 +311,10 @@ def save_image(flags, column, index, prompt, seed, image):
     facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
     facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{re.sub(r'[^A-Za-z0-9.-]+', '_', column.title).strip('_')}_{index:02d}_{seed}.png"
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", column.title).strip("_")
+    if not column.title.isascii() or (name == "base" and column.sources):  # else two columns could share a name
+        name = f"{name}_{hashlib.sha256(json.dumps(column.sources).encode()).hexdigest()[:8]}".strip("_")
+    file = f"images/{name}_{index:02d}_{seed}.png"
     parameters = "\n".join([*lines, ", ".join(facts)])
     report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
     return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}

@@ -15,7 +15,7 @@ import torch
 from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
 from common.engine import Engine, lr_schedule
 from common.fit import BlockCheckpointing, Fit, measure
-from common.flags import DEMO_ROOT
+from common.flags import DEMO_ROOT, UserError
 from demo.build import demo_assets
 
 
@@ -112,6 +112,12 @@ def train(flags, engine, data):
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
     recipe = _recipe(flags, data)
     progress = _resume(flags, engine)
+    if progress.step and progress.effective_batch != plan.effective_batch:
+        raise UserError(
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            " (batch size x accumulation x processes); resume with the same product"
+        )
+    progress.effective_batch = plan.effective_batch
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)

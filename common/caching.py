@@ -97,6 +97,7 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     framings = [dataset.frame(sample, **framing) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
     missing = [job for key, job in wanted.items() if key not in store]
+    host.barrier()  # every process shares out the same list, before any of them adds to the store
     bad = _encode_images(missing[host.rank :: host.world], store, model, host) if missing else []
     host.barrier()
     store.reload()
@@ -223,6 +224,8 @@ def encode_text(encoders, input_ids):
 class CachedText:
     """Captions whose embeddings were computed once. A batch carries the embeddings."""
 
+    encoders = ()  # none stay on the device
+
     def __init__(self, store):
         self.store = store
 
@@ -257,6 +260,7 @@ def cache_text(captions, model, host, mode, cache_dir):
     made_by = content_key("text", VERSION, loading.fingerprint(*parts), str(host.dtype))
     store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
     missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
+    host.barrier()  # as for the images
     mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM
     if missing:
         _encode_captions(mine, store, model, host)

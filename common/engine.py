@@ -188,13 +188,16 @@ class Engine:
 
     @torch.no_grad()
     def validate(self, batches):
-        """Mean unweighted mse over validation batches, on every process."""
-        self.unet.eval()
+        """Mean unweighted mse over validation batches, on every process; without dropout."""
+        modules = [module for module in (self.unet, *self.text.encoders) if module.training]
+        for module in modules:
+            module.eval()
         totals = torch.zeros(2, device=self.host.device)
         for batch in batches:
             fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
             mse = noise.mse_per_sample(*self.predict(fields))
             totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
-        self.unet.train()
+        for module in modules:
+            module.train()
         total, examples = self.host.sum(totals).tolist()
         return total / examples

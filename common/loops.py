@@ -36,6 +36,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     batches: int = 0  # effective batches used: the steps, and those skipped for a loss that was not finite
+    effective_batch: int = 0  # images of a step; another number would read the data from another place
     best_val_loss: float = math.inf
     validations_without_gain: int = 0
 

@@ -43,7 +43,9 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     )
     pipeline.set_progress_bar_config(disable=True)
     unconditional = (None, None) if zeros else condition(text, "", host)
-    unet.eval()
+    modules = [module for module in (unet, *text.encoders) if module.training]
+    for module in modules:
+        module.eval()
     images = []
     for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
         prompt_embeds, pooled = condition(text, prompt, host)
@@ -58,7 +60,8 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
             guidance_scale=GUIDANCE,
             generator=generator(seed + i),
         ).images
-    unet.train()
+    for module in modules:
+        module.train()
     del pipeline, vae
     gc.collect()
     device.free_memory(host.device)
