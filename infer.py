@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
 from common import hub
-from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, parse, print_config, run
+from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, local_path, parse, print_config, run
 from common.schedulers import SCHEDULERS
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
@@ -41,12 +41,14 @@ class Flags(ModelFlags):
     # what to draw
     compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
     lora: List[str] = flag(
-        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable"
+        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable", type=local_path
     )
     ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
     lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
     merge: Optional[str] = flag(
-        None, "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet"
+        None,
+        "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet",
+        type=local_path,
     )
     prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
     negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
@@ -56,14 +58,14 @@ class Flags(ModelFlags):
     steps: int = flag(30, "denoising steps")
     guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
-    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square")
+    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
     # machine
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
-    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go")
+    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path)
 
 
 class Adapter(NamedTuple):
@@ -74,11 +76,13 @@ class Adapter(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest."""
+    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest;
+    `stem`: what its files' names begin with."""
 
     title: str
     active: list
     sources: list
+    stem: str
 
 
 def main(argv=None):
@@ -148,8 +152,8 @@ def check(flags):
         raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
     if flags.image and not os.path.isfile(flags.image):
         raise UserError(f"--image {flags.image}: no such file")
-    if os.path.exists(flags.output_dir) and not os.path.isdir(flags.output_dir):
-        raise UserError(f"--output_dir {flags.output_dir}: is a file; name a folder")
+    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
+        raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
     if flags.merge is not None:
         check_merge(flags)
     check_model(flags)
@@ -161,7 +165,7 @@ def check_merge(flags):
     Raises:
         UserError: naming the flag, the value and the cure.
     """
-    place, model = Path(flags.merge).expanduser(), Path(flags.pretrained_model_name_or_path).expanduser()
+    place, model = Path(flags.merge), Path(flags.pretrained_model_name_or_path)
     if not flags.lora:
         raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
     for name in ("compare", "prompt", "image"):
@@ -179,11 +183,11 @@ def parse_lora(text):
     Raises:
         UserError: no such path.
     """
-    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+))", text)
-    if scaled and not Path(text).expanduser().exists():
-        path, scale = Path(scaled[1]).expanduser(), float(scaled[2])
+    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    if scaled and not Path(text).exists():
+        path, scale = Path(scaled[1]), float(scaled[2])
     else:
-        path, scale = Path(text).expanduser(), 1.0
+        path, scale = Path(text), 1.0
     if not path.exists():
         raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
     return Adapter(path, scale)
@@ -241,15 +245,27 @@ def make_columns(flags, sampler, adapters, files):
             sampler.host.say(f"left out: {error}")
             continue
         source = {"path": str(file), "scale": adapter.scale, "sha256": sha256(file)}
-        loaded.append(Column(title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
-    if not flags.compare:
-        together = [pair for one in loaded for pair in one.active]
-        return [Column(" + ".join(one.title for one in loaded) or "base", together, [source for one in loaded for source in one.sources])]
-    if not loaded:
+        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
+    if flags.compare and not loaded:
         raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
-    titles = [column.title for column in loaded]
-    numbered = [f"{title} ({titles[: i + 1].count(title)})" if titles.count(title) > 1 else title for i, title in enumerate(titles)]
-    return [Column("base", [], []), *(column._replace(title=title) for column, title in zip(loaded, numbered))]
+    if not flags.compare:
+        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
+        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
+    columns = []
+    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
+        title = unused(title, [column.title for column in columns], "{} ({})")
+        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
+    return columns
+
+
+def stem_of(title, used):
+    """`title` as the beginning of a file name that no other column has."""
+    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
+
+
+def unused(name, used, numbered):
+    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
+    return next(one for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2))) if one not in used)
 
 
 def title_of(file, scale):
@@ -311,10 +327,7 @@ def save_image(flags, column, index, prompt, seed, image):
     facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
     facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    name = re.sub(r"[^A-Za-z0-9.-]+", "_", column.title).strip("_")
-    if not column.title.isascii() or (name == "base" and column.sources):  # else two columns could share a name
-        name = f"{name}_{hashlib.sha256(json.dumps(column.sources).encode()).hexdigest()[:8]}".strip("_")
-    file = f"images/{name}_{index:02d}_{seed}.png"
+    file = f"images/{column.stem}_{index:02d}_{seed}.png"
     parameters = "\n".join([*lines, ", ".join(facts)])
     report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
     return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
@@ -327,7 +340,7 @@ def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
     from common import merging
 
-    place, host = Path(flags.merge).expanduser(), sampler.host
+    place, host = Path(flags.merge), sampler.host
     record = {**provenance(flags, model), "dtype": dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)

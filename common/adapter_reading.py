@@ -23,7 +23,7 @@ def find_adapter(place):
     Raises:
         UserError: nothing there, a pickle, a damaged file.
     """
-    path = Path(place).expanduser()
+    path = Path(place)
     file = _weights_in(path) if path.is_dir() else path
     if not file.exists():
         raise UserError(f"--lora {path}: no such file or folder")

@@ -14,15 +14,17 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
 
     A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
     Raises:
-        UserError: a target that matches no layer.
+        UserError: a target that matches no layer, or one that is not linear.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig
 
-    names = [name for name, _ in unet.named_modules()]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
             raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
+        if other := [module for module in found if not isinstance(module, torch.nn.Linear)]:
+            raise UserError(f"--lora_target_modules {target}: only linear layers can have an adapter, this is a {type(other[0]).__name__}")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
     cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
 

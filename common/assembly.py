@@ -5,7 +5,7 @@ What a trainer's own technique is (which layers get which adapter, on which weig
 
 import contextlib
 import functools
-import json
+import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,7 @@ def load_data(flags, host):
     text_cache = "none" if flags.train_text_encoder else flags.text_cache
     text = caching.cache_text(captions, model, host, text_cache, flags.cache_dir)
     schedule = loading.load_noise_schedule(model, host.device)
-    training, held_out = dataset.hold_out(latents.samples, flags.validation_split, flags.seed)
+    training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
     draws = dict(
         flip_share=0.5 if flags.random_flip else 0.0,
         drop_share=flags.caption_dropout,
@@ -111,13 +111,7 @@ def train(flags, engine, data):
     """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights"}."""
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
     recipe = _recipe(flags, data)
-    progress = _resume(flags, engine)
-    if progress.step and progress.effective_batch != plan.effective_batch:
-        raise UserError(
-            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
-            " (batch size x accumulation x processes); resume with the same product"
-        )
-    progress.effective_batch = plan.effective_batch
+    progress = _resume(flags, engine, recipe, plan)
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
@@ -134,7 +128,9 @@ def train(flags, engine, data):
     engine.run_pass.clear()
     if host.is_main:
         _write_results(output_dir, engine.ema, save_adapter)
-        formats.save_kohya(output_dir / "kohya" / f"{output_dir.name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data))
+        formats.save_kohya(
+            output_dir / "kohya" / f"{output_dir.resolve().name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data)
+        )
         if flags.save_peft:
             formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
         report.plot_training(output_dir)
@@ -175,7 +171,7 @@ def _plan(flags, host, data):
         flags.checkpoints_total_limit,
         flags.validation_steps,
         flags.early_stopping_patience,
-        flags.max_train_minutes,
+        host.started_s + 60 * (flags.max_train_minutes or math.inf),
     )
 
 
@@ -205,19 +201,37 @@ _FREE_TO_CHANGE = {
 }
 
 
-def _resume(flags, engine):
-    folder = checkpoint.find_resume(flags.resume_from_checkpoint, flags.output_dir)
+def _resume(flags, engine, recipe, plan):
+    """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
+
+    Raises:
+        UserError: a damaged or foreign checkpoint, another effective batch, newer checkpoints beside it.
+    """
+    host, folder = engine.host, checkpoint.find_resume(flags.resume_from_checkpoint, flags.output_dir)
     if folder is None:
         if flags.resume_from_checkpoint:
-            engine.host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
-        return loops.Progress()
+            host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
+        return loops.Progress(effective_batch=plan.effective_batch)
+    newest = max([*checkpoint.find_checkpoints(flags.output_dir), folder], key=checkpoint.step_of)
+    if checkpoint.step_of(newest) > checkpoint.step_of(folder):
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: {newest} is newer and would be mixed up with what follows;"
+            " resume with 'latest', move the newer ones away, or name another --output_dir"
+        )
     progress = loops.Progress(**checkpoint.load_checkpoint(folder, engine))
-    config = folder.parent / "config.json"
-    before = json.loads(config.read_text())["flags"] if config.exists() else {}
-    for name, value in asdict(flags).items():
-        if before.get(name, value) != value and name not in _FREE_TO_CHANGE:
-            engine.host.say(f"resuming with --{name} {value}, which was {before[name]}")
-    engine.host.say(f"resumed from {folder}")
+    if progress.effective_batch != plan.effective_batch:
+        raise UserError(
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            " (batch size x accumulation x processes); resume with the same product"
+        )
+    before = checkpoint.read_config(folder.parent)
+    for name, value in recipe["flags"].items():
+        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
+            host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
+    if before["data"] not in ({}, recipe["data"]):
+        was, now = before["data"]["images"], recipe["data"]["images"]
+        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
+    host.say(f"resumed from {folder}")
     return progress
 
 

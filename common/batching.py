@@ -77,7 +77,9 @@ class Examples:
 
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
-        draws = noise.draw(noise.generator_for(self.seed, "validation", number), self.latents.moments(index)[0].shape, self.num_timesteps)
+        # not from the run's seed: the losses of runs with several seeds are to be compared
+        generator = noise.generator_for("validation", self.latents.samples[index].key, part)
+        draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
         return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0)
 

@@ -52,7 +52,7 @@ class Store:
                     self._shards[path] = safe_open(path, "pt")
                     self._shard_of.update((name.rpartition(".")[0], self._shards[path]) for name in self._shards[path].keys())
                 except SafetensorError as error:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # another process may have seen it too
                     print(f"cache: {path} is damaged ({error}) and was removed; its entries are encoded again")
 
     def __contains__(self, key):
@@ -92,17 +92,19 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     Raises:
         UserError: more than `max_bad` pictures cannot be decoded, or the VAE gives non-finite latents.
     """
-    made_by = content_key("latents", VERSION, loading.fingerprint(model.vae), str(host.dtype))
+    made_by = content_key("latents", VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
     store = Store(Path(cache_dir) / "latents" / made_by)
     framings = [dataset.frame(sample, **framing) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
     missing = [job for key, job in wanted.items() if key not in store]
     host.barrier()  # every process shares out the same list, before any of them adds to the store
-    bad = _encode_images(missing[host.rank :: host.world], store, model, host) if missing else []
+    bad = dict(host.gather(_encode_images(missing[host.rank :: host.world], store, model, host) if missing else []))
     host.barrier()
     store.reload()
-    dataset.refuse_bad(list(dict.fromkeys(bad)), max_bad, bad_before)  # a picture and its mirror image are one
-    kept = [(s, f) for s, f in zip(samples, framings) if all(_latent_key(s, f, flip) in store for flip in flips)]
+    dataset.refuse_bad(list(bad.values()), max_bad, bad_before)
+    kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
+    if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
+        raise UserError(f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again")
     host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
     if not kept:
         raise UserError("none of the images could be decoded")
@@ -136,7 +138,7 @@ def _latent_key(sample, framing, flip):
 
 
 def _encode_images(jobs, store, model, host):
-    """Fill `store` with the moments of the jobs; returns the names of the pictures that cannot be decoded."""
+    """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of the pictures that cannot be decoded."""
     vae, bad = loading.load_vae(model, host), []
     bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
     with bar, contextlib.ExitStack() as at_exit:
@@ -145,7 +147,7 @@ def _encode_images(jobs, store, model, host):
         for job, image in _decoded(jobs):
             bar.update()
             if isinstance(image, Exception):
-                bad.append(f"{job[0].name} ({image})")
+                bad.append((job[0].key, f"{job[0].name} ({image})"))
                 continue
             batch = batches[image.shape]
             batch.append((job, image))
@@ -257,7 +259,7 @@ def cache_text(captions, model, host, mode, cache_dir):
     if mode == "none":
         return LiveText(loading.load_text_encoders(model, host))
     parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
-    made_by = content_key("text", VERSION, loading.fingerprint(*parts), str(host.dtype))
+    made_by = content_key("text", VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
     store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
     missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
     host.barrier()  # as for the images

@@ -47,6 +47,21 @@ def find_resume(resume_from_checkpoint, output_dir):
     return found[-1] if found else None
 
 
+def step_of(folder):
+    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
+    number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(number[1]) if number else 0
+
+
+def read_config(output_dir):
+    """The recipe in a run's config.json: {"flags": ..., "data": ...}, empty where it is absent or damaged."""
+    try:
+        recipe = json.loads((output_dir / "config.json").read_text())
+        return {"flags": dict(recipe["flags"]), "data": dict(recipe["data"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"flags": {}, "data": {}}
+
+
 def load_checkpoint(folder, engine):
     """Put the engine where the checkpoint was made; returns its `progress`.
 
@@ -55,13 +70,17 @@ def load_checkpoint(folder, engine):
     """
     try:
         state = json.loads((folder / "state.json").read_text())
+        layout, optimizer_class = [(name, tuple(shape)) for name, shape in state["layout"]], state["optimizer_class"]
         tensors = load_file(folder / "state.safetensors", device=str(engine.host.device))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({error})") from None
-    if [tuple(map(str, entry)) for entry in state["layout"]] != [(name, str(list(shape))) for name, shape in engine.flat.layout]:
-        raise UserError(f"--resume_from_checkpoint {folder}: made with another --lora_rank, --lora_target_modules or base model")
-    if state["optimizer_class"] != type(engine.optimizer).__name__:
-        raise UserError(f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error})") from None
+    if layout != engine.flat.layout:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: its adapter has {len(layout)} weights and this one {len(engine.flat.layout)}, or of other"
+            " shapes; resume with the same script, base model, --lora_rank, --lora_target_modules and --train_text_encoder"
+        )
+    if optimizer_class != type(engine.optimizer).__name__:
+        raise UserError(f"--resume_from_checkpoint {folder}: made with {optimizer_class}; resume with the same --use_8bit_adam")
     if ("ema" in tensors) != (engine.ema is not None):
         raise UserError(
             f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"

@@ -94,16 +94,23 @@ def _folder_pairs(folder, caption_column):
     for metadata, rows_of in (("metadata.jsonl", _jsonl_rows), ("metadata.csv", _csv_rows)):
         if (folder / metadata).exists():
             return _metadata_pairs(folder / metadata, rows_of(folder / metadata), caption_column)
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _is_litter(path, folder))
     if not images:
         raise UserError(f"--train_data_dir {folder}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
     captions = [path.with_suffix(".txt") for path in images]
     if not any(path.exists() for path in captions):
+        elsewhere = sorted(folder.glob("*/metadata.*"))
+        hint = f" (there is {elsewhere[0]}: name that folder)" if elsewhere else ""
         raise UserError(
-            f"--train_data_dir {folder}: no captions; add metadata.jsonl or .csv (columns file_name and {caption_column}),"
+            f"--train_data_dir {folder}: no captions{hint}; add metadata.jsonl or .csv (columns file_name and {caption_column}),"
             f" or a .txt beside each image ({captions[0].name})"
         )
     return [(str(image), _read_text(text) if text.exists() else "", image.read_bytes) for image, text in zip(images, captions)]
+
+
+def _is_litter(path, folder):
+    """Hidden files, and what notebooks and archivers leave behind: copies that would be trained on twice."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
 def _metadata_pairs(metadata, rows, caption_column):
@@ -121,7 +128,7 @@ def _metadata_pairs(metadata, rows, caption_column):
 
 def _jsonl_rows(path):
     rows = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines() would cut captions at U+2028 too
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -160,16 +167,20 @@ def _hub_pairs(dataset_name, image_column, caption_column):
     return [(f"{dataset_name}[{i}]", captions[i], functools.partial(read, i)) for i in range(len(data))]
 
 
-def hold_out(samples, share, seed):
-    """Split off a random `share` of the samples (at least one when share > 0) -> (training, held out)."""
+def hold_out(samples, share):
+    """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
+
+    Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures; equal
+    pictures are never on both sides.
+    """
     if not share:
         return samples, []
-    count = max(1, round(len(samples) * share))
-    if count >= len(samples):
-        raise UserError(f"--validation_split {share}: leaves none of the {len(samples)} samples to train on")
-    order = np.random.default_rng(seed).permutation(len(samples))
-    held_out = set(order[:count].tolist())
-    return [s for i, s in enumerate(samples) if i not in held_out], [samples[i] for i in sorted(held_out)]
+    keys = sorted({sample.key for sample in samples}, key=lambda key: hashlib.blake2b(f"held out {key}".encode()).digest())
+    count = max(1, round(len(keys) * share))
+    if count >= len(keys):
+        raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")
+    held_out = set(keys[:count])
+    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
 
 
 # ---------------------------------------------------------------- framing

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import psutil
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from common.flags import UserError
 
 GIB = 2**30
+_earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Host:
     reason: str
     rank: int
     world: int
+    started_s: float  # when the run began, on the monotonic clock
 
     @property
     def is_main(self):
@@ -32,6 +34,10 @@ class Host:
     def say(self, line):
         if self.is_main:
             print(line, flush=True)
+
+    def gather(self, items):
+        """The lists of all processes as one list, on every process."""
+        return gather_object(items) if self.world > 1 else items
 
     def barrier(self):
         PartialState().wait_for_everyone()
@@ -51,12 +57,13 @@ def start(mixed_precision="fp16", seed=0):
     Raises:
         UserError: for bf16 on a card that only emulates it.
     """
+    started_s = time.monotonic()
     quieten_libraries()
     torch.manual_seed(seed)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     dtype, reason = _choose_dtype(where, mixed_precision)
-    host = Host(where, dtype, reason, state.process_index, state.num_processes)
+    host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
     processes = f", {host.world} processes" if host.world > 1 else ""
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
@@ -88,8 +95,15 @@ def _choose_dtype(device, mixed_precision):
 
 
 def peak_gib(device):
-    """Highest memory so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else peak_ram_gib()
+    """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+
+
+def start_new_peak(device):
+    """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
+    global _earlier_peak_gib
+    _earlier_peak_gib = peak_gib(device)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_ram_gib():

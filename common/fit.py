@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.device import GIB
+from common.device import GIB, start_new_peak
 
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
@@ -93,7 +93,7 @@ def _probe(engine, batch, checkpointing):
     before = torch.cuda.memory_allocated()
     if checkpointing:
         checkpointing.sizes = {}
-    torch.cuda.reset_peak_memory_stats()
+    start_new_peak(engine.host.device)
     engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
     lowest, sizes = torch.cuda.max_memory_allocated() - before, {}
     if checkpointing:

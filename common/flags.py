@@ -34,6 +34,13 @@ def flag(default, help, **metadata):
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
+def local_path(text):
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
 class Switch(argparse.Action):
     """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
 
@@ -125,9 +132,12 @@ def print_config(flags):
 
 
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2."""
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -150,18 +160,24 @@ class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
     pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file"
+        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
-        None, "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one"
+        None,
+        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one",
+        type=local_path,
     )
     config_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "where configs and tokenizers of a single-file model come from: hub id or folder"
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "where configs and tokenizers of a single-file model come from: hub id or folder",
+        type=local_path,
     )
     variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
-    cache_dir: str = flag(CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs")
+    cache_dir: str = flag(
+        CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
+    )
     dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
     demo: bool = flag(False, "a tiny SDXL and a tiny data set that come with the suite: no network, about a minute on a CPU")
 
@@ -177,7 +193,9 @@ class TrainFlags(ModelFlags):
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
     train_data_dir: Optional[str] = flag(
-        None, "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too"
+        None,
+        "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too",
+        type=local_path,
     )
     image_column: str = flag("image", "column of the images in a hub data set")
     caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
@@ -238,15 +256,19 @@ class TrainFlags(ModelFlags):
     use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
     ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
     # output
-    output_dir: str = flag("outputs/train", "where everything the run writes goes")
+    output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
     save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
     checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
-    resume_from_checkpoint: Optional[str] = flag(None, "'latest' or the path of a checkpoint folder: go on exactly where it was")
-    max_train_minutes: Optional[float] = flag(None, "stop early, with a checkpoint, after this many minutes")
+    resume_from_checkpoint: Optional[str] = flag(
+        None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
+    )
+    max_train_minutes: Optional[float] = flag(None, "stop early, with everything saved, this many minutes after the start")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
     validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
-    validation_steps: int = flag(500, "optimizer steps between validations (images and held-out loss)")
+    validation_steps: int = flag(
+        500, "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)"
+    )
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
     early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
 
@@ -276,18 +298,34 @@ def check(flags):
         raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    if not all(name.strip() for name in flags.lora_target_modules):
+        raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
     _check_places(flags)
     _check_packages(flags)
     check_model(flags)
 
 
 def check_model(flags):
-    """The part of `check` that every script needs: a model that is meant to be local must be there."""
+    """The part of `check` that every script needs: a model that is meant to be local is there, and what is written finds a place."""
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
+    for name in ("output_dir", "cache_dir"):
+        _check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
-        if looks_local and not os.path.exists(os.path.expanduser(place)) and not _of_the_demo(place):
+        if looks_local and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
+
+
+def _check_writable(name, place):
+    """A folder that is there with the right to write in it, or that can be made."""
+    path = Path(place).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not nearest.is_dir():
+        raise UserError(f"--{name} {place}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--{name} {place}: no right to write in {nearest}; name another folder")
 
 
 def _of_the_demo(place):
@@ -297,14 +335,11 @@ def _of_the_demo(place):
 def _check_places(flags):
     if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
         find_data_dir(flags.train_data_dir)
-    output = Path(flags.output_dir)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output_dir {output}: is a file; name a folder")
-    if flags.resume_from_checkpoint not in (None, "latest") and not os.path.isdir(flags.resume_from_checkpoint):
-        raise UserError(f"--resume_from_checkpoint {flags.resume_from_checkpoint}: no such checkpoint folder")
-    if flags.resume_from_checkpoint is None and any(
-        (output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")
-    ):
+    output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    if resume not in (None, "latest") and not os.path.isdir(resume):
+        raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
+    continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
+    if not continues and any((output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")):
         raise UserError(
             f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
         )

@@ -9,7 +9,6 @@ magnitude, n [N] row norms of W + s B A, g = m / n.
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from common.kernels import Geglu, gain_backward, seeded_dropout
 
@@ -114,6 +113,8 @@ class FusedLayer:
 
 def fuse(models, flat, seed):
     """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for salt, layer in enumerate(layers):
         layer.forward = FusedLayer(layer, flat, seed, salt)

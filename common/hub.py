@@ -19,14 +19,14 @@ def check(flags):
     """
     if "dataset_name" in vars(flags) and flags.train_data_dir is None:
         _require(flags.dataset_name, "dataset", "dataset_name", "README.md")
-    model, vae = Path(flags.pretrained_model_name_or_path).expanduser(), flags.pretrained_vae_model_name_or_path
+    model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
     is_local, in_demo = model.exists(), model.is_relative_to(DEMO_ROOT)
     if model.is_file() and not os.path.isdir(flags.config_name_or_path):
         _require(flags.config_name_or_path, "model", "config_name_or_path", "model_index.json")
     if not is_local and not in_demo:
         _require(flags.pretrained_model_name_or_path, "model", "pretrained_model_name_or_path", "model_index.json")
         vae = vae or FP16_VAE
-    if vae and not Path(vae).expanduser().is_dir():
+    if vae and not Path(vae).is_dir():
         _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
 
 

@@ -20,6 +20,7 @@ from common.hub import FP16_VAE
 from common.noise import NoiseSchedule
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
+PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
 CHUNK_BYTES = 512 * 2**20
 
 
@@ -42,7 +43,7 @@ def find_model(name, vae=None, variant="fp16", revision=None, config="stabilitya
     Raises:
         UserError: not a diffusers model.
     """
-    place = Path(name).expanduser()
+    place = Path(name)
     if place.is_file():
         folder = _convert_single_file(place, config, Path(cache_dir))
     elif place.is_dir():
@@ -50,9 +51,22 @@ def find_model(name, vae=None, variant="fp16", revision=None, config="stabilitya
     else:
         vae = vae or FP16_VAE
         folder = _download_pipeline(name, variant, revision)
+    _check_parts(name, folder)
+    return Model(name, folder, _find_vae(vae or str(folder)), variant)
+
+
+def _check_parts(name, folder):
+    """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
     if not (folder / "model_index.json").exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
-    return Model(name, folder, _find_vae(vae) if vae else folder / "vae", variant)
+    for part, wanted in PARTS.items():
+        try:
+            config = json.loads((folder / part / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--pretrained_model_name_or_path {name}: no readable {part}/config.json in it; SDXL has one") from None
+        found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
+        if found != wanted:
+            raise UserError(f"--pretrained_model_name_or_path {name}: its {part} is {found}, SDXL's is {wanted}")
 
 
 def _download_pipeline(repo_id, variant, revision):
@@ -63,7 +77,7 @@ def _download_pipeline(repo_id, variant, revision):
 
 
 def _find_vae(vae):
-    folder = Path(vae).expanduser()
+    folder = Path(vae)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -94,9 +108,13 @@ def _convert_single_file(path, config, cache_dir):
     return folder
 
 
-def fingerprint(*folders):
-    """What identifies the models in `folders` for the caches: files with their sizes and times of change. Reads no weights."""
-    files = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt"))
+def fingerprint(variant, *folders):
+    """What identifies the models in `folders` for the caches: the files that are loaded, with size and time of change. Reads no weights."""
+    files = []
+    for folder in folders:
+        loaded = _variant_in(folder, variant) or ""  # the part after the first dot: model.fp16-00001-of-00002.safetensors
+        weights = [path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded]
+        files += sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 

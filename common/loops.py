@@ -27,7 +27,7 @@ class Plan:
     checkpoints_total_limit: Optional[int]
     validation_steps: int
     early_stopping_patience: Optional[int] = None
-    max_train_minutes: Optional[float] = None
+    ends_s: float = math.inf  # on the monotonic clock: by then everything must be saved
 
 
 @dataclass
@@ -57,12 +57,13 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
     Raises:
         UserError: the loss is not finite NON_FINITE_LIMIT times in a row (after a checkpoint).
     """
-    host, non_finite, ended = engine.host, 0, "finished"
-    stopping = StopRequest(plan.max_train_minutes)
+    host, non_finite = engine.host, 0
+    ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
+    stopping = StopRequest(plan.ends_s)
     fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
     save = _Saver(engine, plan, save_weights, progress.step)
     with stopping.listening():
-        while progress.step < plan.total_steps:
+        while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
             batches = fetch(progress.batches)
             try:
@@ -87,25 +88,36 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
                 if held_out is not None:
                     row["val_loss"] = _validate(engine, held_out, fit.micro_batch, progress)
             report.log(row)
-            out_of_patience = plan.early_stopping_patience and progress.validations_without_gain >= plan.early_stopping_patience
-            if result.stop or out_of_patience:
-                ended = stopping.reason or ("early stopping" if out_of_patience else "stopped by another process")
-                break
-            if plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
-                save(progress)
+            stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
+            if result.stop:
+                ended = stopping.reason or "stopped by another process"
+            elif _out_of_patience(plan, progress):
+                ended = "early stopping"
+            elif plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
+                stopping.longest_save_s = max(stopping.longest_save_s, save(progress))
         save(progress)
     return progress, ended
 
 
-class StopRequest:
-    """SIGINT, SIGTERM or the time limit: the step in flight is finished, then a checkpoint is written."""
+def _out_of_patience(plan, progress):
+    return plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
 
-    def __init__(self, max_minutes):
-        self._signal, self._ends = None, time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+
+class StopRequest:
+    """SIGINT, SIGTERM or the time limit: the step in flight is finished, then a checkpoint is written.
+
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
+    take about as long as two more. The loop keeps `longest_step_s` and `longest_save_s` up to date.
+    """
+
+    def __init__(self, ends_s):
+        self._signal, self._ends_s = None, ends_s
+        self.longest_step_s, self.longest_save_s = 0.0, 0.0
 
     @property
     def reason(self):
-        return self._signal or ("time limit reached" if time.monotonic() > self._ends else None)
+        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
 
     @contextlib.contextmanager
     def listening(self):
@@ -144,18 +156,20 @@ class _Prefetch:
 
 
 class _Saver:
-    """Writes a checkpoint and the adapter file of a step, unless that step's are there already."""
+    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took."""
 
     def __init__(self, engine, plan, save_weights, step):
         self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
 
     def __call__(self, progress):
+        started = time.monotonic()
         if self._engine.host.is_main and progress.step != self._saved:
+            self._save_weights(progress.step)  # first: from the checkpoint on, a killed run would not come back to write it
             limit = self._plan.checkpoints_total_limit
             checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
-            self._save_weights(progress.step)
         self._saved = progress.step
         self._engine.host.barrier()
+        return time.monotonic() - started
 
 
 def _step_down(fit, report):

@@ -26,7 +26,9 @@ class Report:
             return
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, self.path)
         self.file = self.path.open("a")
         self.tracker = None
         if report_to != "none":

@@ -62,8 +62,8 @@ def samples_in(place):
     return dataset.load_samples(None, str(place.data), "image", "text", None, 0)[0]
 
 
-def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, **framing):
-    model = loading.find_model(str(place.model), vae, cache_dir=place.cache)
+def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, variant="fp16", **framing):
+    model = loading.find_model(str(place.model), vae, variant, cache_dir=place.cache)
     framing = {"resolution": 64, "center_crop": True, "aspect_ratio_buckets": False, **framing}
     return caching.cache_latents(samples or samples_in(place), model, host, place.cache, max_bad, flips, **framing)
 
@@ -257,6 +257,18 @@ def test_replaced_vae_weights_never_read_an_old_entry(place, host, encoded):
     torch.testing.assert_close(latents.moments(0)[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_variant_beside_the_plain_weights_is_another_vae(place, host, encoded):
+    """Both in one folder, and --variant says which of them is loaded."""
+    latents_of(place, host)
+    plain = place.model / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy2(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    encoded()
+    latents_of(place, host, variant=None)
+    assert encoded() == (0, 0)  # the plain weights are the ones that were there
+    latents_of(place, host, variant="fp16")
+    assert encoded() == (6, 0)
+
+
 def test_another_vae_never_reads_an_old_entry_and_the_old_ones_stay(place, host, encoded):
     latents_of(place, host)
     shutil.copytree(place.model / "vae", place.model.parent / "other")
@@ -293,7 +305,7 @@ def test_a_changed_tokenizer_never_reads_an_old_entry(place, host, encoded):
 def test_another_dtype_never_reads_an_old_entry(place, host, encoded):
     latents_of(place, host)
     encoded()
-    halves = device.Host(host.device, torch.bfloat16, "", 0, 1)
+    halves = device.Host(host.device, torch.bfloat16, "", 0, 1, 0.0)
     assert latents_of(place, halves).moments(0)[0].dtype == torch.bfloat16
     assert encoded() == (6, 0)
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -131,6 +132,26 @@ def test_finding_the_samples_decodes_no_picture(tmp_path, monkeypatch, suffix):
 def test_a_folder_without_captions_is_refused_and_told_what_to_add(folder):
     message = refusal(folder)
     assert f"--train_data_dir {folder}" in message and "metadata.jsonl" in message and "a.txt" in message
+
+
+def test_metadata_in_a_folder_below_is_pointed_at(folder):
+    (folder / "train").mkdir()
+    write_jsonl(folder / "train", [])
+    assert f"there is {folder / 'train/metadata.jsonl'}: name that folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("litter", [".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/a.png", "._a.png"])
+def test_what_notebooks_and_archivers_leave_behind_is_no_data(folder, litter):
+    with_txt(folder)
+    before = [s.name for s in read(folder)[0]]
+    (folder / litter).parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "a.png", folder / litter)
+    assert [s.name for s in read(folder)[0]] == before
+
+
+def test_a_caption_may_hold_any_character_but_a_line_feed(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one\u2028two"}\n', encoding="utf-8")
+    assert [s.caption for s in read(folder)[0]] == ["one\u2028two"]
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -417,18 +438,23 @@ def test_flipping_after_the_crop_is_cropping_the_mirror_image_at_its_time_ids():
 # ---------------------------------------------------------------- held out
 
 
-def test_held_out_samples_are_a_fixed_random_share_and_never_trained_on():
+def test_held_out_samples_are_a_fixed_share_by_content_and_never_trained_on():
     samples = [sized(64, 64, f"{i:032x}") for i in range(40)]
-    training, held_out = dataset.hold_out(samples, 0.25, seed=1)
+    training, held_out = dataset.hold_out(samples, 0.25)
     assert len(held_out) == 10 and len(training) == 30
     assert {s.key for s in training} | {s.key for s in held_out} == {s.key for s in samples}
-    assert dataset.hold_out(samples, 0.25, seed=1) == (training, held_out)
-    assert dataset.hold_out(samples, 0.25, seed=2)[1] != held_out
+    assert {s.key for s in dataset.hold_out(samples[::-1], 0.25)[1]} == {s.key for s in held_out}  # whatever the order of the files
     assert held_out != samples[:10] and held_out != samples[-10:]
-    assert dataset.hold_out(samples, 0.0, seed=1) == (samples, [])
-    assert len(dataset.hold_out(samples, 0.001, seed=1)[1]) == 1
+    assert dataset.hold_out(samples, 0.0) == (samples, [])
+    assert len(dataset.hold_out(samples, 0.001)[1]) == 1
+
+
+def test_equal_pictures_are_held_out_together():
+    samples = [sized(64, 64, f"{i % 5:032x}") for i in range(20)]
+    training, held_out = dataset.hold_out(samples, 0.4)
+    assert len(held_out) == 8 and not {s.key for s in training} & {s.key for s in held_out}
 
 
 def test_holding_everything_out_is_refused():
     with pytest.raises(UserError, match="--validation_split 0.99"):
-        dataset.hold_out([sized(64, 64)], 0.99, seed=1)
+        dataset.hold_out([sized(64, 64)], 0.99)

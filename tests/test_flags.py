@@ -240,6 +240,11 @@ REFUSED = {
     "--validation_split 1": ["--validation_split 1"],
     "--early_stopping_patience 2": ["--early_stopping_patience", "--validation_split"],
     "--max_bad_images -1": ["--max_bad_images -1"],
+    "--seed -1": ["--seed -1"],
+    "--seed 4294967296": ["--seed 4294967296", "2^32"],
+    "--output_dir=": ["--output_dir", "empty"],
+    "--train_data_dir=": ["--train_data_dir", "empty"],
+    "--lora_target_modules=": ["--lora_target_modules", "empty"],
     "--train_data_dir ./nowhere": ["--train_data_dir ./nowhere", "no such folder"],
     "--train_data_dir nowhere": ["--train_data_dir nowhere", "no such folder"],
     "--pretrained_model_name_or_path ./nowhere": ["--pretrained_model_name_or_path ./nowhere"],
@@ -285,6 +290,26 @@ def test_an_output_dir_with_finished_weights_alone_is_not_written_over(tmp_path,
 def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     assert f"--output_dir {tmp_path / 'out'}" in refusal(["--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(flag, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"{flag} {tmp_path / 'file/sub'}: {tmp_path / 'file'} is a file" in refusal([flag, str(tmp_path / "file/sub")])
+
+
+def test_a_home_folder_is_meant_by_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse(train_opt.Flags, ["--output_dir=~/runs"]).output_dir == "/home/somebody/runs"
+
+
+def test_resuming_elsewhere_does_not_write_over_a_run(tmp_path, files_in):
+    """A checkpoint of one run, and the output folder of another: their metrics would be mixed."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/metrics.jsonl").write_text("the work of a night")
+    (tmp_path / "run/checkpoint-000004").mkdir(parents=True)
+    argv = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-000004")]
+    assert "already holds a run" in refusal(argv)
 
 
 def test_a_missing_package_is_asked_for_by_name(monkeypatch):

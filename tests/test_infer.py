@@ -273,7 +273,7 @@ def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(s
 )
 def test_auto_picks_the_memory_tier_by_what_is_free_and_says_so(monkeypatch, free_gib, resolution, tier):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 16 * 2**30))
-    host = device.Host(torch.device("cuda"), torch.float16, "", 0, 1)
+    host = device.Host(torch.device("cuda"), torch.float16, "", 0, 1, 0.0)
     chosen, reason = sampling.choose_memory("auto", host, sampling.Settings(resolution=resolution), batch_size=1)
     assert chosen == tier and f"{free_gib} GiB" in reason
 
@@ -314,7 +314,11 @@ MISTAKES = {
     "--lora empty": "--lora empty: neither pytorch_lora_weights.safetensors nor adapter_model.safetensors in it",
     "--ema --lora empty": "--ema: no ema_unet in empty",
     "--compare": "--compare: no adapter given and no outputs/",
-    "--output_dir lora.bin": "--output_dir lora.bin: is a file",
+    "--output_dir lora.bin": "lora.bin is a file; name a folder",
+    "--output_dir lora.bin/sub": "lora.bin is a file; name a folder",
+    "--seed -1": "--seed -1: must be at least 0",
+    "--ema": "--ema: there is no adapter",
+    "--lora_scale 0.5": "--lora_scale: there is no adapter",
     "--memory offload": "--memory offload: needs a CUDA GPU",
     "--pretrained_model_name_or_path ./absent": "--pretrained_model_name_or_path ./absent: no such folder or file",
 }
@@ -345,3 +349,13 @@ def test_the_documented_defaults():
     flags = parse(infer.Flags, [])
     assert (flags.resolution, flags.steps, flags.guidance_scale, flags.seed, flags.scheduler) == (1024, 30, 7.5, 42, "euler")
     assert infer.REFERENCE_PROMPTS == ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+
+
+def test_columns_of_equal_names_have_files_of_their_own():
+    """Titles that differ only in what a file name cannot hold, and one that is called like the base."""
+    used, stems = [], []
+    for title in ("base", "a b", "a_b", "a/b", "日本", "base"):
+        used.append(infer.unused(title, used, "{} ({})"))
+        stems.append(infer.stem_of(used[-1], stems))
+    assert used == ["base", "a b", "a_b", "a/b", "日本", "base (2)"]
+    assert stems == ["base", "a_b", "a_b_2", "a_b_3", "日本", "base_2"]

@@ -170,6 +170,8 @@ def test_early_stopping_counts_on_after_a_resume(train, tmp_path, monkeypatch):
     first = train(*flags, "--max_train_minutes", 1e-9, into=tmp_path)
     rest = train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path)
     assert first.result["step"] < 4 and (rest.result["ended"], rest.result["step"]) == ("early stopping", 4)
+    again = train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path)
+    assert (again.result["ended"], again.result["step"]) == ("early stopping", 4)  # it does not creep on a step a command
 
 
 # ---------------------------------------------------------------- what is resumed from
@@ -250,7 +252,31 @@ def test_other_data_is_said_so(train, copy, demo, capsys, tmp_path):
     rows = (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(rows[:20]) + "\n")
     resume(train, copy, "--train_data_dir", tmp_path / "data")
-    assert "--train_data_dir" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "--train_data_dir" in said and "resuming with other data: 20 images now, 24 before" in said
+
+
+def test_an_older_checkpoint_is_not_resumed_beside_newer_ones(train, copy, files_in):
+    """Rotation and 'latest' would take the newer ones, which belong to another future."""
+    (older,) = copy.glob("checkpoint-*")
+    shutil.copytree(older, copy / "checkpoint-000011")
+    before = files_in(copy)
+    message = refusal(train, copy, checkpoint=older)
+    assert "checkpoint-000011 is newer" in message and files_in(copy) == before
+
+
+def test_a_limit_leaves_time_to_save(monkeypatch):
+    """A step takes 2 s and a checkpoint 10: of 60 s the last 34 are for ending."""
+    from common import loops
+
+    now = [100.0]
+    monkeypatch.setattr(loops.time, "monotonic", lambda: now[0])
+    stopping = loops.StopRequest(ends_s=160.0)
+    stopping.longest_step_s, stopping.longest_save_s = 2.0, 10.0
+    now[0] = 125.9
+    assert stopping.reason is None
+    now[0] = 126.1
+    assert stopping.reason == "time limit reached"
 
 
 @pytest.mark.parametrize("flags", [["--learning_rate", 5e-4], ["--seed", 7], ["--lora_alpha", 16]])
@@ -259,7 +285,7 @@ def test_a_changed_setting_is_named_when_the_run_goes_on(train, copy, capsys, fl
     assert f"resuming with {flags[0]} {flags[1]}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["no state.json", "no tensors", "half a json", "half the tensors"])
+@pytest.mark.parametrize("damage", ["no state.json", "no tensors", "half a json", "empty json", "half the tensors"])
 def test_a_damaged_checkpoint_is_named_in_one_line(train, copy, damage):
     (checkpoint,) = copy.glob("checkpoint-*")
     file = checkpoint / ("state.json" if "json" in damage else "state.safetensors")
@@ -267,11 +293,18 @@ def test_a_damaged_checkpoint_is_named_in_one_line(train, copy, damage):
     file.unlink()
     if damage.startswith("half"):
         file.write_bytes(data[: len(data) // 2])
+    if damage.startswith("empty"):
+        file.write_text("{}")
     assert str(checkpoint) in refusal(train, copy)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(train, copy):
     assert "--resume_from_checkpoint" in refusal(train, copy, checkpoint=copy)
+
+
+def test_a_damaged_config_does_not_stop_a_run_from_going_on(train, whole, copy):
+    (copy / "config.json").write_text('{"flags": {"resol')
+    assert_equal_runs(resume(train, copy), whole(*STEPS))
 
 
 # ---------------------------------------------------------------- what is kept

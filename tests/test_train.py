@@ -499,3 +499,29 @@ def test_offline_a_hub_id_is_named_with_its_flag(demo, tmp_path, flag):
         train_opt.main([*local[flag], f"--{flag}", "someone/something", "--output_dir", str(tmp_path / "run")])
     assert all(part in str(caught.value) for part in (f"--{flag} someone/something", "--demo", "local path"))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- what is not SDXL
+
+
+def refused(train, into, *flags):
+    with pytest.raises(UserError) as caught:
+        train("--max_train_steps", 1, *flags, into=into)
+    assert "\n" not in str(caught.value) and not into.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["conv1", "attn1", "nowhere"])
+def test_a_target_that_is_no_linear_layer_is_refused(train, tmp_path, target):
+    assert f"--lora_target_modules {target}" in refused(train, tmp_path / "run", "--lora_target_modules", target)
+
+
+def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):
+    shutil.copytree(demo.model, tmp_path / "model")
+    model = ["--pretrained_model_name_or_path", tmp_path / "model"]
+    config = tmp_path / "model/unet/config.json"
+    config.write_text(config.read_text().replace("UNet2DConditionModel", "SD3Transformer2DModel"))
+    assert "its unet is SD3Transformer2DModel" in refused(train, tmp_path / "run", *model)
+    shutil.rmtree(tmp_path / "model/text_encoder_2")
+    shutil.copytree(demo.model / "unet", tmp_path / "model/unet", dirs_exist_ok=True)
+    assert "no readable text_encoder_2/config.json" in refused(train, tmp_path / "run", *model)
