@@ -57,11 +57,14 @@ def start(mixed_precision="fp16", seed=0):
     Raises:
         UserError: for bf16 on a card that only emulates it.
     """
-    started_s = time.monotonic()
+    global _earlier_peak_gib
+    started_s, _earlier_peak_gib = time.monotonic(), 0.0
     quieten_libraries()
     torch.manual_seed(seed)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
     host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
     processes = f", {host.world} processes" if host.world > 1 else ""

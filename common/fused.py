@@ -10,6 +10,7 @@ magnitude, n [N] row norms of W + s B A, g = m / n.
 import torch
 import torch.nn.functional as F
 
+from common.flags import UserError
 from common.kernels import Geglu, gain_backward, seeded_dropout
 
 
@@ -112,10 +113,16 @@ class FusedLayer:
 
 
 def fuse(models, flat, seed):
-    """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`."""
+    """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`.
+
+    Raises:
+        UserError: a convolution has an adapter.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer in layers):
+        raise UserError("--lora_target_modules: adapters of convolutions have no fused forward pass; add --lora_backend peft")
     for salt, layer in enumerate(layers):
         layer.forward = FusedLayer(layer, flat, seed, salt)
         if layer.forward.m is not None:

@@ -142,3 +142,67 @@ def test_doras_backward_kernel_is_its_formula(rows, with_bias):
     u = y.double() - (bias.double() if with_bias else 0)
     assert (du.double() - dy.double() * gain.double()).norm() < 5e-4 * du.double().norm()
     assert (sums.double() - (dy.double() * u).sum(0)).norm() < 1e-5 * sums.double().norm()
+
+
+@pytest.mark.parametrize("quantize", ["fp16", "nf4"])
+@pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_one_fused_layer_is_its_formula_in_fp16(use_dora, quantize, p):
+    """Outputs and gradients against the formula in fp64, and at p = 0 no further from it than PEFT's own forward pass."""
+    model, layer, flat, seed = adapted_layer(use_dora, quantize, p)
+    generator = torch.Generator("cuda").manual_seed(2)
+    x, dy = (torch.randn(1024, n, device="cuda", generator=generator).half() for n in (640, 1280))
+    W, A, B = (t.double() for t in (layer.forward.weight(), layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()))
+    mask = seeded(torch.ones_like(x), p, seed, layer).double() if p else torch.ones_like(x).double()
+    leaves = [x.double().requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+    y = leaves[0] @ W.T + 2 * (leaves[0] * mask) @ A.T @ B.T
+    if use_dora:
+        gain = layer.lora_magnitude_vector.default.weight.double() / (W + 2 * B @ A).norm(dim=1)
+        y = y * gain.detach()
+    (y + layer.base_layer.bias.double()).backward(dy.double())
+    exact = [(y + layer.base_layer.bias.double()).detach(), *(leaf.grad for leaf in leaves)]
+    for got, reference in zip(outputs_and_gradients(layer.forward, layer, flat, x, dy), exact, strict=True):
+        assert (got.double() - reference).norm() < 1e-3 * reference.norm()
+    if not p:
+        for got, reference in zip(outputs_and_gradients(layer.forward.peft_forward, layer, flat, x, dy), exact, strict=True):
+            assert (got.double() - reference).norm() < 5e-3 * reference.norm()
+
+
+def seeded(x, p, seed, layer):
+    from common.kernels import seeded_dropout
+
+    return seeded_dropout(x, p, seed, layer.forward.salt)
+
+
+def adapted_layer(use_dora, quantize, p):
+    """(model, its PEFT layer with a fused forward pass, flat parameters, dropout seed): 640 -> 1280, rank 16, alpha 32."""
+    import bitsandbytes
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from common import adapters, fused
+
+    torch.manual_seed(0)
+    base = torch.nn.Linear(640, 1280).half()
+    model = torch.nn.Sequential(base)
+    if quantize == "nf4":
+        model[0] = bitsandbytes.nn.Linear4bit(640, 1280, compute_dtype=torch.float16, quant_type="nf4")
+        model[0].half().load_state_dict(base.state_dict())
+        model.is_loaded_in_4bit = True
+    model = model.cuda().requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules=["0"], use_dora=use_dora), model)
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        parameter.data = parameter.data.float().cuda()
+    flat, seed = adapters.FlatParameters([(adapters.trainable(model), {})], torch.float16), torch.tensor(3, device="cuda")
+    fused.fuse([model], flat, seed)
+    generator = torch.Generator("cuda").manual_seed(1)
+    flat.data.add_(0.02 * torch.randn(len(flat), device="cuda", generator=generator))
+    flat.publish()
+    return model, model[0], flat, seed
+
+
+def outputs_and_gradients(forward, layer, flat, x, dy):
+    """[y, dx, dA, dB] of one forward and backward pass."""
+    flat.grad.zero_()
+    x = x.clone().requires_grad_()
+    (y := forward(x)).backward(dy)
+    return [y.detach(), x.grad, layer.lora_A.default.weight.grad.clone(), layer.lora_B.default.weight.grad.clone()]

@@ -511,9 +511,16 @@ def refused(train, into, *flags):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("target", ["conv1", "attn1", "nowhere"])
-def test_a_target_that_is_no_linear_layer_is_refused(train, tmp_path, target):
+@pytest.mark.parametrize("target", ["attn1", "nowhere"])
+def test_a_target_that_cannot_be_adapted_is_refused(train, tmp_path, target):
     assert f"--lora_target_modules {target}" in refused(train, tmp_path / "run", "--lora_target_modules", target)
+
+
+def test_convolutions_are_adapted_by_peft_alone(train, tmp_path):
+    flags = ["--lora_target_modules", "to_q", "conv1"]
+    assert "--lora_backend peft" in refused(train, tmp_path / "run", *flags)
+    run = train(*flags, "--lora_backend", "peft", "--max_train_steps", 1, into=tmp_path / "run")
+    assert any("conv1" in name for name in run.weights())
 
 
 def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):

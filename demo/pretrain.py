@@ -1,0 +1,460 @@
+"""Trains the demo's models from nothing but the procedural world, in minutes on one GPU: a small SDXL that draws its plain style, a small
+CLIP, and a judge that reads attributes and style off a picture.
+
+    python demo/pretrain.py all --out outputs/pretrain                    # vae, text, clip, judge, unet: 13 minutes and some for the data
+    python demo/pretrain.py unet --out outputs/pretrain --minutes 8       # one stage
+    python demo/pretrain.py check --out outputs/pretrain
+    python demo/pretrain.py pack --out outputs/pretrain --to demo/assets
+
+Each stage leaves one file, STAGE.safetensors: the average (EMA) of its weights in fp16. It is written every minute and is also what an
+interrupted stage goes on from. Optimizer moments are not kept: a resumed run warms up again. `--minutes` counts all runs of a stage, so a
+finished stage goes on when it is given more. Like SDXL's, the VAE has seen every style (and colours and shapes that the world lacks);
+CLIP and judge have seen both styles, text encoders and UNet the plain one alone: the ink style is left for the user's LoRA.
+"""
+
+import argparse
+import math
+import os
+import random
+import string
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two cores one thread is the faster
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import torch.nn as nn  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from common import caching, graphs, noise  # noqa: E402
+from demo import small, world  # noqa: E402
+
+# Minutes and batch on one H100; pictures: how many are drawn (of each style, where there are two).
+STAGES = dict(
+    vae=dict(minutes=2.0, batch=64, pictures=16384, lr=1e-3),
+    text=dict(minutes=1.0, batch=1024, pictures=32768, lr=1e-3),
+    clip=dict(minutes=1.0, batch=512, pictures=16384, lr=1e-3),
+    judge=dict(minutes=0.7, batch=256, pictures=16384, lr=2e-3),
+    unet=dict(minutes=8.0, batch=768, pictures=65536, lr=1e-3),
+)
+WARMUP_STEPS, EMA_DECAY, KL_WEIGHT, CAPTION_DROPOUT, MIN_SNR = 100, 0.9995, 1e-4, 0.1, 5.0
+VARIANTS = 2  # captions of a picture: different words left out, in another order
+CHUNK = 256  # pictures that are rendered or encoded at once
+
+
+# ---------------------------------------------------------------- training
+
+
+class Learner:
+    """AdamW and an average of the weights, both in fp32, for modules that compute in flags.dtype (bf16 on a GPU).
+
+    `modules` keep a rounded copy of the fp32 weights: less memory traffic than casting every weight and activation in every step.
+    """
+
+    def __init__(self, modules: nn.ModuleDict, flags):
+        self.names = [name for name, _ in modules.named_parameters()]
+        self.masters = [p.detach().float().clone().requires_grad_() for p in modules.parameters()]
+        self.average = [p.detach().clone() for p in self.masters]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        self.modules = modules.to(flags.dtype)
+        self.rate = torch.zeros((), device=flags.device)  # a tensor, because a CUDA graph keeps numbers as they were
+        options = dict(lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=flags.device == "cuda")
+        self.optimizer = torch.optim.AdamW(self.masters, **options)
+
+    def update(self) -> None:
+        """One step from the gradients of the modules; nothing in it waits for the GPU."""
+        params = list(self.modules.parameters())
+        torch._foreach_copy_([master.grad for master in self.masters], [p.grad for p in params])
+        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(params, self.masters)
+
+    def follow(self, step: int) -> None:
+        """Move the average towards the weights after `step` steps."""
+        torch._foreach_lerp_(self.average, [master.detach() for master in self.masters], 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+
+    def averaged(self) -> dict:
+        return dict(zip(self.names, self.average))
+
+
+def learning_rate(peak: float, steps_here: int, progress: float) -> float:
+    """Warm-up over the first steps of this run, cosine over the stage's whole budget (`progress` in [0, 1])."""
+    return peak * min(1, (steps_here + 1) / WARMUP_STEPS) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def train_for(flags, modules: nn.ModuleDict, loss, graph=False, **metadata) -> nn.ModuleDict:
+    """The loop of all stages: calls loss() -> scalar tensor and updates `modules` until the stage's minutes (or --steps) are over.
+
+    Starts from flags.path if it exists, writes the average there, and returns the modules with it, in fp32.
+    """
+    modules.to(flags.device)
+    found = small.load_parts(flags.path, modules) if flags.path.exists() else {}
+    spent, step = found.get("minutes", 0.0), found.get("steps", 0)
+    torch.manual_seed(flags.seed + step)
+    learner, start, first, saved, shown = Learner(modules, flags), time.monotonic(), step, 0.0, (0.0, step)
+    minutes = spent
+
+    def one_step(_):
+        modules.zero_grad()  # to None: a graph's own gradients are then written, not added to
+        value = loss()
+        value.backward()
+        learner.update()
+        return value.detach()
+
+    run = graphs.Graphed(one_step, torch.device(flags.device), enabled=graph and not flags.eager)
+    while (progress := step / flags.steps if flags.steps else minutes / flags.minutes) < 1:
+        learner.rate.fill_(learning_rate(flags.lr, step - first, progress))
+        value = run({})
+        step += 1
+        learner.follow(step)
+        if step % 20 == 0 or flags.device == "cpu":
+            number = value.item()  # waits, so that the clock is that of the GPU
+            if not math.isfinite(number):
+                raise SystemExit(f"{flags.path.stem}: loss {number} at step {step}; run it again, it goes on from the last file")
+        seconds = time.monotonic() - start
+        minutes = spent + seconds / 60
+        if seconds - shown[0] > 10:
+            speed = (step - shown[1]) * flags.batch / (seconds - shown[0])
+            print(f"{flags.path.stem}: step {step}, {minutes:.2f} min, loss {value.item():.4f}, {speed:,.0f} examples/s", flush=True)
+            shown = (seconds, step)
+        if seconds - saved > 60:
+            small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
+            saved = seconds
+    small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
+    print(f"{flags.path.stem}: {step} steps in {minutes:.2f} min, {sum(map(torch.numel, learner.masters)) / 1e6:.2f} M parameters")
+    modules.float().load_state_dict(learner.averaged())
+    return modules.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- data
+
+
+def both_styles(flags, count: int, seed: int):
+    """(labels [2N, A + 1], pictures [2N, 3, S, S]): N scenes of each style; every other picture has been through the VAE.
+
+    What the pipeline draws comes out of the VAE's decoder: who reads pictures has to know its traces.
+    """
+    labels, pictures = [], []
+    for i, style in enumerate(world.STYLES):
+        attributes, drawn = small.scenes(flags, style, count, seed + i)
+        labels.append(F.pad(attributes, (0, 1), value=i))
+        pictures.append(drawn)
+    vae = small.load_pipeline(flags.out, flags.size, ["vae"]).vae.to(flags.device, flags.half)
+    pictures = torch.cat(pictures)
+    pictures[::2] = torch.cat([small.reconstruct(vae, some) for some in pictures[::2].split(CHUNK)])
+    return torch.cat(labels), pictures
+
+
+def token_ids(tokenizers, captions: list[str]):
+    """`caching.tokenize` in half the time: ids [N, 2, 77], of which the second tokenizer's differ in the padding alone."""
+    first = caching.tokenize(tokenizers[:1], captions)
+    padding = (first == tokenizers[0].eos_token_id).cumsum(-1) > 1
+    return torch.cat([first, first.masked_fill(padding, tokenizers[1].pad_token_id)], dim=1)
+
+
+def with_strange_styles(captions: list[str], seed: int) -> list[str]:
+    """An eighth of the captions asks for a style of some random letters, in vain: names that nobody trained on are to change little."""
+    rng = random.Random(seed)
+    names = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) if rng.random() < 1 / 8 else "" for _ in captions]
+    return [f"{text} in {name} style" if name else text for text, name in zip(captions, names)]
+
+
+def caption_ids(flags, tokenizers, attributes, variants: int, full=False):
+    """Token ids of `variants` captions of each scene: [N, variants, 2, 77]; full ones are left as they are."""
+    captions = [world.captions(attributes.cpu(), flags.seed + i, full) for i in range(variants)]
+    if not full:
+        captions = [with_strange_styles(some, flags.seed + i) for i, some in enumerate(captions)]
+    return torch.stack([token_ids(tokenizers, some) for some in captions], dim=1).to(flags.device)
+
+
+def framed(flags, attributes, seed: int):
+    """Plain pictures uint8 [N, 3, S, S] and their time ids [N, 6] (SDXL's micro-conditioning).
+
+    An eighth shows a window of a larger picture and an eighth is a small picture enlarged, with sizes and corners to match; one draw
+    a chunk. So the model knows cut and blurred pictures, and at (S, S, 0, 0, S, S) draws neither.
+    """
+    size, pictures, time_ids = flags.size, [], []
+    for k, some in enumerate(attributes.split(CHUNK)):
+        rng, kind = random.Random(f"{seed} {k}"), k % 8
+        drawn = {6: int(size * rng.uniform(1.1, 1.4)), 7: int(size * rng.uniform(0.35, 0.85))}.get(kind, size)
+        top, left = (rng.randrange(drawn - size + 1) if kind == 6 else 0 for _ in "yx")
+        some_pictures = world.render(some, seed + k, "plain", drawn, flags.device)
+        if kind == 7:
+            enlarged = F.interpolate(small.to_floats(some_pictures), (size, size), mode="bicubic")
+            some_pictures = small.to_bytes(enlarged)
+        pictures.append(some_pictures[:, :, top : top + size, left : left + size])
+        time_ids += [(drawn, drawn, top, left, size, size)] * len(some)
+    return torch.cat(pictures), torch.tensor(time_ids, dtype=torch.float32, device=flags.device)
+
+
+def distorted(x):
+    """Pictures [B, 3, S, S] in [-1, 1], each turned and scaled, recoloured or pasted into another with a chance of 0.3 for each."""
+    batch, side = len(x), x.shape[-1]
+
+    def chosen(*shape):
+        return (torch.rand(batch, *[1] * len(shape), device=x.device) < 0.3) * torch.ones(batch, *shape, device=x.device)
+
+    eye = torch.eye(3, device=x.device)
+    shift = eye[:2] + chosen(2, 3) * 0.25 * torch.randn(batch, 2, 3, device=x.device)
+    x = F.grid_sample(x, F.affine_grid(shift, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    colours = eye + chosen(3, 3) * 0.3 * torch.randn(batch, 3, 3, device=x.device)
+    x = torch.einsum("bij,bjhw->bihw", colours, x).clamp(-1, 1)
+    place = torch.rand(batch, 2, 1, device=x.device) * side - torch.arange(side, device=x.device)  # [B, (y, x), S]
+    inside = (place.abs() < side / 4).float() * chosen(2, 1)
+    return torch.lerp(x, x.roll(1, 0), inside[:, 0, None, :, None] * inside[:, 1, None, None, :])
+
+
+def roughened(x):
+    """Pictures [B, 3, S, S] in [-1, 1] with a little blur and noise, of another strength in each."""
+    blur, grain = torch.rand(2, len(x), 1, 1, 1, device=x.device)
+    x = torch.lerp(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False), blur * 0.7)
+    return x + 0.08 * grain**2 * torch.randn_like(x)
+
+
+# ---------------------------------------------------------------- stages
+
+
+def pixel_loss(output, target):
+    """Mean |difference| of pixels, and of their steps along y and x (crisp outlines), at full, half and quarter size."""
+    total = 0
+    for _ in range(3):
+        total = total + F.l1_loss(output, target)
+        total = total + sum(F.l1_loss(output.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
+        output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
+    return total
+
+
+def train_vae(flags):
+    """Reconstruction plus a slight pull of the posterior to N(0, 1). Afterwards the scaling factor is set: latents get a spread of 1."""
+    pictures = torch.cat([small.scenes(flags, style, flags.pictures, flags.seed * 100 + i)[1] for i, style in enumerate(world.STYLES)])
+    vae = small.pipeline(flags.size).vae
+    compile_parts(flags, vae.encoder, vae.decoder)
+
+    def loss():
+        x = distorted(small.to_floats(pictures[torch.randint(len(pictures), (flags.batch,), device=flags.device)]))
+        posterior = vae.encode(x.to(flags.dtype)).latent_dist
+        output = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1).mean()
+        return pixel_loss(output.float(), x) + KL_WEIGHT * divergence
+
+    parts = train_for(flags, nn.ModuleDict(dict(vae=vae)), loss)
+    some = pictures[torch.randperm(len(pictures), device=flags.device)[:2048]].split(CHUNK)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        latents = torch.cat([vae.encode(small.to_floats(x)).latent_dist.sample() for x in some])
+    metadata = small.load_parts(flags.path, {}) | dict(scaling_factor=1 / latents.std().item())
+    small.save_parts(flags.path, parts.state_dict(), **metadata)
+    print(f"vae: scaling factor {metadata['scaling_factor']:.4f}, mean of the channels {latents.mean((0, 2, 3)).tolist()}")
+
+
+def contrast(one, other, log_scale):
+    """CLIP's loss of two [B, D]: each row is to find its partner among all (arXiv 2103.00020, fig. 3)."""
+    logits = log_scale.float().exp().clamp(max=100) * F.normalize(one.float(), dim=1) @ F.normalize(other.float(), dim=1).T
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def label_loss(logits, labels):
+    """Mean cross-entropy of the first labels of LABELS: logits [B, sum of counts], labels [B, some]."""
+    parts = logits.float().split(small.COUNTS[: labels.shape[1]], dim=1)
+    return sum(F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)) / len(parts)
+
+
+class Aside(nn.Module):
+    """What the text encoders learn with and the pipeline does not need: an image tower, heads that read attributes, temperatures.
+
+    SDXL hands the UNet the states before the last layer, so the heads read the mean of those; the contrast reads the pooled text.
+    """
+
+    def __init__(self, encoders):
+        super().__init__()
+        first, second = (encoder.config for encoder in encoders)
+        self.tower = small.Judge(outputs=2 * second.projection_dim)
+        self.projection = nn.Linear(first.hidden_size, second.projection_dim)
+        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, sum(small.COUNTS[:-1])) for config in (first, second))
+        self.log_scales = nn.Parameter(torch.full((2,), math.log(10)))
+
+    def forward(self, outputs, pictures, attributes):
+        seen = self.tower(pictures).chunk(2, dim=1)
+        read = self.projection(outputs[0].pooler_output), outputs[1].text_embeds
+        pairs = [contrast(a, b, scale) for a, b, scale in zip(read, seen, self.log_scales)]
+        return sum(pairs) + sum(label_loss(head(o.hidden_states[-2].mean(1)), attributes) for head, o in zip(self.heads, outputs))
+
+
+def train_text(flags):
+    """Both text encoders against plain pictures (of half the size: it is quicker)."""
+    attributes, pictures = small.scenes(flags, "plain", flags.pictures, flags.seed * 100 + 10)
+    pictures = small.to_bytes(torch.cat([F.avg_pool2d(small.to_floats(some), 2) for some in pictures.split(CHUNK)]))
+    pipe = small.pipeline(flags.size)
+    encoders = pipe.text_encoder, pipe.text_encoder_2
+    ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, VARIANTS)
+    aside = Aside(encoders)
+
+    def loss():
+        i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
+        tokens = ids[i, torch.randint(VARIANTS, i.shape, device=flags.device)]
+        outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(encoders, tokens.unbind(1))]
+        return aside(outputs, small.to_floats(pictures[i]).to(flags.dtype), attributes[i])
+
+    modules = nn.ModuleDict(dict(text_encoder=encoders[0], text_encoder_2=encoders[1], aside=aside))
+    train_for(flags, modules, loss, vocabulary=small.vocabulary_of(pipe.tokenizer))
+    attributes = world.draw_attributes(512, small.HELD_OUT)
+    ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, 1, full=True)[:, 0]
+    with torch.no_grad():
+        for encoder, head, rows in zip(encoders, aside.heads, ids.unbind(1)):
+            logits = head(encoder(rows, output_hidden_states=True).hidden_states[-2].mean(1)).split(small.COUNTS[:-1], dim=1)
+            read = torch.stack([part.argmax(1) for part in logits], dim=1)
+            small.print_shares("text: attributes read from full captions", read, attributes)
+
+
+def train_clip(flags):
+    """CLIP on both styles with complete captions, which never name the style: its score is blind to it."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    labels, pictures = both_styles(flags, flags.pictures, flags.seed * 100 + 20)
+    pipe = small.pipeline(flags.size)
+    ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), labels[:, :-1], VARIANTS, full=True)[:, :, 0]
+    clip = small.clip_model(flags.size, pipe.tokenizer)
+    head = nn.Linear(clip.config.projection_dim, sum(small.COUNTS[:-1]))  # a ViT learns faster when it is told what to look at
+    mean, std = (torch.tensor(v, device=flags.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+
+    def embed(i, variant, dtype, x):
+        """(image, text) embeddings [B, 96] of unit length."""
+        output = clip(input_ids=ids[i, variant], pixel_values=(((x + 1) / 2 - mean) / std).to(dtype))
+        return output.image_embeds, output.text_embeds
+
+    def loss():
+        i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
+        image, text = embed(i, torch.randint(VARIANTS, i.shape, device=flags.device), flags.dtype, roughened(small.to_floats(pictures[i])))
+        told = sum(label_loss(head(10 * e), labels[i, :-1]) for e in (image, text))
+        return contrast(image, text, clip.logit_scale) + told
+
+    modules = nn.ModuleDict(dict(clip=clip, aside=head))
+    train_for(flags, modules, loss, vocabulary=small.vocabulary_of(pipe.tokenizer))
+    labels, pictures = both_styles(flags, min(128, flags.pictures), small.HELD_OUT)
+    ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), labels[:, :-1], 1, full=True)[:, :, 0]
+    with torch.no_grad():
+        image, text = embed(slice(None), 0, torch.float32, small.to_floats(pictures))
+    found = (image @ text.T).argmax(1) == torch.arange(len(image), device=image.device)
+    print(f"clip: {found.float().mean():.1%} of {len(image)} held-out pictures find their caption")
+
+
+def train_judge(flags):
+    """The judge on both styles, on blurred, noisy and decoded pictures too."""
+    labels, pictures = both_styles(flags, flags.pictures, flags.seed * 100 + 30)
+    judge = small.Judge()
+
+    def loss():
+        i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
+        return label_loss(judge(roughened(small.to_floats(pictures[i])).to(flags.dtype)), labels[i])
+
+    train_for(flags, nn.ModuleDict(dict(judge=judge)), loss)
+    labels, pictures = both_styles(flags, min(512, flags.pictures), small.HELD_OUT)
+    small.print_shares("judge: read from held-out pictures", judge.read(pictures), labels)
+
+
+@torch.no_grad()
+def encode_scenes(flags):
+    """What the UNet trains on, computed once: latent mean and std, each [N, 4, S/8, S/8], text embeddings [N, V, 77, 224], pooled text
+    [N, V, 128] and time ids [N, 6]."""
+    pipe = small.load_pipeline(flags.out, flags.size, ["vae", "text"])
+    attributes = world.draw_attributes(flags.pictures, flags.seed * 100 + 40)
+    pictures, time_ids = framed(flags, attributes, flags.seed * 100000)
+    vae = pipe.vae.to(flags.device, flags.half)
+    posteriors = [vae.encode(small.to_floats(some).to(vae.dtype)).latent_dist for some in pictures.split(CHUNK)]
+    mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() * vae.config.scaling_factor for name in ("mean", "std"))
+    if not mean.isfinite().all():
+        raise SystemExit("the VAE gives non-finite latents in half precision: train it again")
+    ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, VARIANTS)
+    encoders = [encoder.to(flags.device) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    texts = [caching.encode_text(encoders, some) for some in ids.flatten(0, 1).split(CHUNK)]
+    prompt_embeds, pooled = (torch.cat([text[i].to(flags.dtype) for text in texts]).unflatten(0, ids.shape[:2]) for i in (0, 1))
+    return mean, std, prompt_embeds, pooled, time_ids
+
+
+def train_unet(flags):
+    """SDXL's objective on the plain style: predict the noise, weighted by Min-SNR; the unconditional input is zeros."""
+    from diffusers import DDPMScheduler
+
+    mean, std, prompt_embeds, pooled, time_ids = encode_scenes(flags)
+    pipe = small.pipeline(flags.size)
+    unet = pipe.unet
+    compile_parts(flags, unet)
+    schedule = noise.NoiseSchedule(DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(flags.device), "epsilon")
+
+    def loss():
+        i = torch.randint(len(mean), (flags.batch,), device=flags.device)
+        variant = torch.randint(VARIANTS, i.shape, device=flags.device)
+        keep = (torch.rand(flags.batch, 1, device=flags.device) >= CAPTION_DROPOUT).to(flags.dtype)
+        conditions = dict(text_embeds=pooled[i, variant] * keep, time_ids=time_ids[i])
+        z = mean[i] + std[i] * torch.randn_like(mean[i])
+        t = torch.randint(len(schedule.alphas_cumprod), i.shape, device=flags.device)
+        x_t, target = schedule.noise(z, torch.randn_like(z), t)
+        text = prompt_embeds[i, variant] * keep.unsqueeze(-1)
+        prediction = unet(x_t.to(flags.dtype), t, text, added_cond_kwargs=conditions, return_dict=False)[0]
+        return (schedule.min_snr_weight(t, MIN_SNR) * noise.mse_per_sample(prediction, target)).mean()
+
+    train_for(flags, nn.ModuleDict(dict(unet=unet)), loss, graph=True)
+
+
+def compile_parts(flags, *modules) -> None:
+    if flags.compile:
+        torch._dynamo.config.suppress_errors = True
+        for module in modules:
+            module.to(memory_format=torch.channels_last).compile(dynamic=False)
+
+
+TRAINERS = dict(vae=train_vae, text=train_text, clip=train_clip, judge=train_judge, unet=train_unet)
+
+
+def read_flags(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=[*STAGES, "all", "check", "pack"])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the stages' files")
+    parser.add_argument("--to", type=Path, default=Path("demo/assets"), metavar="DIR", help="pack: where to (default: demo/assets)")
+    parser.add_argument(
+        "--minutes", type=float, help="budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)"
+    )
+    parser.add_argument("--steps", type=int, help="budget in steps instead")
+    parser.add_argument("--batch", type=int, help="default: by stage; check: 64 pictures")
+    parser.add_argument("--pictures", type=int, help="how many are drawn, of each style where both are used (default: by stage)")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default: by stage)")
+    parser.add_argument("--size", type=int, default=128, help="pixels a side, a multiple of 16 (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for VAE and UNet: costs a minute, then saves time")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph for the UNet")
+    flags = parser.parse_args(argv)
+    gpu = torch.cuda.is_available()
+    flags.device, flags.dtype, flags.half = ("cuda", torch.bfloat16, torch.float16) if gpu else ("cpu", torch.float32, torch.float32)
+    return flags
+
+
+def for_stage(flags, stage: str):
+    """The flags of one stage: what was not given is the stage's own default."""
+    own = dict(STAGES[stage], path=flags.out / f"{stage}.safetensors")
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    if flags.command == "all" and flags.minutes:
+        given["minutes"] = flags.minutes * own["minutes"] / sum(options["minutes"] for options in STAGES.values())
+    return argparse.Namespace(**vars(flags) | own | given)
+
+
+def main(argv=None) -> None:
+    flags = read_flags(argv)
+    torch.set_float32_matmul_precision("high")
+    if flags.command == "pack":
+        return small.pack(flags.out, flags.to, flags.size)
+    if flags.command == "check":
+        flags.batch = flags.batch or 64
+        return small.check(flags)
+    for stage in STAGES if flags.command == "all" else [flags.command]:
+        start = time.monotonic()
+        TRAINERS[stage](for_stage(flags, stage))
+        print(f"{stage}: {time.monotonic() - start:.0f} s with the data", flush=True)
+
+
+if __name__ == "__main__":
+    main()

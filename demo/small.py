@@ -1,0 +1,269 @@
+"""The small models of the procedural world and their files: an SDXL of 11 M parameters, a CLIP, and a judge that reads pictures.
+
+Weights of a training stage are one safetensors file (fp16) named after it; a key is the part's name, a dot, the parameter's name.
+"""
+
+import json
+import shutil
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from demo import build, world
+
+LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off a picture
+COUNTS = [len(values) for values in LABELS.values()]
+LOGITS = sum(COUNTS)
+HELD_OUT = 10**6  # seed of pictures that no stage trains on
+PARTS = dict(vae=["vae"], text=["text_encoder", "text_encoder_2"], unet=["unet"])  # stage -> parts of the pipeline it trains
+# 11 M parameters, 22 MB in fp16. Text is 96 + 128 = 224 wide; pooled text (128) and six time ids of 32 numbers make 320.
+WIDTHS = dict(
+    unet=dict(
+        block_out_channels=(64, 96, 96),
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[2, 3, 3],  # as in SDXL's file: the number of heads
+        cross_attention_dim=224,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=320,
+    ),
+    text_encoder=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, projection_dim=96),
+    text_encoder_2=dict(
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=128, hidden_act="gelu"
+    ),
+    vae=dict(block_out_channels=(32, 48, 64, 80), norm_num_groups=16),
+)
+
+
+# ---------------------------------------------------------------- models
+
+
+def words() -> list[str]:
+    """Every word of the world's captions, and one that users write."""
+    some = world.draw_attributes(4096, seed=0)
+    texts = world.captions(some, seed=0) + world.captions(some, seed=0, full=True)
+    return sorted({word for text in texts for word in text.split()} | {"style"})
+
+
+def merges_of(texts: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet.
+
+    `build.tokenizers` leaves the order of equals to chance: embeddings trained in one process would be of no use in the next.
+    """
+    merges, pieces = [], [[*word[:-1], f"{word[-1]}</w>"] for word in texts]
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for word in pieces:
+            for at in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
+                word[at : at + 2] = ["".join(word[at : at + 2])]
+    return merges
+
+
+def tokenizers():
+    """(tokenizer, tokenizer_2) of `words`, laid out as in `build.tokenizers`."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    merges, letters = merges_of(words()), sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+
+
+def text_ids(tokenizer) -> dict:
+    """The config values of a text encoder that depend on its tokenizer."""
+    return dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+def pipeline(size: int):
+    """StableDiffusionXLPipeline for pictures of `size` px: SDXL's topology at WIDTHS, untrained."""
+    first, second = tokenizers()
+    own = dict(unet=dict(sample_size=size // 8), vae=dict(sample_size=size), text_encoder=text_ids(first), text_encoder_2=text_ids(second))
+    pipe = build.sdxl({part: WIDTHS[part] | own[part] for part in WIDTHS}, ["a"], "cpu")
+    pipe.register_modules(tokenizer=first, tokenizer_2=second)
+    return pipe
+
+
+def clip_model(size: int, tokenizer):
+    """An untrained CLIPModel of 1.8 M parameters that sees 8 x 8 patches and reads with `tokenizer`."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=96)
+    vision = dict(hidden_size=144, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, projection_dim=96)
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text | text_ids(tokenizer), vision_config=vision | dict(image_size=size, patch_size=size // 8), projection_dim=96
+        )
+    )
+
+
+class Judge(nn.Module):
+    """A CNN of 0.3 M parameters: pictures [B, 3, S, S] in [-1, 1] -> logits [B, outputs], by default those of LABELS side by side."""
+
+    def __init__(self, outputs=LOGITS, widths=(3, 24, 48, 96, 128)):
+        super().__init__()
+        layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
+        layers.append(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
+        self.layers = nn.Sequential(*(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.SiLU()) for conv in layers))
+        self.head = nn.Linear(2 * widths[-1], outputs)
+
+    def forward(self, pictures):
+        features = self.layers(pictures)
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))  # how much of it, and whether at all
+
+    @torch.no_grad()
+    def read(self, pictures):
+        """Pictures uint8 [N, 3, S, S] -> the most likely value of each label, int64 [N, len(LABELS)]."""
+        weight = self.head.weight
+        logits = [self(to_floats(some).to(weight)) for some in pictures.to(weight.device).split(256)]
+        return torch.stack([part.argmax(1) for part in torch.cat(logits).split(COUNTS, dim=1)], dim=1)
+
+
+def to_floats(pictures):
+    """uint8 -> [-1, 1]."""
+    return pictures.float() / 127.5 - 1
+
+
+def to_bytes(pictures):
+    """[-1, 1] -> uint8."""
+    return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+# ---------------------------------------------------------------- files
+
+
+def save_parts(path: Path, tensors: dict, **metadata) -> None:
+    """Write {name: tensor} in fp16, complete or not at all, with `metadata` as JSON values."""
+    half = {name: tensor.detach().to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(half, path.with_suffix(".partial"), {key: json.dumps(value) for key, value in metadata.items()})
+    path.with_suffix(".partial").replace(path)
+
+
+def load_parts(path: Path, modules: dict) -> dict:
+    """Fill {part: module} from a stage's file (its other parts are left alone) -> the file's metadata."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: run the stage `{path.stem}` first")
+    with safe_open(path, "pt") as file:
+        metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for part, module in modules.items():
+        module.load_state_dict({name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")})
+    return metadata
+
+
+def vocabulary_of(tokenizer) -> int:
+    """A number that changes with the vocabulary: embeddings are of no use with another one."""
+    return zlib.crc32(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+
+
+def check_vocabulary(path: Path, metadata: dict, tokenizer) -> None:
+    if metadata.get("vocabulary") != vocabulary_of(tokenizer):
+        raise SystemExit(
+            f"{path} was trained with another vocabulary: train `text`, `clip` and `unet` again, with one version of tokenizers"
+        )
+
+
+def load_pipeline(out: Path, size: int, stages=tuple(PARTS)):
+    """The pipeline with the weights that `stages` have left in `out`, in fp32 on the CPU."""
+    pipe = pipeline(size)
+    for stage in stages:
+        path = out / f"{stage}.safetensors"
+        metadata = load_parts(path, {part: getattr(pipe, part) for part in PARTS[stage]})
+        if stage == "vae":
+            if "scaling_factor" not in metadata:
+                raise SystemExit(f"{path} is not trained to the end: run the stage `vae` again")
+            pipe.vae.register_to_config(scaling_factor=metadata["scaling_factor"])
+        if stage == "text":
+            check_vocabulary(path, metadata, pipe.tokenizer)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        part.requires_grad_(False).eval()
+    return pipe
+
+
+def load_judge(path: Path) -> Judge:
+    judge = Judge()
+    load_parts(path, dict(judge=judge))
+    return judge.requires_grad_(False).eval()
+
+
+def pack(out: Path, to: Path, size: int) -> None:
+    """Assemble `to`/model (diffusers), `to`/clip (transformers) and `to`/judge.safetensors from the stages' files; all in fp16."""
+    from transformers import CLIPImageProcessor
+
+    pipe = load_pipeline(out, size)
+    clip = clip_model(size, pipe.tokenizer)
+    check_vocabulary(out / "clip.safetensors", load_parts(out / "clip.safetensors", dict(clip=clip)), pipe.tokenizer)
+    for folder in (to / "model", to / "clip"):
+        shutil.rmtree(folder, ignore_errors=True)
+    pipe.to(dtype=torch.float16).save_pretrained(to / "model")
+    clip.half().save_pretrained(to / "clip")
+    pipe.tokenizer.save_pretrained(to / "clip")
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(to / "clip")
+    judge = load_judge(out / "judge.safetensors")
+    save_parts(to / "judge.safetensors", {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()})
+    for name in ("model", "clip", "judge.safetensors"):
+        files = [file for file in [to / name, *(to / name).rglob("*")] if file.is_file()]
+        print(f"{to / name}: {sum(file.stat().st_size for file in files) / 1e6:.2f} MB in {len(files)} files")
+
+
+# ---------------------------------------------------------------- looking at the result
+
+
+def scenes(flags, style: str, count: int, seed: int):
+    """(attributes int64 [N, A], pictures uint8 [N, 3, S, S]) on the device; equal seeds give the same scenes in every style."""
+    attributes = world.draw_attributes(count, seed)
+    return attributes.to(flags.device), world.render(attributes, seed, style, flags.size, flags.device)
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures):
+    """uint8 -> uint8 through the latents."""
+    return to_bytes(vae.decode(vae.encode(to_floats(pictures).to(vae.dtype)).latent_dist.mode()).sample)
+
+
+def print_shares(title: str, read, labels) -> None:
+    """How much of each column of `labels` [N, some] was read right."""
+    right = (read.cpu() == labels.cpu()).float().mean(0).tolist()
+    print(f"{title}: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(LABELS, right)), flush=True)
+
+
+def save_sheet(path: Path, pictures, columns: int) -> None:
+    """Pictures uint8 [N, 3, S, S], row by row."""
+    rows = [torch.cat(list(row), dim=2) for row in pictures.cpu().split(columns) if len(row) == columns]
+    Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
+    print(path)
+
+
+def check_vae(flags, vae) -> None:
+    for style in world.STYLES:
+        _, pictures = scenes(flags, style, 64, HELD_OUT)
+        output = torch.cat([reconstruct(vae, some) for some in pictures.split(16)])
+        error = (output.float() - pictures.float()) / 255
+        print(f"vae: {style}: mean error {error.abs().mean():.4f}, PSNR {-10 * error.square().mean().log10():.1f} dB")
+        save_sheet(flags.out / f"check_vae_{style}.png", torch.stack([pictures, output], 1).flatten(0, 1)[:32], 8)
+
+
+def check(flags) -> None:
+    """Reconstructions in both styles, and what the pipeline draws for held-out captions, read by the judge."""
+    pipe = load_pipeline(flags.out, flags.size).to(flags.device, flags.half)
+    judge = load_judge(flags.out / "judge.safetensors").to(flags.device)
+    pipe.set_progress_bar_config(disable=True)
+    check_vae(flags, pipe.vae)
+    attributes = world.draw_attributes(flags.batch, HELD_OUT + 1)
+    options = dict(num_inference_steps=20, guidance_scale=4.5, output_type="pt", generator=torch.Generator("cpu").manual_seed(flags.seed))
+    start = time.monotonic()
+    drawn = to_bytes(pipe(world.captions(attributes, 0, full=True), **options).images * 2 - 1)
+    print(f"unet: {len(drawn)} pictures in {time.monotonic() - start:.1f} s")
+    read = judge.read(drawn)
+    print_shares("unet: read from drawn pictures", read[:, :-1], attributes)
+    print(f"unet: {(read[:, -1] == 1).float().mean():.1%} judged to be in the ink style")
+    _, real = scenes(flags, "plain", len(drawn), HELD_OUT + 1)
+    print_shares("judge: read from rendered pictures of the same attributes", judge.read(real)[:, :-1], attributes)
+    save_sheet(flags.out / "check_unet.png", drawn, 8)
