@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 
 .PHONY: demo study test test-gpu lint clean
 
-demo: $(VENV)/.ready  ## train on the tiny demo and compare before and after; minutes on two CPU cores
+demo: $(VENV)/.ready  ## train the small demo model on ink drawings, compare and score before and after; minutes on two CPU cores
 	rm -rf outputs/demo
 	$(BIN)/python train_opt.py --demo --output_dir outputs/demo/train_opt
 	$(BIN)/python infer.py --demo --compare --lora outputs/demo/train_opt --output_dir outputs/demo
+	$(BIN)/python demo/score.py --lora outputs/demo/train_opt --output_dir outputs/demo
 	@echo "The comparison grid lies in outputs/demo/compare.png"
 
 STUDY ?= --demo

@@ -24,12 +24,6 @@ from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, lo
 from common.schedulers import SCHEDULERS
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
-DEMO_PROMPTS = [
-    "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
-    "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
-    "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
-]
-
 EMA_FOLDER = "ema_unet"
 
 
@@ -37,7 +31,7 @@ EMA_FOLDER = "ema_unet"
 class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
-    DEMO: ClassVar[dict] = dict(resolution=64, steps=8, output_dir="outputs/demo")
+    DEMO: ClassVar[dict] = dict(output_dir="outputs/demo")
     # what to draw
     compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
     lora: List[str] = flag(
@@ -288,7 +282,9 @@ def draw(flags, sampler, columns, settings):
     """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
     from tqdm import tqdm
 
-    prompts = list(dict.fromkeys(flags.prompt)) or (DEMO_PROMPTS if flags.demo else REFERENCE_PROMPTS)
+    from demo.build import demo_settings
+
+    prompts = list(dict.fromkeys(flags.prompt)) or (demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS)
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)

@@ -109,21 +109,20 @@ def parse(cls, argv=None):
     typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
     parser = Parser(cls)
     if "demo" in typed:
-        parser.set_defaults(**_demo_defaults(cls))
+        # a typed list would be added to a default one
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
     if "num_train_epochs" in typed and "max_train_steps" not in typed:
         parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
     return parser.parse_args(argv)
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: the class's own list, and the places of a tiny model and data set, which `demo.build` fills later."""
+    """What `--demo` changes: see demo/build.py, and the class's own DEMO."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.build import demo_places
+    from demo.build import demo_settings
 
-    model, data = demo_places(DEMO_ROOT)
-    places = dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data))
     names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in {**places, **cls.DEMO}.items() if name in names}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
 
 
 def print_config(flags):
@@ -147,7 +146,7 @@ class Described:
     """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
 
     def __init_subclass__(cls):
-        inherited = getattr(cls, "__dataclass_fields__", {})
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
         for name in cls.__dict__.get("__annotations__", {}):
             default = cls.__dict__.get(name)
             if name in inherited and not isinstance(default, dataclasses.Field):
@@ -158,6 +157,8 @@ class Described:
 @dataclass
 class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
+
+    DEMO: ClassVar[dict] = {}  # what a script's own --demo changes beside the settings of all
 
     pretrained_model_name_or_path: str = flag(
         "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
@@ -179,17 +180,13 @@ class ModelFlags(Described):
         CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
     )
     dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
-    demo: bool = flag(False, "a tiny SDXL and a tiny data set that come with the suite: no network, about a minute on a CPU")
+    demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
 
 
 @dataclass
 class TrainFlags(ModelFlags):
     """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
 
-    # What --demo changes; the effective batch, the loss and the adapter stay the trainer's own.
-    DEMO: ClassVar[dict] = dict(
-        resolution=64, max_train_steps=24, lr_warmup_steps=4, learning_rate=1e-3, checkpointing_steps=12, validation_steps=12
-    )
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
     train_data_dir: Optional[str] = flag(

@@ -1,16 +1,56 @@
-"""Makes what `--demo` needs, in about a second and without a network: a tiny random SDXL and a drawn, captioned image set."""
+"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts, tests), a
+tiny SDXL with random weights and a drawn, captioned image set, made here in about a second and without a network.
+"""
 
 import json
 import math
 import os
 import random
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-VERSION = 1  # part of the folder names: raise it when anything below changes what is built
+ASSETS = Path(__file__).resolve().parent / "assets"
+# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
+SMALL_DEMO = dict(
+    resolution=128,
+    train_batch_size=8,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=False,
+    max_train_steps=250,
+    lr_warmup_steps=10,
+    learning_rate=2e-3,
+    caption_dropout=0.1,
+    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+    checkpointing_steps=125,
+    validation_steps=125,
+    steps=20,
+    guidance_scale=5.0,
+    prompts=[
+        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
+        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
+        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
+    ],
+)
+TINY_DEMO = dict(
+    resolution=64,
+    max_train_steps=24,
+    lr_warmup_steps=4,
+    learning_rate=1e-3,
+    checkpointing_steps=12,
+    validation_steps=12,
+    steps=8,
+    prompts=[
+        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
+        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
+        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
+    ],
+)
+VERSION = 2  # part of the folder names: raise it when anything below changes what is built
 
 # The topology and the noise schedule of SDXL (config.json files of stabilityai/stable-diffusion-xl-base-1.0); the widths are left open.
 UNET = dict(
@@ -73,18 +113,28 @@ def tokenizers(texts: Iterable[str]):
 
     Every word of `texts` becomes one token; other text costs about one a letter. As SDXL's, they pad with end-of-text and "!" (id 0).
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=9999, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator((text.lower() for text in texts), trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    ids = {token: i for i, token in enumerate(tokens)}
+    merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+
+
+def merges_of(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet.
+
+    The trainer of `tokenizers` leaves the order of equals to chance: embeddings trained in one process would be of no use in the next.
+    """
+    merges, pieces = [], [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for word in pieces:
+            for at in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
+                word[at : at + 2] = ["".join(word[at : at + 2])]
+    return merges
 
 
 def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
@@ -226,12 +276,19 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def demo_places(root: Path) -> tuple[Path, Path]:
-    """(model folder, image folder) of this version of the demo under `root`, built or not."""
-    return root / f"model-v{VERSION}", root / f"data-v{VERSION}"
+def is_tiny() -> bool:
+    """Whether the random model stands in for the trained one: its files are absent, or TINY_DEMO=1 asks for it, as the tests do."""
+    return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
+
+
+def demo_settings(root: Path) -> dict:
+    """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
+    model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data), **(TINY_DEMO if is_tiny() else SMALL_DEMO))
 
 
 def demo_assets(root: Path) -> tuple[Path, Path]:
-    """The same two folders; the first call builds them."""
-    model, data = demo_places(root)
+    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
+    settings = demo_settings(root)
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
     return build_once(model, build_model), build_once(data, build_images)

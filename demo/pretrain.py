@@ -5,6 +5,7 @@ CLIP, and a judge that reads attributes and style off a picture.
     python demo/pretrain.py unet --out outputs/pretrain --minutes 8       # one stage
     python demo/pretrain.py check --out outputs/pretrain
     python demo/pretrain.py pack --out outputs/pretrain --to demo/assets
+    python demo/pretrain.py data --to demo/assets                         # the ink drawings: 100 to train on, 32 held out
 
 Each stage leaves one file, STAGE.safetensors: the average (EMA) of its weights in fp16. It is written every minute and is also what an
 interrupted stage goes on from. Optimizer moments are not kept: a resumed run warms up again. `--minutes` counts all runs of a stage, so a
@@ -413,9 +414,9 @@ TRAINERS = dict(vae=train_vae, text=train_text, clip=train_clip, judge=train_jud
 
 def read_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*STAGES, "all", "check", "pack"])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the stages' files")
-    parser.add_argument("--to", type=Path, default=Path("demo/assets"), metavar="DIR", help="pack: where to (default: demo/assets)")
+    parser.add_argument("command", choices=[*STAGES, "all", "check", "pack", "data"])
+    parser.add_argument("--out", type=Path, default=Path("outputs/pretrain"), metavar="DIR", help="folder of the stages' files")
+    parser.add_argument("--to", type=Path, default=Path("demo/assets"), metavar="DIR", help="pack, data: where to (default: demo/assets)")
     parser.add_argument(
         "--minutes", type=float, help="budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)"
     )
@@ -447,6 +448,9 @@ def main(argv=None) -> None:
     torch.set_float32_matmul_precision("high")
     if flags.command == "pack":
         return small.pack(flags.out, flags.to, flags.size)
+    if flags.command == "data":
+        small.write_pictures(flags.to / "data", 100, 777, flags.size)
+        return small.write_pictures(flags.to / "held_out", 32, 999, flags.size, full=True)
     if flags.command == "check":
         flags.batch = flags.batch or 64
         return small.check(flags)

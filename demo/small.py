@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -51,31 +50,6 @@ def words() -> list[str]:
     return sorted({word for text in texts for word in text.split()} | {"style"})
 
 
-def merges_of(texts: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet.
-
-    `build.tokenizers` leaves the order of equals to chance: embeddings trained in one process would be of no use in the next.
-    """
-    merges, pieces = [], [[*word[:-1], f"{word[-1]}</w>"] for word in texts]
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        for word in pieces:
-            for at in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
-                word[at : at + 2] = ["".join(word[at : at + 2])]
-    return merges
-
-
-def tokenizers():
-    """(tokenizer, tokenizer_2) of `words`, laid out as in `build.tokenizers`."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    merges, letters = merges_of(words()), sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
-    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
-
-
 def text_ids(tokenizer) -> dict:
     """The config values of a text encoder that depend on its tokenizer."""
     return dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
@@ -83,7 +57,7 @@ def text_ids(tokenizer) -> dict:
 
 def pipeline(size: int):
     """StableDiffusionXLPipeline for pictures of `size` px: SDXL's topology at WIDTHS, untrained."""
-    first, second = tokenizers()
+    first, second = build.tokenizers(words())
     own = dict(unet=dict(sample_size=size // 8), vae=dict(sample_size=size), text_encoder=text_ids(first), text_encoder_2=text_ids(second))
     pipe = build.sdxl({part: WIDTHS[part] | own[part] for part in WIDTHS}, ["a"], "cpu")
     pipe.register_modules(tokenizer=first, tokenizer_2=second)
@@ -193,6 +167,19 @@ def load_judge(path: Path) -> Judge:
     return judge.requires_grad_(False).eval()
 
 
+def clip_scores(pictures, captions: list[str]) -> list[float]:
+    """100 x cosine of each PIL image with its caption, by the small CLIP in build.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = build.ASSETS / "clip"
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = CLIPTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        output = clip(pixel_values=pixels, **texts)
+    return (100 * (output.image_embeds * output.text_embeds).sum(-1)).tolist()  # both have a length of 1
+
+
 def pack(out: Path, to: Path, size: int) -> None:
     """Assemble `to`/model (diffusers), `to`/clip (transformers) and `to`/judge.safetensors from the stages' files; all in fp16."""
     from transformers import CLIPImageProcessor
@@ -211,6 +198,18 @@ def pack(out: Path, to: Path, size: int) -> None:
     for name in ("model", "clip", "judge.safetensors"):
         files = [file for file in [to / name, *(to / name).rglob("*")] if file.is_file()]
         print(f"{to / name}: {sum(file.stat().st_size for file in files) / 1e6:.2f} MB in {len(files)} files")
+
+
+def write_pictures(folder: Path, count: int, seed: int, size: int, full=False) -> None:
+    """A new folder of `count` ink drawings and metadata.jsonl: file_name, text and the attributes; the text leaves some out, unless `full`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    attributes = world.draw_attributes(count, seed)
+    pictures = world.render(attributes, seed, "ink", size)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i, (row, picture, text) in enumerate(zip(attributes, pictures, world.captions(attributes, seed, full))):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png", optimize=True)
+            metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text, **world.describe(row)}) + "\n")
 
 
 # ---------------------------------------------------------------- looking at the result

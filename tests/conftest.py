@@ -16,7 +16,7 @@ from types import SimpleNamespace
 # Before torch or common.flags are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1")
+os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
 if not os.environ.get("GPU_TESTS"):  # the same numbers where there is a GPU; `make test-gpu` is for that
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
 ROOT = Path(__file__).resolve().parent.parent

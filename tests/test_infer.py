@@ -15,8 +15,10 @@ from PIL import Image, ImageChops
 import infer
 from common import device, loading, report, sampling
 from common.flags import UserError, parse
+from demo.build import TINY_DEMO
 
-PROMPT, STEPS = infer.DEMO_PROMPTS[0], 3
+PROMPTS, STEPS = TINY_DEMO["prompts"], 3
+PROMPT = PROMPTS[0]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_every_column_is_what_plain_diffusers_draws(trained, draw, plain):
     """Though three adapters are loaded, the base's too."""
     manifest, images = draw("--compare", "--lora", trained, trained / "ema_unet", f"{trained}:2")
     base, lora, ema, double = (column["title"] for column in manifest["columns"])
-    for prompt in infer.DEMO_PROMPTS:
+    for prompt in PROMPTS:
         assert same(images[base, prompt, 42], plain(None, prompt))
         assert same(images[lora, prompt, 42], plain(trained, prompt))
     assert same(images[ema, PROMPT, 42], plain(trained / "ema_unet"))
@@ -166,7 +168,7 @@ def test_manifest_and_png_say_how_each_image_was_made(trained, draw, tmp_path):
 def test_the_grid_holds_every_image_in_its_place(trained, draw, tmp_path):
     manifest, images = draw("--compare", "--lora", trained, "--num_images", 2)
     grid, side, step = Image.open(tmp_path / "compare.png"), report.CELL_PX[0], report.CELL_PX[0] + report.GAP_PX
-    rows = [(prompt, seed) for prompt in infer.DEMO_PROMPTS for seed in (42, 43)]
+    rows = [(prompt, seed) for prompt in PROMPTS for seed in (42, 43)]
     top, left = find(grid, images["base", *rows[0]], side)
     for i, row in enumerate(rows):
         for j, column in enumerate(manifest["columns"]):

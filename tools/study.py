@@ -18,7 +18,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,21 +30,35 @@ METHODS = {  # name -> trainer, and what makes its defaults those of the compari
     "QLoRA normal": ("train_qlora", "--strategy normal"),
     "DoRA": ("train_dora", ""),
 }
+OPTIONS = {  # the same for what train_opt adds to plain LoRA: all of it, and all of it but one
+    "train_opt": ("train_opt", ""),
+    "without EMA": ("train_opt", "--no_use_ema"),
+    "without Min-SNR": ("train_opt", "--min_snr_gamma none"),
+    "without offset noise": ("train_opt", "--offset_noise_strength 0"),
+}
 # A measured plan would give each method another number of images a pass, and so another peak and speed.
 BUDGET = "--no_auto_fit --checkpoints_total_limit 1"
 FULL_BUDGET = f"--resolution 512 --num_train_epochs 3 --lr_warmup_steps 10 {BUDGET}"
-DEMO_BUDGET = f"--demo --train_batch_size 4 --gradient_accumulation_steps 1 --no_gradient_checkpointing {BUDGET}"
+DEMO_BUDGET = f"--demo --learning_rate 1e-3 --train_batch_size 8 --gradient_accumulation_steps 1 --no_gradient_checkpointing {BUDGET}"
 FIRST_SEED = 42
 LOSSES = {"mse": "final training mse", "val_loss": "held-out loss"}
+SCORES = {
+    "style": "in the ink style",
+    "attributes": "attributes kept",
+}  # of the demo's world, by demo/score.py, averaged weights if there are
+SCORED_IMAGES = 16
 T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # n -> Student's t, n - 1 degrees, two-sided
 FINISHED = "finished.json"  # marks a run's folder; final weights alone do not, a run that was stopped writes them too
 
 
 @dataclass
 class Flags:
-    """Compare LoRA, QLoRA aggressive, QLoRA normal and DoRA at equal budget. Flags after -- go to every trainer."""
+    """Compare the four methods, or train_opt with and without its options, at equal budget. Flags after -- go to every trainer."""
 
     DEMO: ClassVar[dict] = dict(validation_split=0.25)
+    of: Literal["methods", "options"] = flag(
+        "methods", "LoRA, two QLoRA strategies and DoRA; or train_opt without EMA, Min-SNR, offset noise"
+    )
     output_dir: str = flag("outputs/study", "where study.md, study.json, compare.png and the runs go")
     seeds: int = flag(3, f"runs of each method, with seeds {FIRST_SEED}, {FIRST_SEED + 1}, ...; the grid shows the first")
     validation_split: float = flag(0.1, "share of the data held out; the runs of a seed hold out the same samples")
@@ -101,7 +115,8 @@ def plan(flags, trainer_flags):
     if not 0 < flags.validation_split < 1:
         raise UserError(f"--validation_split {flags.validation_split}: must be more than 0 and less than 1")
     trainings, budget = [], [*(DEMO_BUDGET if flags.demo else FULL_BUDGET).split(), *trainer_flags]
-    for seed, (method, (script, technique)) in itertools.product(range(FIRST_SEED, FIRST_SEED + flags.seeds), METHODS.items()):
+    compared = METHODS if flags.of == "methods" else OPTIONS
+    for seed, (method, (script, technique)) in itertools.product(range(FIRST_SEED, FIRST_SEED + flags.seeds), compared.items()):
         recipe = [*technique.split(), *budget, "--validation_split", str(flags.validation_split), "--seed", str(seed)]
         trainings.append(Training(method, seed, script, recipe, Path(flags.output_dir) / f"seed_{seed}" / method))
     return trainings
@@ -140,7 +155,20 @@ def train(training):
     ended = importlib.import_module(training.script).main(training.argv)["ended"]
     if ended != "finished":
         raise UserError(f"{training.method}, seed {training.seed}: {ended}; only whole runs are compared, the same command goes on")
-    files.write_json(training.folder / FINISHED, {"recipe": training.recipe, "device": PartialState().device.type})
+    scores = score(training.folder) if "--demo" in training.recipe else {}
+    files.write_json(training.folder / FINISHED, {"recipe": training.recipe, "device": PartialState().device.type, **scores})
+
+
+def score(folder):
+    """What a run of the demo's trained model has learnt and kept: {"style": share, "attributes": share}; nothing for the random one."""
+    from demo import build
+    from demo import score as demo_score
+
+    if build.is_tiny():
+        return {}
+    averaged = folder / "ema_unet"
+    scores = demo_score.of_adapter(averaged if averaged.exists() else folder, SCORED_IMAGES)
+    return {key: scores[key][0] for key in SCORES}
 
 
 def free_memory():
@@ -158,15 +186,16 @@ def measure(training):
     from common import formats, report
 
     steps, weights = report.read_metrics(training.folder / "metrics.jsonl"), training.folder / formats.WEIGHTS
-    on_gpu = json.loads((training.folder / FINISHED).read_text())["device"] == "cuda"
+    finished = json.loads((training.folder / FINISHED).read_text())
     return dict(
+        **{key: finished[key] for key in SCORES if key in finished},
         method=training.method,
         seed=training.seed,
         steps=len(steps),
         mse=statistics.fmean(step["mse"] for step in steps[len(steps) * 3 // 4 :]),
         val_loss=steps[-1]["val_loss"],
         s_per_img=statistics.median(step["s_per_img"] for step in steps),
-        peak_gib=max(step["peak_gib"] for step in steps) if on_gpu else None,
+        peak_gib=max(step["peak_gib"] for step in steps) if finished["device"] == "cuda" else None,
         trainable=count(weights),
         adapter_mb=weights.stat().st_size / 1e6,
     )
@@ -195,11 +224,11 @@ def unet_parameters(flags):
 def summarize(rows, base):
     """One row per method from those of its seeds; `base`: parameters of the frozen UNet."""
     table = []
-    for method in METHODS:
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         entry = {key: own[0][key] for key in ("method", "steps", "trainable", "adapter_mb")}
         entry |= dict(seeds=len(own), share_percent=100 * entry["trainable"] / (base + entry["trainable"]))
-        for loss in LOSSES:
+        for loss in measured(rows):
             values = [row[loss] for row in own]
             entry |= {loss: statistics.fmean(values), f"{loss}_std": statistics.stdev(values)}
         entry["s_per_img"] = statistics.median(row["s_per_img"] for row in own)
@@ -208,14 +237,20 @@ def summarize(rows, base):
     return table
 
 
+def measured(rows):
+    """{key: title} of the columns that have a spread over the seeds."""
+    return {key: title for key, title in {**LOSSES, **SCORES}.items() if key in rows[0]}
+
+
 def compare(rows):
     """Differences from the first method, paired by seed: the runs of a seed see the same samples with the same noise.
 
     `beyond_chance`: more than t standard errors, which chance alone exceeds once in twenty.
     """
-    by_run, seeds, (first, *others) = {(row["method"], row["seed"]): row for row in rows}, sorted({row["seed"] for row in rows}), METHODS
+    by_run, seeds = {(row["method"], row["seed"]): row for row in rows}, sorted({row["seed"] for row in rows})
+    first, *others = dict.fromkeys(row["method"] for row in rows)
     compared = []
-    for loss, method in itertools.product(LOSSES, others):
+    for loss, method in itertools.product(measured(rows), others):
         values = [by_run[method, seed][loss] - by_run[first, seed][loss] for seed in seeds]
         mean, error = statistics.fmean(values), statistics.stdev(values) / len(seeds) ** 0.5
         beyond = abs(mean) > T_95[min(len(seeds), max(T_95))] * error
@@ -225,10 +260,11 @@ def compare(rows):
 
 def markdown(study, demo):
     """study.md: the table, what may be concluded from it, the grid."""
-    titles = ["method", "trainable", "share of UNet + adapter", *LOSSES.values(), "s/img", "peak GiB", "adapter MB"]
+    columns = measured(study["runs"])
+    titles = ["method", "trainable", "share of UNet + adapter", *columns.values(), "s/img", "peak GiB", "adapter MB"]
     lines = [titles, ["---"] * len(titles)]
     for row in study["methods"]:
-        losses = [f"{row[loss]:.4f} ± {row[f'{loss}_std']:.4f}" for loss in LOSSES]
+        losses = [f"{row[loss]:.4f} ± {row[f'{loss}_std']:.4f}" for loss in columns]
         peak = "only on a GPU" if row["peak_gib"] is None else f"{row['peak_gib']:.2f}"
         what = [row["method"], f"{row['trainable']:,}", f"{row['share_percent']:.2f} %"]
         lines.append([*what, *losses, f"{row['s_per_img']:.4f}", peak, f"{row['adapter_mb']:.1f}"])
@@ -244,12 +280,15 @@ def conclusion(study, demo):
         f"same noise and hold out the same ones, so each method is compared with {first} seed by seed: mean difference ± its standard error.",
         f"One of more than {T_95[min(n, max(T_95))]} standard errors counts as different; chance alone exceeds that once in twenty.",
     ]
-    for loss, beyond in itertools.product(LOSSES, (True, False)):
+    columns = {**LOSSES, **SCORES}
+    for loss, beyond in itertools.product(columns, (True, False)):
         rows = [row for row in study["differences"] if row["loss"] == loss and row["beyond_chance"] == beyond]
         named = ", ".join(f"{row['method']} ({row['mean']:+.5f} ± {row['standard_error']:.5f})" for row in rows)
-        said += [f"By {LOSSES[loss]}, {'different' if beyond else 'not to be told'} from {first}: {named}."] if rows else []
-    said += ["The demo model's weights are random: this shows that the comparison works, not which method is better."] if demo else []
-    return " ".join(said)
+        said += [f"By {columns[loss]}, {'different' if beyond else 'not to be told'} from {first}: {named}."] if rows else []
+    from demo import build
+
+    random_model = "The demo model's weights are random here: this shows that the comparison works, not which method is better."
+    return " ".join(said + [random_model] * (demo and build.is_tiny()))
 
 
 if __name__ == "__main__":
