@@ -1,0 +1,2649 @@
+"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds; --merge makes them one model.
+
+python infer.py --compare
+python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
+python infer.py --lora outputs/train_opt --prompt "a fox in Naruto style" --num_images 4
+python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dora:0.5
+python infer.py --demo --compare
+"""
+
+# Made by tools/bundle.py from infer.py and 16 modules; edit those, not this file.
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+MODULES = {}
+
+# ============================================================================================ common/__init__.py
+
+MODULES['common'] = r'''
+"""The data flow of the suite, one module per arrow.
+
+image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
+     (loading: VAE and text encoders are on the GPU only while they encode)                 │
+                                                                                            ▼
+images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
+                                                               (adapters: LoRA layers, the flat parameter buffer)
+"""
+'''
+
+# ===================================================================================== common/adapter_loading.py
+
+MODULES['common.adapter_loading'] = r'''
+"""Adapter files -> adapters in a pipeline; what diffusers, transformers and PEFT leave out with a warning is an error."""
+
+import warnings
+
+import torch
+
+from common.adapter_reading import read_adapter
+from common.flags import UserError
+from common.formats import COMPONENTS
+
+
+def load_adapter(pipeline, file, name):
+    """Load an adapter file into a StableDiffusionXLPipeline under the adapter name `name`; its scale is 1 until set_adapters says otherwise.
+
+    Equal to load_lora_weights where that works.
+    Raises:
+        UserError: what read_adapter refuses, and keys that the loaders did not use.
+    """
+    modules = {component: getattr(pipeline, component) for component in COMPONENTS}
+    weights, configs = read_adapter(file, modules)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters side by side are meant
+        for component in weights:
+            _load_into(pipeline, component, name, weights[component], configs[component])
+            _check_loaded(file, modules[component], name, weights[component])
+
+
+def _load_into(pipeline, component, name, weights, config):
+    if component == "unet":
+        pipeline.unet.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+    else:
+        prefixed = {f"{component}.{key}": tensor for key, tensor in weights.items()}
+        encoder, config = getattr(pipeline, component), {f"{component}.{key}": value for key, value in config.items()}
+        pipeline.load_lora_into_text_encoder(
+            prefixed, None, encoder, prefix=component, adapter_name=name, metadata=config, low_cpu_mem_usage=True
+        )
+
+
+def _check_loaded(file, module, name, weights):
+    """diffusers, transformers and PEFT only warn about what they leave out, and draw it at random (DoRA magnitudes of text encoders)."""
+    from peft import get_peft_model_state_dict
+
+    # PEFT's default for embedding layers would ask the hub about the base model that the adapter names
+    loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
+    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor.cpu(), weights[key].to(tensor.dtype))}
+    if left_out := sorted((weights.keys() | loaded.keys()) - used):
+        raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+'''
+
+# ===================================================================================== common/adapter_reading.py
+
+MODULES['common.adapter_reading'] = r'''
+"""Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
+
+What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from common import formats
+from common.flags import UserError
+
+KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
+
+
+def find_adapter(place):
+    """What `--lora place` means -> Path of a readable .safetensors file.
+
+    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or a PEFT folder.
+    Raises:
+        UserError: nothing there, a pickle, a damaged file.
+    """
+    path = Path(place)
+    file = _weights_in(path) if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"--lora {path}: no such file or folder")
+    if file.suffix != ".safetensors":
+        raise UserError(f"--lora {file}: only .safetensors files are read; pickles (.bin, .pt, .ckpt) can run code")
+    try:
+        with safe_open(file, "pt") as tensors:
+            empty = not tensors.keys()
+    except SafetensorError as error:
+        raise UserError(f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again") from None
+    if empty:
+        raise UserError(f"--lora {file}: has no tensors in it")
+    return file
+
+
+def _weights_in(folder):
+    for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
+        if (folder / name).exists():
+            return folder / name
+    if pickles := sorted(folder.glob("*.bin")):
+        return pickles[0]
+    steps = sorted(folder.glob("*.safetensors"))
+    hint = f"; name one of its files, e.g. {steps[-1].name}" if steps else ""
+    raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
+
+
+def read_adapter(file, modules):
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+
+    alpha comes from the file's metadata or its .alpha tensors, else it is the rank.
+    Returns:
+        ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).
+    Raises:
+        UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing.
+    """
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
+    read = _reader_for(tensors)
+    weights, configs = read(file, tensors, metadata, modules)
+    _check_values(file, weights)
+    for component, part in weights.items():
+        if misfits := _misfits(modules[component], part):
+            raise _misfit(file, misfits, len(part))
+    return weights, configs
+
+
+def _reader_for(tensors):
+    if all(key.startswith("lora_") for key in tensors):
+        return _read_kohya
+    if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
+        return _read_peft
+    return _read_diffusers
+
+
+def _read_diffusers(file, tensors, metadata, modules):
+    """Keys COMPONENT.LAYER.lora.down.weight and their older spellings. Returns as read_adapter."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+
+    config = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
+    weights, configs = {}, {}
+    parts = {
+        component: {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{component}.")} for component in formats.COMPONENTS
+    }
+    if sum(map(len, parts.values())) < len(tensors):
+        raise _misfit(file, [key for key in tensors if key.partition(".")[0] not in formats.COMPONENTS], len(tensors))
+    for component, part in parts.items():
+        if not part:
+            continue
+        if component == "unet":
+            part = convert_unet_state_dict_to_peft(part)
+        else:
+            part = _named_as_in(modules[component], convert_state_dict_to_peft(convert_state_dict_to_diffusers(part)))
+        weights[component] = part
+        described = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")}
+        configs[component] = described or _describe(part, {})
+    return weights, configs
+
+
+def _named_as_in(encoder, weights):
+    """The opposite of formats.portable, where `encoder` is one without the prefix."""
+    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
+    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
+
+
+def _read_kohya(file, tensors, metadata, modules):
+    """Keys PREFIX_LAYER_WITH_UNDERSCORES.KIND; the layer's name is looked up among those the model has. Returns as read_adapter."""
+    layers_per_block = modules["unet"].config.layers_per_block
+    known = {}
+    for component, module in modules.items():
+        for layer, _ in module.named_modules():
+            known[formats.KOHYA_PREFIXES[component] + layer.replace(".", "_")] = component, layer
+            known[formats.kohya_key(component, layer, layers_per_block)] = component, layer
+    weights, alphas, unknown = {}, {}, []
+    for key, tensor in tensors.items():
+        prefix, _, kind = key.partition(".")
+        component, layer = known.get(prefix, (None, None))
+        if component is None or kind not in (*KOHYA_KINDS, "alpha"):
+            unknown.append(key)
+        elif kind == "alpha":
+            alphas.setdefault(component, {})[layer] = tensor.item()
+        else:
+            weights.setdefault(component, {})[f"{layer}.{KOHYA_KINDS[kind]}"] = tensor
+    if unknown:
+        raise _misfit(file, unknown, len(tensors))
+    for component, part in weights.items():
+        for key in [key for key in part if key.endswith("lora_magnitude_vector")]:
+            layer = key.removesuffix(".lora_magnitude_vector")
+            part[key] = _magnitude(file, modules[component].get_submodule(layer).weight, part, layer, alphas[component], metadata)
+    return weights, {component: _describe(part, alphas.get(component, {})) for component, part in weights.items()}
+
+
+def _magnitude(file, weight, weights, layer, alphas, metadata):
+    """A kohya file's dora_scale -> PEFT's magnitude, [out] or [1, out, 1, 1]. In our files it goes with ||W||, in LyCORIS's with ||W + s B A||."""
+    dora_scale, down, up = (weights[f"{layer}.{kind}"].float() for kind in ("lora_magnitude_vector", "lora_A.weight", "lora_B.weight"))
+    if len(dora_scale) != len(up):
+        raise UserError(f"--lora {file}: its dora_scale runs over input columns, e.g. in {layer}; PEFT's DoRA knows output rows only")
+    magnitude = dora_scale.flatten()
+    if metadata.get(formats.DORA_NORM) == "base":
+        base, merged = formats.row_norms(weight.cpu(), alphas[layer] / len(down) * (up.flatten(1) @ down.flatten(1)).view(weight.shape))
+        magnitude = magnitude * merged / base
+    return magnitude if weight.dim() == 2 else magnitude.view(1, -1, 1, 1)
+
+
+def _read_peft(file, tensors, metadata, modules):
+    """A PEFT folder of the UNet or of one text encoder; what save_peft wrote has folders of the text encoders in it. Returns as read_adapter."""
+    nested = [file.parent / component for component in formats.COMPONENTS[1:]]
+    files = [find_adapter(folder) for folder in nested if (folder / formats.PEFT_CONFIG).exists()]
+    weights, configs = {}, {}
+    for part, content in [(file, tensors), *((file, load_file(file)) for file in files)]:
+        config = _peft_config(part)
+        component, named = _peft_component(modules, {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in content.items()})
+        weights[component], configs[component] = named, config
+    return weights, configs
+
+
+def _peft_config(file):
+    """LoraConfig arguments beside a PEFT file."""
+    from peft import LoraConfig
+
+    if not (file.parent / formats.PEFT_CONFIG).exists():
+        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
+    kind = json.loads((file.parent / formats.PEFT_CONFIG).read_text()).get("peft_type")
+    if kind != "LORA":
+        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
+    return LoraConfig.from_pretrained(file.parent).to_dict()
+
+
+def _peft_component(modules, weights):
+    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
+    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in formats.COMPONENTS}
+    return next((pair for pair in named.items() if not _misfits(modules[pair[0]], pair[1])), ("unet", weights))
+
+
+def _describe(weights, alphas):
+    """LoraConfig arguments for {PEFT key: tensor} of one component; a layer that `alphas` does not name has alpha = rank."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    alphas = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
+    r, lora_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
+    return dict(
+        r=r,
+        lora_alpha=lora_alpha,
+        rank_pattern={f"^{layer}": rank for layer, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{layer}": alpha for layer, alpha in alphas.items() if alpha != lora_alpha},
+        target_modules=list(ranks),
+        use_dora=any(key.endswith("lora_magnitude_vector") for key in weights),
+    )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _misfit(file, keys, total):
+    return UserError(
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+    )
+
+
+def _check_values(file, weights):
+    tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+    if not any(tensor.any() for key, tensor in tensors.items() if not key.endswith("lora_A.weight")):
+        raise UserError(f"--lora {file}: would change nothing, every lora_B is zero, e.g. {next(iter(tensors))}; was it trained?")
+
+
+def _misfits(module, weights):
+    """Keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
+    shapes = {name: layer.weight.shape for name, layer in module.named_modules() if isinstance(layer, layers)}
+    return [key for key in weights if not _fits(shapes, weights, *key.rpartition(".lora_")[::2])]
+
+
+def _fits(shapes, weights, layer, kind):
+    down, up, shape = weights.get(f"{layer}.lora_A.weight"), weights.get(f"{layer}.lora_B.weight"), shapes.get(layer)
+    if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
+        return False
+    return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
+'''
+
+# ============================================================================================== common/device.py
+
+MODULES['common.device'] = r'''
+"""Where to compute and in which precision, and why: decided here once, printed once."""
+
+import logging
+import resource
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+from common.flags import UserError
+
+GIB = 2**30
+_earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
+
+
+@dataclass(frozen=True)
+class Host:
+    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+    rank: int
+    world: int
+    started_s: float  # when the run began, on the monotonic clock
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, line):
+        if self.is_main:
+            print(line, flush=True)
+
+    def gather(self, items):
+        """The lists of all processes as one list, on every process."""
+        return gather_object(items) if self.world > 1 else items
+
+    def barrier(self):
+        PartialState().wait_for_everyone()
+
+    def sum(self, tensor):
+        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def start(mixed_precision="fp16", seed=0):
+    """Join the process group that `accelerate launch` or torchrun prepared, if any; choose device and dtype, and say so.
+
+    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
+
+    Raises:
+        UserError: for bf16 on a card that only emulates it.
+    """
+    global _earlier_peak_gib
+    started_s, _earlier_peak_gib = time.monotonic(), 0.0
+    quieten_libraries()
+    torch.manual_seed(seed)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
+    where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    dtype, reason = _choose_dtype(where, mixed_precision)
+    host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
+    processes = f", {host.world} processes" if host.world > 1 else ""
+    host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
+    return host
+
+
+def quieten_libraries():
+    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _choose_dtype(device, mixed_precision):
+    if device.type != "cuda":
+        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if mixed_precision == "no":
+        return torch.float32, f"{name}, --mixed_precision no"
+    if mixed_precision == "bf16":
+        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
+        if capability < (8, 0):
+            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+        return torch.bfloat16, f"{name}, --mixed_precision bf16"
+    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def peak_gib(device):
+    """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+
+
+def start_new_peak(device):
+    """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
+    global _earlier_peak_gib
+    _earlier_peak_gib = peak_gib(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_ram_gib():
+    """Highest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def seconds_since_start():
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def free_memory(device):
+    """Hand cached blocks of freed models back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+'''
+
+# =============================================================================================== common/files.py
+
+MODULES['common.files'] = r'''
+"""Files that a reader finds whole or not at all."""
+
+import json
+import os
+
+from safetensors.torch import save_file
+
+
+def write_json(path, value):
+    """Write JSON so that a reader finds the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """The same for tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+    partial.chmod(0o644)  # safetensors makes its files unreadable for others
+    os.replace(partial, path)
+'''
+
+# =============================================================================================== common/flags.py
+
+MODULES['common.flags'] = r'''
+"""Flags as documented dataclasses: `flag()` declares one, `parse()` reads the command line, `check()` refuses what cannot work.
+
+Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, List, Literal, Optional, get_args
+
+import argparse_dataclass
+
+ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+DEMO_ROOT = Path(CACHE_DIR) / "demo"
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
+
+
+def flag(default, help, **metadata):
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def local_path(text):
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
+    the help, and errors raised as UserError."""
+
+    def __init__(self, cls):
+        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
+        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        if str(kwargs.get("action")).startswith("store_"):
+            kwargs["action"] = Switch
+        elif "nargs" in kwargs:
+            kwargs["action"] = "extend"
+        if dest in self._optional:
+            kwargs["type"] = _or_none(kwargs["type"])
+        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
+        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+        return super().add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            close = difflib.get_close_matches(typed, known, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
+
+
+def _shown(field):
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+
+
+def parse(cls, argv=None):
+    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+
+    Raises:
+        UserError: for whatever argparse refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+    parser = Parser(cls)
+    if "demo" in typed:
+        # a typed list would be added to a default one
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
+    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
+    return parser.parse_args(argv)
+
+
+def _demo_defaults(cls):
+    """What `--demo` changes: see demo/build.py, and the class's own DEMO."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
+    from demo.build import demo_settings
+
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
+
+
+def print_config(flags):
+    """What --dry_run shows: the resolved flags as JSON."""
+    print(json.dumps(dataclasses.asdict(flags), indent=2))
+
+
+def run(main):
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+
+    def __init_subclass__(cls):
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if name in inherited and not isinstance(default, dataclasses.Field):
+                metadata = dict(inherited[name].metadata)
+                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
+
+
+@dataclass
+class ModelFlags(Described):
+    """Which model to load, and how: the same for every script."""
+
+    DEMO: ClassVar[dict] = {}  # what a script's own --demo changes beside the settings of all
+
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
+    )
+    pretrained_vae_model_name_or_path: Optional[str] = flag(
+        None,
+        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one",
+        type=local_path,
+    )
+    config_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "where configs and tokenizers of a single-file model come from: hub id or folder",
+        type=local_path,
+    )
+    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    cache_dir: str = flag(
+        CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
+    )
+    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
+    demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
+
+
+@dataclass
+class TrainFlags(ModelFlags):
+    """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
+
+    # data
+    dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
+    train_data_dir: Optional[str] = flag(
+        None,
+        "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too",
+        type=local_path,
+    )
+    image_column: str = flag("image", "column of the images in a hub data set")
+    caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
+    max_train_samples: Optional[int] = flag(None, "use only the first N samples")
+    max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
+    resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
+    center_crop: bool = flag(
+        True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached"
+    )
+    random_flip: bool = flag(False, "mirror half of the training examples")
+    aspect_ratio_buckets: bool = flag(
+        False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
+    )
+    caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
+    text_cache: Literal["ram", "disk", "none"] = flag(
+        "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
+    )
+    # adapter
+    quantize: Literal["none", "nf4"] = flag(
+        "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
+    )
+    lora_rank: int = flag(16, "rank r of the adapter")
+    lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
+    lora_dropout: float = flag(
+        0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split"
+    )
+    lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
+    auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
+    max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
+    cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
+    train_text_encoder: bool = flag(
+        False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
+    )
+    text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
+    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
+    # optimisation
+    train_batch_size: int = flag(1, "examples in one forward pass on one device")
+    gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
+    num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
+    max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
+    learning_rate: float = flag(1e-4, "peak learning rate")
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
+        "cosine", "schedule of the learning rate over the optimizer steps"
+    )
+    lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
+    seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
+    # loss
+    min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
+    offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
+    use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
+    ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
+    # output
+    output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
+    save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
+    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
+    checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
+    resume_from_checkpoint: Optional[str] = flag(
+        None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
+    )
+    max_train_minutes: Optional[float] = flag(None, "stop early, with everything saved, this many minutes after the start")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
+    validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
+    validation_steps: int = flag(
+        500, "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)"
+    )
+    validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
+    early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
+
+
+def check(flags):
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
+    positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
+    for name in positive.split():
+        value = getattr(flags, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: must be greater than 0, and finite")
+    for (
+        name
+    ) in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+        if not 0 <= getattr(flags, name) < math.inf:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
+    for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
+        if not 0 <= getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
+    if flags.resolution < 64 or flags.resolution % 32:
+        nearest = max(64, round(flags.resolution / 32) * 32)
+        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
+    if flags.early_stopping_patience and not flags.validation_split:
+        raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    if not all(name.strip() for name in flags.lora_target_modules):
+        raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
+    _check_places(flags)
+    _check_packages(flags)
+    check_model(flags)
+
+
+def check_model(flags):
+    """The part of `check` that every script needs: a model that is meant to be local is there, and what is written finds a place."""
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
+    for name in ("output_dir", "cache_dir"):
+        _check_writable(name, getattr(flags, name))
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        place = getattr(flags, name)
+        looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
+        if looks_local and not os.path.exists(place) and not _of_the_demo(place):
+            raise UserError(f"--{name} {place}: no such folder or file")
+
+
+def _check_writable(name, place):
+    """A folder that is there with the right to write in it, or that can be made."""
+    path = Path(place).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    if not nearest.is_dir():
+        raise UserError(f"--{name} {place}: {nearest} is a file; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--{name} {place}: no right to write in {nearest}; name another folder")
+
+
+def _of_the_demo(place):
+    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
+
+
+def _check_places(flags):
+    if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
+        find_data_dir(flags.train_data_dir)
+    output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    if resume not in (None, "latest") and not os.path.isdir(resume):
+        raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
+    continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
+    if not continues and any((output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")):
+        raise UserError(
+            f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+        )
+
+
+def _check_packages(flags):
+    wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
+    wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
+    wanted += [("xformers", "--enable_xformers_memory_efficient_attention")] if flags.enable_xformers_memory_efficient_attention else []
+    wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
+    for package, typed in wanted:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
+
+
+def find_data_dir(name):
+    """The folder `name`, or /kaggle/input/`name`, as a Path.
+
+    Raises:
+        UserError: when neither is a folder.
+    """
+    for folder in (Path(name), Path("/kaggle/input") / name):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
+'''
+
+# ============================================================================================= common/formats.py
+
+MODULES['common.formats'] = r'''
+"""Adapter files that load elsewhere: diffusers' format, kohya's (ComfyUI, A1111, Forge), PEFT's. `adapter_loading` reads them."""
+
+import copy
+import json
+import re
+
+import torch
+
+from common.files import write_safetensors
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
+DORA_NORM = "dora_norm"  # our key in a kohya file's metadata: what its dora_scale is to be divided by
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+
+
+def save_adapter(path, unet, recipe, text_encoders=()):
+    """Write the adapters of the UNet, and of both text encoders if given, in diffusers' format, with what PEFT needs to rebuild them
+    and the recipe that trained them.
+
+    Without the metadata diffusers would take alpha = rank, and rank 16 / alpha 32 would load at half strength.
+    """
+    from peft import get_peft_model_state_dict
+
+    weights, described = {}, {}
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
+        config = module.peft_config["default"].to_dict()
+        described |= {f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
+    write_safetensors(path, weights, metadata)
+
+
+def _spelt_by_diffusers(component, weights):
+    """PEFT's keys -> diffusers', the same way for every layer.
+
+    Its own conversion respells only the attention layers of a UNet, and of a file with two spellings its loader reads that of the first key.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    if component != "unet":
+        return convert_state_dict_to_diffusers(weights)
+    return {name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor for name, tensor in weights.items()}
+
+
+def save_peft(folder, unet, recipe, text_encoders=()):
+    """Write the same adapters as PEFT folders: the UNet's is `folder`, those of text encoders lie in its text_encoder and text_encoder_2.
+
+    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it back.
+    """
+    from peft import get_peft_model_state_dict
+
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = folder if component == "unet" else folder / component
+        weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+        config = copy.copy(module.peft_config["default"])
+        config.base_model_name_or_path, config.inference_mode = recipe["base_model"], True
+        base = type(module)
+        config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
+
+
+def save_kohya(path, unet, recipe, text_encoders=()):
+    """Write the same adapters for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
+
+    Their format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha`
+    and, for DoRA, `dora_scale` [out, 1]; layers are named by the original SDXL layout with underscores.
+    """
+    from peft import get_peft_model_state_dict
+
+    config, tensors = unet.peft_config["default"], {}
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        for name, tensor in get_peft_model_state_dict(module).items():
+            layer, _, kind = name.rpartition(".lora_")
+            key = kohya_key(component, layer, unet.config.layers_per_block)
+            if kind == "magnitude_vector":
+                tensors[f"{key}.dora_scale"] = _dora_scale(module.get_submodule(layer), tensor)
+            else:
+                tensors[f"{key}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[kind] }.weight"] = tensor.half()
+                tensors[f"{key}.alpha"] = torch.tensor(float(module.peft_config["default"].lora_alpha))
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
+    metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
+    metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    if config.use_dora:
+        metadata[DORA_NORM] = "base"
+    write_safetensors(path, tensors, {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+
+
+def _dora_scale(layer, magnitude):
+    """PEFT's magnitude m -> the dora_scale [out, 1] (convolutions: [out, 1, 1, 1]) with which ComfyUI and Forge compute the same weight.
+
+    DoRA is (W + s B A) m / ||W + s B A|| (arXiv 2402.09353, eq. 5), norms over rows. For a scale of this shape they compute
+    (W + s B A) dora_scale / ||W|| (weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py).
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(layer.get_base_layer())
+    base, merged = row_norms(weight, layer.get_delta_weight("default"))
+    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
+
+
+def row_norms(weight, delta):
+    """(||W||, ||W + delta||) over rows, each [out], in fp32."""
+    weight = weight.detach().float()
+    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+
+
+def portable(component, name):
+    """A name as every tool knows it: transformers 5 dropped `text_model.` from those inside CLIPTextModel."""
+    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+
+
+def kohya_key(component, layer, layers_per_block):
+    """Name of a layer in a kohya file: prefix, then the UNet's original or the text encoder's portable name, with underscores."""
+    name = _original_layout(layer, layers_per_block) if component == "unet" else portable(component, layer)
+    return KOHYA_PREFIXES[component] + name.replace(".", "_")
+
+
+_OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def _original_layout(name, layers_per_block):
+    """Module name in diffusers' UNet -> in the original one (https://github.com/Stability-AI/generative-models, openaimodel.py).
+
+    There the blocks of all levels are numbered through; within one, 0 is the residual part (or the downsampler), 1 the attention
+    (or an upsampler without one before it), 2 the upsampler.
+    """
+    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if not found:
+        return _OUTSIDE_BLOCKS.get(name, name)
+    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
+    if kind.endswith("samplers"):
+        index = layers_per_block  # they close their level
+    first = level * (layers_per_block + 1)
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
+    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+'''
+
+# ================================================================================================= common/hub.py
+
+MODULES['common.hub'] = r'''
+"""Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
+
+import os
+from pathlib import Path
+
+from common.flags import DEMO_ROOT, UserError
+
+PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
+
+
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+
+
+def check(flags):
+    """Every repo that the flags name and that is not a local path is cached or within reach.
+
+    Raises:
+        UserError: naming the flag, the repo and the ways to work offline.
+    """
+    if "dataset_name" in vars(flags) and flags.train_data_dir is None:
+        _require(flags.dataset_name, "dataset", "dataset_name", "README.md")
+    model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
+    is_local, in_demo = model.exists(), model.is_relative_to(DEMO_ROOT)
+    if model.is_file() and not os.path.isdir(flags.config_name_or_path):
+        _require(flags.config_name_or_path, "model", "config_name_or_path", "model_index.json")
+    if not is_local and not in_demo:
+        _require(flags.pretrained_model_name_or_path, "model", "pretrained_model_name_or_path", "model_index.json")
+        vae = vae or FP16_VAE
+    if vae and not Path(vae).is_dir():
+        _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _require(repo_id, repo_type, flag, filename):
+    """Return when `repo_id` is cached (it then holds `filename`, which every such repo has) or the hub knows it."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
+        return
+    offline = "offline, give a local path instead, or try --demo"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        raise UserError(f"--{flag} {repo_id}: not in the local cache, and HF_HUB_OFFLINE is set; {offline}")
+    try:
+        HfApi().repo_info(repo_id, repo_type=repo_type, timeout=PROBE_S)
+    except RepositoryNotFoundError:
+        raise UserError(f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)") from None
+    except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
+        raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
+'''
+
+# ============================================================================================= common/loading.py
+
+MODULES['common.loading'] = r'''
+"""A model's files -> its parts on the device: noise schedule, VAE, text encoders, UNet. Never a second copy in RAM.
+
+Whatever the user names (hub id, folder, single file) becomes one diffusers folder first; nothing else knows the difference.
+Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
+"""
+
+import itertools
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.flags import UserError
+from common.hub import FP16_VAE
+from common.noise import NoiseSchedule
+
+VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
+PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
+CHUNK_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it."""
+
+    name: str
+    folder: Path
+    vae: Path
+    variant: Optional[str]
+
+
+# ---------------------------------------------------------------- finding it
+
+
+def find_model(name, vae=None, variant="fp16", revision=None, config="stabilityai/stable-diffusion-xl-base-1.0", cache_dir="."):
+    """Turn what the user named into local folders, downloading only the files that are used (fp16: about 7 GB, not 14).
+
+    Raises:
+        UserError: not a diffusers model.
+    """
+    place = Path(name)
+    if place.is_file():
+        folder = _convert_single_file(place, config, Path(cache_dir))
+    elif place.is_dir():
+        folder = place
+    else:
+        vae = vae or FP16_VAE
+        folder = _download_pipeline(name, variant, revision)
+    _check_parts(name, folder)
+    return Model(name, folder, _find_vae(vae or str(folder)), variant)
+
+
+def _check_parts(name, folder):
+    """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
+    for part, wanted in PARTS.items():
+        try:
+            config = json.loads((folder / part / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--pretrained_model_name_or_path {name}: no readable {part}/config.json in it; SDXL has one") from None
+        found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
+        if found != wanted:
+            raise UserError(f"--pretrained_model_name_or_path {name}: its {part} is {found}, SDXL's is {wanted}")
+
+
+def _download_pipeline(repo_id, variant, revision):
+    from diffusers import StableDiffusionXLPipeline
+
+    unused = dict(vae=None, feature_extractor=None, image_encoder=None, safety_checker=None)
+    return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, revision=revision, use_safetensors=True, **unused))
+
+
+def _find_vae(vae):
+    folder = Path(vae)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
+    for candidate in (folder, folder / "vae"):
+        if (candidate / "config.json").exists():
+            return candidate
+    raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
+
+
+def _convert_single_file(path, config, cache_dir):
+    """A .safetensors checkpoint in the original layout -> a diffusers folder (fp16) under `cache_dir`, made once."""
+    from diffusers import StableDiffusionXLPipeline
+
+    if path.suffix != ".safetensors":
+        raise UserError(f"--pretrained_model_name_or_path {path}: only .safetensors files are read; pickles can run code")
+    stat = path.stat()
+    folder = cache_dir / "single_file" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
+        try:
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, dtype=torch.float16)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"--pretrained_model_name_or_path {path}: not a readable SDXL checkpoint ({error})") from None
+        pipeline.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    return folder
+
+
+def fingerprint(variant, *folders):
+    """What identifies the models in `folders` for the caches: the files that are loaded, with size and time of change. Reads no weights."""
+    files = []
+    for folder in folders:
+        loaded = _variant_in(folder, variant) or ""  # the part after the first dot: model.fp16-00001-of-00002.safetensors
+        weights = [path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded]
+        files += sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+# ---------------------------------------------------------------- its parts
+
+
+def load_noise_schedule(model, device):
+    """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
+    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
+        )
+    return NoiseSchedule(scheduler.alphas_cumprod.to(device, torch.float32), scheduler.config.prediction_type)
+
+
+def load_vae(model, host):
+    """AutoencoderKL on the device; in fp32 where its config says that fp16 overflows (`force_upcast`)."""
+    from diffusers import AutoencoderKL
+
+    upcast = AutoencoderKL.load_config(model.vae).get("force_upcast", True)
+    dtype = torch.float32 if upcast else host.dtype
+    vae = AutoencoderKL.from_pretrained(model.vae, variant=_variant_in(model.vae, model.variant), dtype=dtype, use_safetensors=True)
+    return vae.to(host.device).requires_grad_(False).eval()
+
+
+def load_text_encoders(model, host):
+    """[(tokenizer, encoder)] of CLIP-L and bigG. The second must be CLIPTextModelWithProjection: its projection makes `pooled`."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    pairs = []
+    for part, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        folder = model.folder / f"text_encoder{part}"
+        variant = _variant_in(folder, model.variant)
+        encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
+        tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
+            raise UserError(
+                f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
+            )
+        pairs.append((tokenizer, encoder.requires_grad_(False).eval()))
+    return pairs
+
+
+def load_unet(model, host, quantize="none"):
+    """The UNet, frozen, built without memory and filled straight on the device: RAM holds 0.5 GiB of it at a time.
+
+    `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except those of the
+    time and size embeddings; each is quantised as it arrives, so the device never holds the fp16 model either.
+    """
+    from diffusers import UNet2DConditionModel
+
+    folder = model.folder / "unet"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        if quantize == "nf4":
+            _make_linears_4bit(unet, host.dtype)
+    fill(unet, weight_files(folder, model.variant), host.device, host.dtype)
+    return unet.requires_grad_(False).train()
+
+
+def _make_linears_4bit(unet, compute_dtype):
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(unet.named_modules()):
+        if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
+            parent, _, child = name.rpartition(".")
+            options = dict(bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+            layer = Linear4bit(module.in_features, module.out_features, **options)
+            layer.support_avx512bf16_for_cpu = False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            setattr(unet.get_submodule(parent), child, layer)
+    unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
+
+
+def weight_files(folder, variant):
+    """The safetensors files of a component: those of the variant when there are any, else the plain ones."""
+    stem = f"diffusion_pytorch_model.{_variant_in(folder, variant)}" if _variant_in(folder, variant) else "diffusion_pytorch_model"
+    files = sorted({*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")})
+    if not files:
+        raise UserError(f"{folder}: no {stem}.safetensors in it (only safetensors are read; pickles can run code)")
+    return files
+
+
+def fill(module, files, device, dtype):
+    """Fill a module made on the meta device from safetensors files.
+
+    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+    Raises:
+        UserError: a damaged file, or names that do not fit the module.
+    """
+    missing = set(module.state_dict())
+    for file in files:
+        for names in _chunks(file):
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
+            if unknown := chunk.keys() - missing:
+                raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
+            missing -= chunk.keys()
+            for name in [name for name in chunk if name.endswith(".weight") and _is_4bit(module, name)]:
+                layer = module.get_submodule(name.removesuffix(".weight"))
+                empty = layer.weight
+                options = dict(
+                    requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer
+                )
+                layer.weight = type(empty)(chunk.pop(name), **options).to(device)  # Params4bit quantises when it is moved
+            module.load_state_dict(chunk, strict=False, assign=True)
+    if missing:
+        raise UserError(f"{files[0].parent}: {len(missing)} weights are missing, e.g. {sorted(missing)[0]}")
+
+
+def _is_4bit(module, weight_name):
+    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"  # by name: bitsandbytes may not be installed
+
+
+def _chunks(file):
+    """The tensor names of a file, in its own order, in lists of about CHUNK_BYTES."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.offset_keys())
+            sizes = {name: 2 * torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+    ends = itertools.accumulate(sizes.values())
+    for _, group in itertools.groupby(zip(names, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
+        yield [name for name, _ in group]
+
+
+def _variant_in(folder, variant):
+    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
+
+
+def zero_unconditional(model):
+    """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
+    return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
+'''
+
+# ============================================================================================= common/merging.py
+
+MODULES['common.merging'] = r'''
+"""Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
+
+import os
+import shutil
+from itertools import chain
+
+from safetensors import SafetensorError
+
+from common.files import write_json
+from common.flags import UserError
+
+SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
+
+
+def merge(pipeline, adapters, model, place, record):
+    """Fuse adapters into a StableDiffusionXLPipeline, layer by layer in place, and write it to a new folder, whole or not at all.
+
+    The folder draws what `set_adapters` draws at the same scales, for several LoRA and DoRA adapters together too.
+
+    Args:
+        adapters: [(name in the pipeline, scale)].
+        model: the loading.Model that the pipeline was loaded from; its own folder is only read.
+        place: Path of the new folder.
+        record: what merge.json in it says.
+    Raises:
+        UserError: no room on the disk, not writable, merged weights that are not finite.
+    """
+    _check_room(pipeline, place)
+    _fuse(pipeline, adapters)
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    try:
+        _write(pipeline, model, partial, record)
+        partial.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--merge {place}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(pipeline, place):
+    tensors = chain.from_iterable(getattr(pipeline, name).parameters() for name in SAVED)
+    disk = next(folder for folder in place.absolute().parents if folder.is_dir())
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(f"--merge {place}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on that disk")
+
+
+def _fuse(pipeline, adapters):
+    """Add the adapters to the weights and take their layers out: what remains is a plain model."""
+    pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+    try:
+        pipeline.fuse_lora(safe_fusing=True)  # at the scales just set; lora_scale would come on top
+    except ValueError:
+        raise UserError(f"--merge: the merged weights are not finite in {pipeline.dtype}; lower the scales") from None
+    pipeline.unload_lora_weights()
+
+
+def _write(pipeline, model, folder, record):
+    """The weights as the libraries save them; everything that no adapter changes as it lies in the model's folder."""
+    for name in SAVED:
+        getattr(pipeline, name).save_pretrained(folder / name)
+    for name in COPIED:
+        shutil.copytree(model.folder / name, folder / name)
+    shutil.copy(model.folder / "model_index.json", folder)
+    write_json(folder / "merge.json", record)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes its files unreadable for others
+'''
+
+# =============================================================================================== common/noise.py
+
+MODULES['common.noise'] = r'''
+"""What noise does to a latent, and what the loss makes of it. Pure functions of tensors; the draws belong to the samples.
+
+Notation: z latent, eps noise, a = alphas_cumprod[t], snr = a / (1 - a). Shapes: [B, C, H, W] unless said otherwise.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+QUARTERS = 4  # the loss is also reported by quarter of the timesteps
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random about one training example."""
+
+    flip: bool
+    drop_caption: bool
+    timestep: int
+    posterior_eps: torch.Tensor  # [C, H, W]
+    eps: torch.Tensor  # [C, H, W], offset noise included
+
+
+def generator_for(*identity):
+    """A CPU generator that depends on `identity` alone: the same draws in any batch, any process, beside any device."""
+    digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0):
+    """Draw everything for one example whose latent has `shape` = (C, H, W).
+
+    Every number is drawn whether it is used or not, so that switching one option on leaves the other draws alone.
+    Offset noise is part of the noise to predict: eps' = eps + s * n, n ~ N(0, 1) per channel
+    (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+    flip, drop = torch.rand(2, generator=generator).tolist()
+    timestep = int(torch.randint(num_timesteps, (), generator=generator))
+    posterior_eps = torch.randn(shape, generator=generator)
+    eps = torch.randn(shape, generator=generator)
+    offset = torch.randn((shape[0], 1, 1), generator=generator)
+    return Draws(flip < flip_share, drop < drop_share, timestep, posterior_eps, eps + offset_strength * offset)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process of a model: alphas_cumprod [T] in fp32 on the training device, and what the UNet predicts."""
+
+    alphas_cumprod: torch.Tensor
+    prediction_type: str  # "epsilon" or "v_prediction"
+
+    def noise(self, z, eps, t):
+        """x_t and the UNet's target: x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4);
+        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D). `t` is [B], the rest [B, C, H, W]."""
+        a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_t = a.sqrt() * z + (1 - a).sqrt() * eps
+        return x_t, eps if self.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * z
+
+    def min_snr_weight(self, t, gamma):
+        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4): min(snr, g) / snr for epsilon prediction,
+        min(snr, g) / (snr + 1) for v prediction. Noisy steps (snr <= g) keep weight 1; snr = 0 gives 1, not 0 / 0."""
+        a = self.alphas_cumprod[t]
+        snr = a / (1 - a)
+        if self.prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1.0)
+        return snr.clamp(max=gamma) / (snr + 1)
+
+
+def mse_per_sample(prediction, target):
+    """Mean squared error of each example in fp32: [B, C, H, W] twice -> [B]."""
+    return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+
+
+def by_quarter(values, t, num_timesteps):
+    """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
+    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
+'''
+
+# ============================================================================================== common/report.py
+
+MODULES['common.report'] = r'''
+"""What a run shows: one progress bar, metrics.jsonl, a tracker, training.png, and grids of labelled images."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
+
+
+class Report:
+    """Numbers of a run, written by the main process only.
+
+    Args:
+        resumed_step: rows after it, from a run that was killed, are dropped from metrics.jsonl.
+        report_to: "none", "tensorboard" or "wandb"; accelerate's trackers do the rest.
+        config: the flags, for the tracker.
+    """
+
+    def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
+        self.is_main = is_main
+        self.bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=not is_main)
+        if not is_main:
+            return
+        self.path = Path(output_dir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(partial, self.path)
+        self.file = self.path.open("a")
+        self.tracker = None
+        if report_to != "none":
+            tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
+            where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
+            self.tracker = tracker_class(Path(output_dir).name, **where)
+            self.tracker.start()
+            scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            self.tracker.store_init_configuration(scalars)
+
+    def log(self, row):
+        """One optimizer step: to the bar, the file and the tracker."""
+        if not self.is_main:
+            return
+        shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.tracker:
+            self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+
+    def say(self, line):
+        """Print a line without breaking the bar."""
+        if self.is_main:
+            self.bar.write(line)
+
+    def close(self):
+        self.bar.close()
+        if self.is_main:
+            self.file.close()
+            if self.tracker:
+                self.tracker.finish()
+
+
+def read_metrics(path):
+    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_training(output_dir):
+    """training.png from metrics.jsonl: loss with a running mean, held-out loss, and the learning rate."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(Path(output_dir) / "metrics.jsonl")
+    if not rows:
+        return
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True)
+    top.plot(steps, losses, color="0.75", linewidth=0.8, label="loss of each step")
+    top.plot(steps, _running_mean(losses, max(5, len(losses) // 20)), color="tab:blue", label="running mean")
+    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if held_out:
+        top.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held-out mse")
+    top.set_ylabel("loss")
+    top.legend(frameon=False)
+    bottom.plot(steps, [row["lr"] for row in rows], color="tab:green")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("optimizer step")
+    for axis in (top, bottom):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(Path(output_dir) / "training.png", dpi=120)
+    plt.close(figure)
+
+
+def _running_mean(values, window):
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
+
+
+def save_png(path, image, text):
+    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
+    partial = path.with_name(path.name + ".partial")
+    image.save(partial, format="PNG", pnginfo=info)
+    os.replace(partial, path)
+
+
+CELL_PX, GAP_PX = (256, 512), 10
+PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+
+
+def grid(rows, column_titles, row_labels, footer):
+    """One labelled picture of many: titles on top, labels at the left, `footer` in small print below.
+
+    Args:
+        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+            label, more makes a file that nobody can send.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
+    letters = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own font stops at ASCII
+    font, small = ImageFont.truetype(letters, side / 14), ImageFont.truetype(letters, side / 20)
+    left = side * 2 // 3
+    titles = [_wrap(title, font, side) for title in column_titles]
+    top = max(_height(title, font) for title in titles) + 2 * GAP_PX
+    width = left + len(titles) * (side + GAP_PX) + GAP_PX
+    footer = _wrap(footer, small, width - 2 * GAP_PX)
+    height = top + len(rows) * (side + GAP_PX) + _height(footer, small) + GAP_PX
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
+        pen.multiline_text((x, top - GAP_PX), title, INK, font, anchor="md", align="center")
+    for i, (label, images) in enumerate(zip(row_labels, rows)):
+        y = top + i * (side + GAP_PX)
+        pen.multiline_text((GAP_PX, y + side // 2), _wrap(label, font, left - GAP_PX), INK, font, anchor="lm")
+        for j, image in enumerate(images):
+            # Enlarged pixels stay sharp: a small image should look like what it is.
+            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
+    pen.multiline_text((GAP_PX, height - GAP_PX), footer, PALE_INK, small, anchor="ld")
+    return sheet
+
+
+def _wrap(text, font, width_px):
+    """`text` broken into lines that fit; a word that is too long alone is cut."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width_px:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(line for line in lines if line)
+
+
+def _height(text, font):
+    from PIL import Image, ImageDraw
+
+    return ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[3]
+'''
+
+# ============================================================================================ common/sampling.py
+
+MODULES['common.sampling'] = r'''
+"""Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
+
+import dataclasses
+import gc
+
+import torch
+from tqdm import tqdm
+
+from common import adapter_loading, device, loading
+from common.flags import UserError
+from common.schedulers import make_scheduler
+
+STEPS, GUIDANCE = 30, 7.5
+# GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
+ALL_GIB, UNET_GIB, IMAGE_GIB = 6.5, 4.8, 4.0
+
+
+def generator(seed):
+    """The CPU generator of one image."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def condition(text, caption, host):
+    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
+    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
+
+
+@torch.no_grad()
+def draw_while_training(unet, text, model, host, prompts, resolution, seed):
+    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
+
+    Returns:
+        list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    scheduler = EulerDiscreteScheduler.from_pretrained(model.folder, subfolder="scheduler")
+    vae = loading.load_vae(model, host).to(host.dtype)  # the pipeline itself upcasts a VAE that needs it
+    no_text = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    zeros = loading.zero_unconditional(model)
+    pipeline = StableDiffusionXLPipeline(
+        vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    unconditional = (None, None) if zeros else condition(text, "", host)
+    modules = [module for module in (unet, *text.encoders) if module.training]
+    for module in modules:
+        module.eval()
+    images = []
+    for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+        prompt_embeds, pooled = condition(text, prompt, host)
+        images += pipeline(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=unconditional[0],
+            negative_pooled_prompt_embeds=unconditional[1],
+            height=resolution,
+            width=resolution,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=generator(seed + i),
+        ).images
+    for module in modules:
+        module.train()
+    del pipeline, vae
+    gc.collect()
+    device.free_memory(host.device)
+    return images
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
+
+    resolution: int = 1024
+    steps: int = STEPS
+    guidance_scale: float = GUIDANCE
+    negative_prompt: str | None = None
+    image: object = None
+    strength: float = 0.6
+
+    @property
+    def steps_run(self):
+        """img2img starts part of the way."""
+        return self.steps if self.image is None else int(self.steps * self.strength)
+
+
+def choose_memory(memory, host, settings, batch_size):
+    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
+
+    Returns:
+        (tier, the reason for it, for people to read).
+    Raises:
+        UserError: a tier that moves weights to and from a GPU, without a GPU.
+    """
+    if host.device.type != "cuda":
+        if memory in ("offload", "sequential"):
+            raise UserError(f"--memory {memory}: needs a CUDA GPU; on a {host.device.type} use --memory auto")
+        return host.device.type, "no GPU"
+    if memory != "auto":
+        return memory, f"--memory {memory}"
+    free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
+    scale = torch.finfo(host.dtype).bits / 16
+    image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
+    for tier, weights_gib in (("gpu", ALL_GIB), ("offload", UNET_GIB)):
+        need_gib = scale * (weights_gib + image_gib)
+        if need_gib <= free_gib:
+            return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
+    return "sequential", f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow"
+
+
+class Sampler:
+    """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
+
+    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
+    """
+
+    def __init__(self, model, host, scheduler, memory, img2img=False):
+        import diffusers
+
+        self.host, self.memory, self.adapters = host, memory, []
+        # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
+        home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
+        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
+        self.pipeline = pipeline(
+            vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=loading.load_unet(model, home).eval(),
+            scheduler=make_scheduler(scheduler, model.folder),
+            force_zeros_for_empty_prompt=loading.zero_unconditional(model),
+            add_watermarker=False,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.enable_slicing()  # a batch is decoded image by image: same pixels, less memory
+
+    def load(self, file):
+        """Load an adapter file; returns the name to activate it by. Before `place`."""
+        name = f"adapter{len(self.adapters):02d}"
+        adapter_loading.load_adapter(self.pipeline, file, name)
+        self.adapters.append(name)
+        return name
+
+    def place(self):
+        """Put the memory tier into effect."""
+        if self.memory == "offload":
+            self.pipeline.enable_model_cpu_offload(device=self.host.device)
+        elif self.memory == "sequential":
+            self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
+
+        Args:
+            adapters: [(name, scale)] to be active together; none is the base model.
+            on_step: called after every denoising step with the number of images in it.
+        Raises:
+            UserError: out of memory in the smallest plan.
+        """
+        try:
+            return self._draw(adapters, prompt, seeds, settings, on_step)
+        except torch.OutOfMemoryError:
+            pass  # outside of this block the failed call's tensors are free
+        self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.maybe_free_model_hooks()
+        gc.collect()
+        device.free_memory(self.host.device)
+        if len(seeds) > 1:
+            self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
+            half = len(seeds) // 2
+            return [image for part in (seeds[:half], seeds[half:]) for image in self.draw(adapters, prompt, part, settings, on_step)]
+        self._step_down(settings)
+        return self.draw(adapters, prompt, seeds, settings, on_step)
+
+    def _draw(self, adapters, prompt, seeds, settings, on_step):
+        def after_step(pipeline, step, t, tensors):
+            on_step(len(seeds))
+            return tensors
+
+        self._activate(adapters)
+        size = dict(height=settings.resolution, width=settings.resolution)
+        framing = size if settings.image is None else dict(image=settings.image, strength=settings.strength)
+        return self.pipeline(
+            prompt=[prompt] * len(seeds),
+            # Not "": only for None the pipeline uses the zeros that SDXL was trained with.
+            negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[generator(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+            **framing,
+        ).images
+
+    def _activate(self, adapters):
+        if not self.adapters:
+            return
+        if not adapters:
+            return self.pipeline.disable_lora()
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+
+    def _step_down(self, settings):
+        """The next smaller plan: gpu, offload, VAE in tiles, sequential."""
+        if self.memory == "gpu":
+            self.memory, plan = "offload", "only the part at work stays on the GPU"
+        elif not self.pipeline.vae.use_tiling:
+            plan = "the VAE works in tiles"
+            self.pipeline.vae.enable_tiling()
+        elif self.memory == "offload":
+            self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
+        else:
+            raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
+        self.host.say(f"out of GPU memory: {plan}")
+        self.pipeline.remove_all_hooks()
+        self.place()
+'''
+
+# ========================================================================================== common/schedulers.py
+
+MODULES['common.schedulers'] = r'''
+"""The samplers that --scheduler names. Nothing here imports torch, so that flags can list them."""
+
+KARRAS, EXACT = dict(use_karras_sigmas=True), dict(use_karras_sigmas=False)
+# name -> (class of diffusers, what differs from the model's own scheduler configuration)
+SCHEDULERS = {
+    "euler": ("EulerDiscreteScheduler", {}),  # what SDXL ships with
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", EXACT),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", KARRAS),
+    "dpmpp_2m_sde_karras": ("DPMSolverMultistepScheduler", dict(algorithm_type="sde-dpmsolver++", **KARRAS)),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+def make_scheduler(name, folder):
+    """The scheduler `name` of SCHEDULERS with the noise schedule of the model in `folder`."""
+    import diffusers
+
+    class_name, options = SCHEDULERS[name]
+    scheduler = getattr(diffusers, class_name)
+    return scheduler.from_config(scheduler.load_config(folder, subfolder="scheduler"), **options)
+'''
+
+# ============================================================================================== demo/__init__.py
+
+MODULES['demo'] = r'''
+"""What `--demo` runs on: a tiny SDXL and a small drawn image set, made on the spot."""
+'''
+
+# ================================================================================================= demo/build.py
+
+MODULES['demo.build'] = r'''
+"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts, tests), a
+tiny SDXL with random weights and a drawn, captioned image set, made here in about a second and without a network.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
+SMALL_DEMO = dict(
+    resolution=128,
+    train_batch_size=8,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=False,
+    max_train_steps=250,
+    lr_warmup_steps=10,
+    learning_rate=2e-3,
+    caption_dropout=0.1,
+    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+    checkpointing_steps=125,
+    validation_steps=125,
+    steps=20,
+    guidance_scale=5.0,
+    prompts=[
+        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
+        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
+        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
+    ],
+)
+TINY_DEMO = dict(
+    resolution=64,
+    max_train_steps=24,
+    lr_warmup_steps=4,
+    learning_rate=1e-3,
+    checkpointing_steps=12,
+    validation_steps=12,
+    steps=8,
+    prompts=[
+        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
+        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
+        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
+    ],
+)
+VERSION = 2  # part of the folder names: raise it when anything below changes what is built
+
+# The topology and the noise schedule of SDXL (config.json files of stabilityai/stable-diffusion-xl-base-1.0); the widths are left open.
+UNET = dict(
+    layers_per_block=2,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+VAE = dict(
+    layers_per_block=2,
+    latent_channels=4,
+    scaling_factor=0.13025,
+    force_upcast=False,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+# 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
+TINY = dict(
+    unet=dict(
+        sample_size=8,
+        block_out_channels=(16, 32, 64),
+        norm_num_groups=8,
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[1, 2, 4],
+        cross_attention_dim=80,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=112,
+    ),
+    text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32),
+    text_encoder_2=dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64, hidden_act="gelu"
+    ),
+    vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
+)
+
+INK, SKIN = "#2b2340", "#ffdcbf"
+EYES = dict(blue="#3f8ff0", green="#3fb96a", brown="#8a5630", purple="#9a5be0")
+WHO, MOODS = ("boy", "girl", "cat"), ("smiling", "laughing")
+HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d", white="#eeeef6", blue="#5aa7f2")
+# A scene is a sky and, from back to front, shapes: four numbers are an ellipse (x, y, rx, ry), more are the corners of a polygon.
+# Unit: 1/100 of the shorter side; x counts from the middle, y up from the lower edge.
+SCENES = {
+    "a green hill": ("#a9e2ff", ("#fff3a0", -34, 84, 10, 10), ("#8fd66a", 40, 0, 70, 44), ("#63bd58", -40, -12, 80, 40)),
+    "the sea": ("#c9f0ff", ("#ffffff", 40, 84, 18, 7), ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9), ("#ffe2a0", -10, -20, 90, 36)),
+    "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
+    "a snowy mountain": (
+        "#d6ecff",
+        ("#8fa3cf", -80, 0, -28, 98, 34, 0),
+        ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
+        ("#eef6ff", 0, -30, 100, 58),
+    ),
+    "a pink garden": ("#ffe6ef", ("#ffb0cc", -44, 82, 24, 18), ("#ffb0cc", 46, 74, 22, 17), ("#a5dc8c", 0, -26, 100, 56)),
+}
+
+
+def tokenizers(texts: Iterable[str]):
+    """(tokenizer, tokenizer_2) with a byte-level vocabulary in CLIP's order: bytes, bytes that end a word, merges, start, end.
+
+    Every word of `texts` becomes one token; other text costs about one a letter. As SDXL's, they pad with end-of-text and "!" (id 0).
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+
+
+def merges_of(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet.
+
+    The trainer of `tokenizers` leaves the order of equals to chance: embeddings trained in one process would be of no use in the next.
+    """
+    merges, pieces = [], [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for word in pieces:
+            for at in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
+                word[at : at + 2] = ["".join(word[at : at + 2])]
+    return merges
+
+
+def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
+    """StableDiffusionXLPipeline with SDXL's topology and untrained fp32 weights, made on `device` ("meta": shapes only).
+
+    `widths` holds the open config values of unet, text_encoder, text_encoder_2 and vae; see `tokenizers` for `texts`.
+    """
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    first, second = tokenizers(texts)
+    # pooling looks for the config's eos_token_id, so it has to be the tokenizer's own
+    ids = dict(vocab_size=len(first), bos_token_id=first.bos_token_id, eos_token_id=first.eos_token_id)
+    with torch.device(device):
+        parts = dict(
+            unet=UNet2DConditionModel(**UNET, **widths["unet"]),
+            vae=AutoencoderKL(**VAE, **widths["vae"]),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
+        )
+    return StableDiffusionXLPipeline(**parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER))
+
+
+def build_model(folder: Path) -> None:
+    """Writes a tiny random SDXL as a diffusers folder (fp32 safetensors, the same weights every time)."""
+    import torch
+
+    from common.device import quieten_libraries
+
+    quieten_libraries()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        words = [*WHO, *MOODS, *EYES, *HAIR, *SCENES, "with eyes and hair fur dressed in front of", "Naruto style"]
+        sdxl(TINY, words, "cpu").save_pretrained(folder)
+
+
+class Ink:
+    """A picture of flat colours in dark outlines; drawn enlarged and then shrunk, because Pillow's shapes have hard edges."""
+
+    def __init__(self, width_px: int, height_px: int, sky: str):
+        self.size, enlarged = (width_px, height_px), 4 if min(width_px, height_px) < 512 else 2
+        self.image = Image.new("RGB", (width_px * enlarged, height_px * enlarged), sky)
+        self.draw, self.unit = ImageDraw.Draw(self.image), min(self.image.size) / 100
+
+    def pixels(self, numbers) -> list[float]:
+        """x, y, x, y, ... in scene units -> pixels of the enlarged picture."""
+        return [self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit for i, n in enumerate(numbers)]
+
+    def shape(self, fill: str, *numbers: float, line: float = 1.6) -> None:
+        """An ellipse (x, y, rx, ry) or a polygon (x, y, x, y, x, y, ...) with an outline."""
+        if len(numbers) == 4:
+            x, y, rx, ry = numbers
+            self.draw.ellipse(self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit))
+        else:
+            self.draw.polygon(self.pixels(numbers), fill)
+            if line:
+                self.stroke(*numbers, *numbers[:4], line=line)
+
+    def stroke(self, *numbers: float, line: float = 1.6) -> None:
+        self.draw.line(self.pixels(numbers), INK, round(line * self.unit), joint="curve")
+
+
+def spikes(x: float, y: float, inner: float, outer: float, count: int, start: int, end: int) -> list[float]:
+    """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
+    angles = [math.radians(start + (end - start) * i / (2 * count)) for i in range(2 * count + 1)]
+    return [n for i, a in enumerate(angles) for r in [outer if i % 2 else inner] for n in (x + r * math.cos(a), y + r * math.sin(a))]
+
+
+def draw_head(ink: Ink, who: str, hair: str) -> None:
+    """Head, and hair or ears, around (0, 44)."""
+    if who == "cat":
+        for side in (-1, 1):
+            ink.shape(hair, side * 25, 50, side * 23, 86, side * 5, 66)
+            ink.shape("#ffb3b8", side * 21, 60, side * 20.5, 76, side * 12, 66, line=0)
+    elif who == "girl":
+        ink.shape(hair, 0, 44, 33, 36)
+        ink.shape(hair, -33, 44, -37, 8, -18, 12, 18, 12, 37, 8, 33, 44)
+        ink.shape(hair, 0, 44, 31.5, 34.5, line=0)
+    else:
+        ink.shape(hair, *spikes(0, 47, 28, 41, 9, -15, 195))
+    ink.shape(hair if who == "cat" else SKIN, 0, 44, 26, 24)
+    if who != "cat":
+        fringe = (-26, 46, -19, 50, -13, 59, -4, 51, 3, 60, 10, 51, 17, 57, 26, 46)
+        ink.shape(hair, *fringe, 27, 62, 14, 72, -14, 72, -27, 62, line=0)
+        ink.stroke(*fringe)
+
+
+def draw_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
+    for side in (-1, 1):
+        ink.shape("#ff9d9d", side * 18, 31, 4, 2.4, line=0)
+        ink.shape(eyes, side * 11, 40, 6.4, 7.8)
+        ink.shape(INK, side * 11, 39, 2.2, 3.6, line=0)
+        ink.shape("#ffffff", side * 11 - 2, 43, 2, 2.4, line=0)
+    if mood == "laughing":
+        ink.shape("#d8505a", -7, 31, 7, 31, 5, 25, 0, 23, -5, 25)
+    else:
+        ink.stroke(-6, 29, -4, 27, -1.5, 26, 1.5, 26, 4, 27, 6, 29, line=2)
+    if who == "cat":
+        ink.shape("#ff8f9a", -2.5, 35, 2.5, 35, 0, 32, line=1)
+
+
+def draw_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
+    """One picture and its caption; every attribute is chosen independently of the others."""
+    who, mood, eyes, hair, clothes, scene = (rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES))
+    sky, *shapes = SCENES[scene]
+    ink = Ink(width_px, height_px, sky)
+    for fill, *numbers in shapes:
+        ink.shape(fill, *numbers, line=1)
+    ink.shape(HAIR[clothes], -32, -9, -28, 14, -12, 22, 12, 22, 28, 14, 32, -9)
+    draw_head(ink, who, HAIR[hair])
+    draw_face(ink, who, mood, EYES[eyes])
+    text = f"a {mood} {who} with {eyes} eyes and {hair} {'fur' if who == 'cat' else 'hair'}, dressed in {clothes}, in front of {scene}"
+    return ink.image.resize(ink.size, Image.Resampling.LANCZOS), text
+
+
+def build_images(folder: Path, count: int = 24) -> None:
+    """Writes `count` PNGs of three shapes and metadata.jsonl (file_name, text); the same ones every time."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i in range(count):
+            image, text = draw_character(rng, *rng.choice([(96, 96), (128, 96), (96, 128)]))
+            image.save(folder / f"{i:03d}.png")
+            metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text}) + "\n")
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built if absent. It appears complete or not at all; of two processes that build at once the first one wins."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as scratch:
+            build(Path(scratch) / folder.name)
+            try:
+                os.replace(Path(scratch) / folder.name, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def is_tiny() -> bool:
+    """Whether the random model stands in for the trained one: its files are absent, or TINY_DEMO=1 asks for it, as the tests do."""
+    return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
+
+
+def demo_settings(root: Path) -> dict:
+    """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
+    model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data), **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+
+
+def demo_assets(root: Path) -> tuple[Path, Path]:
+    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
+    settings = demo_settings(root)
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
+    return build_once(model, build_model), build_once(data, build_images)
+'''
+
+# ======================================================================================== how the texts above become modules
+
+
+class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports a module from its text; Python's own machinery does the rest."""
+
+    def _path(self, name):
+        path = name.replace(".", "/")
+        return f"{path}/__init__.py" if self.is_package(name) else f"{path}.py"
+
+    def is_package(self, name):
+        return any(other.startswith(f"{name}.") for other in MODULES)
+
+    def get_source(self, name):
+        return MODULES[name].removeprefix("\n")
+
+    def get_code(self, name):
+        return self.source_to_code(self.get_source(name), os.path.join(_HERE, self._path(name)))
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in MODULES:
+            return None
+        spec = importlib.util.spec_from_loader(name, self, origin=os.path.join(_HERE, self._path(name)))
+        spec.has_location = True
+        return spec
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.meta_path.insert(0, _Texts())
+
+
+# ====================================================================================================== infer.py
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar, List, Literal, NamedTuple, Optional
+
+from common import hub
+from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, local_path, parse, print_config, run
+from common.schedulers import SCHEDULERS
+
+REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+EMA_FOLDER = "ema_unet"
+
+
+@dataclass
+class Flags(ModelFlags):
+    """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
+
+    DEMO: ClassVar[dict] = dict(output_dir="outputs/demo")
+    # what to draw
+    compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
+    lora: List[str] = flag(
+        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable", type=local_path
+    )
+    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
+    lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
+    merge: Optional[str] = flag(
+        None,
+        "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet",
+        type=local_path,
+    )
+    prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
+    negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
+    seed: int = flag(42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it")
+    num_images: int = flag(1, "images of each prompt")
+    resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
+    steps: int = flag(30, "denoising steps")
+    guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
+    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
+    strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
+    # machine
+    memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
+        "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
+    )
+    batch_size: int = flag(1, "images of one prompt that are drawn together")
+    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path)
+
+
+class Adapter(NamedTuple):
+    """An adapter as the user named it: a file or folder, and how strongly it counts."""
+
+    path: Path
+    scale: float
+
+
+class Column(NamedTuple):
+    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest;
+    `stem`: what its files' names begin with."""
+
+    title: str
+    active: list
+    sources: list
+    stem: str
+
+
+def main(argv=None):
+    """Draw, or merge; returns what manifest.json or merge.json says."""
+    flags = parse(Flags, argv)
+    check(flags)
+    adapters = chosen_adapters(flags)
+    if flags.dry_run:
+        return print_config(flags)
+    hub.check(flags)
+
+    from common import adapter_reading, device, loading, sampling
+    from demo.build import demo_assets
+
+    if flags.demo:
+        demo_assets(DEMO_ROOT)
+    start_s = time.monotonic()
+    files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
+    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
+    settings = sampling.Settings(flags.resolution, image=load_image(flags.image, flags.resolution), **options)
+    host = device.start(flags.mixed_precision, flags.seed)
+    if not host.is_main:
+        return None  # under `accelerate launch` one process draws
+    model = loading.find_model(
+        flags.pretrained_model_name_or_path,
+        flags.pretrained_vae_model_name_or_path,
+        flags.variant,
+        flags.revision,
+        flags.config_name_or_path,
+        flags.cache_dir,
+    )
+    memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
+    host.say(f"memory: {memory} ({reason})")
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, img2img=flags.image is not None)
+    columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
+    if flags.merge:
+        return merge(flags, sampler, model, columns[0])
+    sampler.place()
+    load_s = time.monotonic() - start_s
+    records = draw(flags, sampler, columns, settings)  # images/*.png
+    return write_results(flags, sampler, model, columns, records, load_s)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def check(flags):
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    for name in ("num_images", "steps", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
+    for name in ("guidance_scale", "lora_scale"):
+        if not math.isfinite(getattr(flags, name)):
+            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
+    if flags.guidance_scale < 0:
+        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
+    if flags.resolution < 64 or flags.resolution % 8:
+        nearest = max(64, round(flags.resolution / 8) * 8)
+        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}")
+    if not 0 < flags.strength <= 1:
+        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
+    if flags.image and int(flags.steps * flags.strength) < 1:
+        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
+    if flags.image and not os.path.isfile(flags.image):
+        raise UserError(f"--image {flags.image}: no such file")
+    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
+        raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
+    if flags.merge is not None:
+        check_merge(flags)
+    check_model(flags)
+
+
+def check_merge(flags):
+    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    place, model = Path(flags.merge), Path(flags.pretrained_model_name_or_path)
+    if not flags.lora:
+        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
+    for name in ("compare", "prompt", "image"):
+        if getattr(flags, name):
+            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
+    if place.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
+    if os.path.lexists(place):
+        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
+
+
+def parse_lora(text):
+    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
+
+    Raises:
+        UserError: no such path.
+    """
+    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    if scaled and not Path(text).exists():
+        path, scale = Path(scaled[1]), float(scaled[2])
+    else:
+        path, scale = Path(text), 1.0
+    if not path.exists():
+        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+    return Adapter(path, scale)
+
+
+def chosen_adapters(flags):
+    """The adapters of --lora, or for --compare those that lie in outputs/; averaged ones with --ema; scaled by --lora_scale.
+
+    Raises:
+        UserError: no such adapter, no averaged weights, nothing to compare.
+    """
+    chosen = [parse_lora(text) for text in flags.lora]
+    if flags.ema:
+        for adapter in chosen:
+            if not (adapter.path / EMA_FOLDER).is_dir():
+                raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
+        chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
+    if flags.compare and not chosen:
+        pattern = f"*/{EMA_FOLDER}/pytorch_lora_weights.safetensors" if flags.ema else "*/pytorch_lora_weights.safetensors"
+        chosen = [Adapter(path.parent, 1.0) for path in sorted(Path("outputs").glob(pattern))]
+        if not chosen:
+            raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
+        print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
+    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+
+
+def load_image(path, resolution):
+    """--image as RGB, the largest middle square scaled to `resolution` px; None without one."""
+    if path is None:
+        return None
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"--image {path}: cannot be read ({error})") from None
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def make_columns(flags, sampler, adapters, files):
+    """Load the adapters and say who draws: with --compare the base and each adapter alone, else all of them together.
+
+    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
+    """
+    loaded = []
+    for adapter, file in zip(adapters, files):
+        try:
+            name = sampler.load(file)
+        except UserError as error:
+            if flags.lora:
+                raise
+            sampler.host.say(f"left out: {error}")
+            continue
+        source = {"path": str(file), "scale": adapter.scale, "sha256": sha256(file)}
+        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
+    if flags.compare and not loaded:
+        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
+    if not flags.compare:
+        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
+        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
+    columns = []
+    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
+        title = unused(title, [column.title for column in columns], "{} ({})")
+        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
+    return columns
+
+
+def stem_of(title, used):
+    """`title` as the beginning of a file name that no other column has."""
+    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
+
+
+def unused(name, used, numbered):
+    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
+    return next(one for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2))) if one not in used)
+
+
+def title_of(file, scale):
+    """What an adapter is called in pictures and file names: its run's folder, with step, EMA, kohya and scale where they matter."""
+    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
+    if folder.name == EMA_FOLDER:
+        title = f"{folder.parent.name} EMA"
+    elif step:
+        title = f"{folder.name} step {int(step[1])}"
+    elif folder.name == "kohya":
+        title = f"{file.stem} kohya"
+    elif folder.name == "peft":
+        title = f"{folder.parent.name} peft"
+    else:
+        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
+    return title if scale == 1 else f"{title} x{scale:g}"
+
+
+def draw(flags, sampler, columns, settings):
+    """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
+    from tqdm import tqdm
+
+    from demo.build import demo_settings
+
+    prompts = list(dict.fromkeys(flags.prompt)) or (demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS)
+    seeds = [flags.seed + i for i in range(flags.num_images)]
+    batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
+    warn_of_long_prompts(sampler, prompts)
+    (Path(flags.output_dir) / "images").mkdir(parents=True, exist_ok=True)
+    records = []
+    with tqdm(total=len(columns) * len(prompts) * len(seeds) * settings.steps_run, desc="drawing", unit="step") as bar:
+        for column, (i, prompt), batch in itertools.product(columns, enumerate(prompts), batches):
+            start_s = time.monotonic()
+            images = sampler.draw(column.active, prompt, batch, settings, bar.update)
+            seconds = (time.monotonic() - start_s) / len(batch)
+            for seed, image in zip(batch, images):
+                records.append({**save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                if image.convert("L").getextrema()[1] == 0:
+                    bar.write(
+                        f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
+                    )
+    return records
+
+
+def warn_of_long_prompts(sampler, prompts):
+    tokenizer = sampler.pipeline.tokenizer
+    for prompt in prompts:
+        if (excess := len(tokenizer(prompt).input_ids) - tokenizer.model_max_length) > 0:
+            sampler.host.say(f"prompt too long, its last {excess} tokens are ignored: {prompt}")
+
+
+def save_image(flags, column, index, prompt, seed, image):
+    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
+    from common import report
+
+    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
+    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
+    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
+    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
+    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
+    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
+    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
+    file = f"images/{column.stem}_{index:02d}_{seed}.png"
+    parameters = "\n".join([*lines, ", ".join(facts)])
+    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+
+
+# ---------------------------------------------------------------- results
+
+
+def merge(flags, sampler, model, column):
+    """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
+    from common import merging
+
+    place, host = Path(flags.merge), sampler.host
+    record = {**provenance(flags, model), "dtype": dtype_name(host), "adapters": column.sources}
+    host.say(f"merging {column.title}")
+    merging.merge(sampler.pipeline, column.active, model, place, record)
+    host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
+    return record
+
+
+def provenance(flags, model):
+    """What was loaded, by which packages: for manifest.json and merge.json."""
+    packages = ("torch", "diffusers", "transformers", "peft")
+    return {
+        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def dtype_name(host):
+    return str(host.dtype).removeprefix("torch.")
+
+
+def write_results(flags, sampler, model, columns, records, load_s):
+    """compare.png and manifest.json -> what the manifest says."""
+    from common import device, files
+
+    host, output_dir = sampler.host, Path(flags.output_dir)
+    drawn_s = sum(record["seconds"] for record in records)
+    manifest = {
+        **provenance(flags, model),
+        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
+        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "peak_gib": round(device.peak_gib(host.device), 2),
+        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
+        "images": records,
+    }
+    if flags.compare:
+        write_comparison(flags, host, manifest)
+    files.write_json(output_dir / "manifest.json", manifest)
+    made = "compare.png, " if flags.compare else ""
+    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    return manifest
+
+
+def write_comparison(flags, host, manifest):
+    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
+    from PIL import Image
+
+    from common import report
+
+    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
+    rows = {}  # (prompt, seed) -> one image per column
+    for record in manifest["images"]:
+        with Image.open(output_dir / record["file"]) as image:
+            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+    for i, column in enumerate(manifest["columns"]):
+        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
+        if i and not column["mean_abs_difference_from_base"]:
+            host.say(f"{column['title']}: not one pixel differs from the base")
+    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
+    model = Path(manifest["model"]["name"]).name
+    footer = (
+        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    )
+    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    manifest["grid"] = "compare.png"
+    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+
+
+def difference(image, other):
+    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
+    from PIL import ImageChops, ImageStat
+
+    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)
