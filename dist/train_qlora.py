@@ -2657,7 +2657,15 @@ MODULES['common.graphs'] = r'''
 On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 small kernels, not by the GPU.
 """
 
+import functools
+
 import torch
+
+
+@functools.lru_cache
+def _side_stream(device):
+    """One for the whole process: cuBLAS keeps 32 MiB for every stream that it has ever worked on."""
+    return torch.cuda.Stream(device)
 
 
 class Graphed:
@@ -2702,7 +2710,7 @@ class Graphed:
         if not self.enabled:
             return self.function(tensors)
         # cuBLAS and autograd set themselves up per stream; capture is not allowed to, so they do it here, beside the main stream
-        side = torch.cuda.Stream()
+        side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             result = self.function(tensors)

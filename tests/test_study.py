@@ -46,7 +46,7 @@ def test_every_run_has_the_same_budget(done):
     for run in done.runs.values():
         flags = run.config["flags"]
         assert [row["step"] for row in run.rows] == list(range(1, STEPS + 1))
-        assert flags["train_batch_size"] * flags["gradient_accumulation_steps"] == 4 and flags["resolution"] == 64
+        assert flags["train_batch_size"] * flags["gradient_accumulation_steps"] == 8 and flags["resolution"] == 64
         assert run.config["data"]["images"] == 18 and flags["validation_split"] == 0.25  # of 24
         assert [(row["lr"], row["epoch"]) for row in run.rows] == [(row["lr"], row["epoch"]) for row in done.runs["LoRA", 42].rows]
     for seed in SEEDS:
