@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test test-gpu lint clean
+.PHONY: demo study test test-gpu notebooks lint clean
 
 demo: $(VENV)/.ready  ## train the small demo model on ink drawings, compare and score before and after; minutes on two CPU cores
 	rm -rf outputs/demo
@@ -21,11 +21,16 @@ test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
 test-gpu: $(VENV)/.ready  ## the claims that need a CUDA GPU
 	GPU_TESTS=1 $(BIN)/python -m pytest tests/test_gpu.py
 
+notebooks:  ## every notebook of dist/, run by a Jupyter kernel in an empty folder and a fresh environment
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== .ci/constraints.txt)" nbclient ipykernel
+	OMP_NUM_THREADS=1 .venv-notebooks/bin/python tools/bundle.py --execute
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-notebooks outputs
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from common.files import write_json, write_safetensors
 from common.flags import UserError
 
+KAGGLE_INPUT = Path("/kaggle/input")
+
 
 def save_checkpoint(output_dir, step, engine, progress, limit):
     """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
@@ -40,10 +42,16 @@ def find_checkpoints(output_dir):
 
 
 def find_resume(resume_from_checkpoint, output_dir):
-    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume."""
+    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume.
+
+    'latest' is the newest of this output folder; on Kaggle, where each version of a notebook starts with an empty one, else the newest of
+    a folder of the same name below /kaggle/input, where the output of an earlier version was attached.
+    """
     if resume_from_checkpoint != "latest":
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    found = find_checkpoints(output_dir)
+    name = Path(output_dir).resolve().name
+    earlier = [folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)]
+    found = find_checkpoints(output_dir) or sorted(earlier, key=step_of)
     return found[-1] if found else None
 
 

@@ -460,6 +460,7 @@ What a trainer's own technique is (which layers get which adapter, on which weig
 import contextlib
 import functools
 import math
+import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -576,22 +577,35 @@ def train(flags, engine, data):
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
-        progress, ended = loops.train(engine, data.examples, data.held_out, plan, fit, log, progress, draw, save)
-    finally:
-        log.close()
-    engine.run_pass.clear()
-    if host.is_main:
-        _write_results(output_dir, engine.ema, save_adapter)
-        formats.save_kohya(
-            output_dir / "kohya" / f"{output_dir.resolve().name}.safetensors", engine.unet, recipe, _trained_encoders(flags, data)
-        )
-        if flags.save_peft:
-            formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
-        report.plot_training(output_dir)
+        try:
+            progress, ended = loops.train(engine, data.examples, data.held_out, plan, fit, log, progress, draw, save)
+        finally:
+            log.close()
+        engine.run_pass.clear()
+        if host.is_main:
+            _write_results(output_dir, engine.ema, save_adapter)
+            name = f"{output_dir.resolve().name}.safetensors"
+            formats.save_kohya(output_dir / "kohya" / name, engine.unet, recipe, _trained_encoders(flags, data))
+            if flags.save_peft:
+                formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
+            report.plot_training(output_dir)
+    except OSError as error:
+        raise _rescued(engine, output_dir, progress, save_adapter, error) from None
     host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
     return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
+
+
+def _rescued(engine, output_dir, progress, save_adapter, error):
+    """The output folder is gone or full (a Drive that was unmounted): save to the local disk -> the UserError that says where."""
+    place = Path(tempfile.mkdtemp(prefix=f"{output_dir.resolve().name}-"))
+    save_adapter(place / formats.WEIGHTS)
+    checkpoint.save_checkpoint(place, progress.step, engine, asdict(progress), None)
+    return UserError(
+        f"--output_dir {output_dir}: cannot be written any more ({error.strerror or error}); adapter and checkpoint of step {progress.step} are"
+        f" in {place}: go on with --output_dir elsewhere --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
+    )
 
 
 def _trained_encoders(flags, data):
@@ -636,6 +650,8 @@ def _recipe(flags, data):
     return {
         "flags": asdict(flags),
         "base_model": data.model.name,
+        "revision": flags.revision,
+        "license_note": "a derivative of base_model, under its licence (SDXL base 1.0: CreativeML Open RAIL++-M); the images have theirs",
         "vae": str(data.model.vae),
         "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
         "versions": {package: version(package) for package in packages},
@@ -1146,6 +1162,8 @@ from safetensors.torch import load_file
 from common.files import write_json, write_safetensors
 from common.flags import UserError
 
+KAGGLE_INPUT = Path("/kaggle/input")
+
 
 def save_checkpoint(output_dir, step, engine, progress, limit):
     """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
@@ -1174,10 +1192,16 @@ def find_checkpoints(output_dir):
 
 
 def find_resume(resume_from_checkpoint, output_dir):
-    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume."""
+    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume.
+
+    'latest' is the newest of this output folder; on Kaggle, where each version of a notebook starts with an empty one, else the newest of
+    a folder of the same name below /kaggle/input, where the output of an earlier version was attached.
+    """
     if resume_from_checkpoint != "latest":
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    found = find_checkpoints(output_dir)
+    name = Path(output_dir).resolve().name
+    earlier = [folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)]
+    found = find_checkpoints(output_dir) or sorted(earlier, key=step_of)
     return found[-1] if found else None
 
 

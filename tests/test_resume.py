@@ -307,6 +307,38 @@ def test_a_damaged_config_does_not_stop_a_run_from_going_on(train, whole, copy):
     assert_equal_runs(resume(train, copy), whole(*STEPS))
 
 
+def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whole, stopped, tmp_path, monkeypatch, capsys):
+    """Attached as input, read-only, below a folder that is named after the notebook; the new output folder is empty."""
+    from common import checkpoint
+
+    monkeypatch.setattr(checkpoint, "KAGGLE_INPUT", tmp_path / "input")
+    shutil.copytree(stopped.dir, tmp_path / "input/my-notebook/outputs/run")
+    shutil.copytree(stopped.dir, tmp_path / "input/my-notebook/outputs/another")
+    run = resume(train, tmp_path / "working/run")
+    assert f"resumed from {tmp_path / 'input/my-notebook/outputs/run'}" in capsys.readouterr().out
+    assert all(torch.equal(values, whole(*STEPS).weights()[name]) for name, values in run.weights().items())
+
+
+def test_an_output_folder_that_vanishes_costs_no_step(train, whole, tmp_path, monkeypatch):
+    """A Drive that is unmounted between two checkpoints: everything is saved on the local disk, and goes on from there."""
+    from common import checkpoint
+
+    original = checkpoint.save_checkpoint
+
+    def vanished(output_dir, *rest):
+        if tmp_path / "drive" in (output_dir, *output_dir.parents):
+            raise OSError(107, "Transport endpoint is not connected")
+        original(output_dir, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", vanished)
+    with pytest.raises(UserError) as caught:
+        train(*STEPS, into=tmp_path / "drive/run")
+    assert "Transport endpoint is not connected" in str(caught.value) and "of step 4 are" in str(caught.value)
+    rescued = str(caught.value).rpartition(" ")[2]
+    run = resume(train, tmp_path / "elsewhere", checkpoint=rescued)
+    assert run.result["step"] == 12 and all(torch.equal(v, whole(*STEPS).weights()[name]) for name, v in run.weights().items())
+
+
 # ---------------------------------------------------------------- what is kept
 
 
