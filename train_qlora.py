@@ -36,7 +36,7 @@ class Flags(TrainFlags):
 
 
 def main(argv=None):
-    """Train; returns {"output_dir", "step", "ended", "weights"}."""
+    """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
     for name, value in STRATEGIES[flags.strategy].items():
         if not getattr(flags, name) and getattr(flags, name) != 0:

@@ -26,7 +26,7 @@ class Flags(TrainFlags):
 
 
 def main(argv=None):
-    """Train; returns {"output_dir", "step", "ended", "weights"}."""
+    """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
     check(flags)
     if flags.dry_run:

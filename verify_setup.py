@@ -12,10 +12,11 @@ import sys
 import textwrap
 import threading
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 try:
     import psutil
@@ -29,7 +30,7 @@ except ModuleNotFoundError as error:
 
 GIB = 2**30
 LEAST_PYTHON = 3, 11
-OPTIONAL = ("xformers", "tensorboard", "wandb")
+OPTIONAL, THERE = ("xformers", "tensorboard", "wandb"), ("cached", "reachable")
 MODEL, DATA = "stabilityai/stable-diffusion-xl-base-1.0", "lambdalabs/naruto-blip-captions"
 REPOS = {  # id -> type, and a file that is in the cache only when the repo was downloaded for use
     MODEL: ("model", "unet/diffusion_pytorch_model.fp16.safetensors"),
@@ -38,28 +39,18 @@ REPOS = {  # id -> type, and a file that is in the cache only when the repo was 
 }
 DISK_GB = {"HF cache": 9.0, "--cache_dir": 1.0, "working folder": 1.0}  # model 7, data 1.4; latents and text; adapters and checkpoints
 CURES = {"HF cache": "set HF_HOME", "--cache_dir": "name it with --cache_dir", "working folder": "name it with --output_dir"}
-LITTLE_RAM_GIB = 6  # 2.8 measured, loading included; the rest is the system's share
-SPARE_GIB = 0.75
+SPARE_GIB, LITTLE_RAM_GIB = 0.75, 6  # of RAM 2.8 were measured, loading included; the rest is the system's share
 ROOMY_GIB = 13.0  # from here on train_sdxl.py is the one to take, and nothing need be recomputed
 
-
-class Script(NamedTuple):
-    """What a trainer's defaults need, as measured on an H100 (README.md)."""
-
-    name: str
-    peak_gib: float  # one image a pass, every block recomputed
-    images: int  # of its default run: steps x effective batch, or epochs x images of the data set
-    forward_tflop: float  # of the UNet, per image; a step is two of them
-    share: float  # of the GPU's fp16 matrix rate that the step reached
-    recommended_gib: float  # with less than this free another script suits the card better
-    bitsandbytes: bool  # 4-bit weights or 8-bit AdamW
-
-
+# What a trainer's defaults need, measured on an H100 (README.md): peak with one image a pass and every block recomputed; images of the default
+# run; TFLOP of the UNet's forward pass per image (a step is two); share of the GPU's fp16 matrix rate that the step reached; free memory
+# below which another script suits the card better; whether it needs bitsandbytes, for 4-bit weights or 8-bit AdamW.
+Script = namedtuple("Script", "name peak_gib images forward_tflop share recommended_gib bitsandbytes", defaults=(0.0, False))
 SCRIPTS = (  # in the order in which they are recommended
-    Script("train_sdxl.py", 5.8, 2000 * 4, 6.761, 0.33, ROOMY_GIB, False),
-    Script("train_opt.py", 5.5, 3000 * 8, 3.641, 0.32, 0, False),
-    Script("train_qlora.py", 3.1, 3 * 1221, 1.589, 0.17, 0, True),
-    Script("train_dora.py", 5.4, 3 * 1221, 1.589, 0.16, 0, True),
+    Script("train_sdxl.py", 5.8, 2000 * 4, 6.761, 0.33, recommended_gib=ROOMY_GIB),
+    Script("train_opt.py", 5.5, 3000 * 8, 3.641, 0.32),
+    Script("train_qlora.py", 3.1, 3 * 1221, 1.589, 0.17, bitsandbytes=True),
+    Script("train_dora.py", 5.4, 3 * 1221, 1.589, 0.16, bitsandbytes=True),
 )
 
 
@@ -92,11 +83,9 @@ class Facts:
 def main(argv=None):
     """Probe, judge, print; returns the exit status."""
     flags = parse(Flags, argv)
-    started = time.monotonic()
-    facts = probe()
-    verdict = judge(facts)
-    seconds = round(time.monotonic() - started, 1)
-    print(json.dumps({**asdict(facts), **verdict, "seconds": seconds}, indent=2) if flags.json else table(facts, verdict, seconds))
+    started, facts = time.monotonic(), probe()
+    verdict = {**judge(facts), "seconds": round(time.monotonic() - started, 1)}
+    print(json.dumps({**asdict(facts), **verdict}, indent=2) if flags.json else table(facts, verdict))
     return 1 if verdict["problems"] else 0
 
 
@@ -110,7 +99,8 @@ def probe():
     kaggle = "KAGGLE_KERNEL_RUN_TYPE" in os.environ or os.path.isdir("/kaggle/working")
     host = "Kaggle" if kaggle else "Colab" if "COLAB_RELEASE_TAG" in os.environ else "plain"
     cores, ram_gib = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / GIB
-    disk = {name: (folder, free_gb(Path(folder))) for name, folder in zip(DISK_GB, (constants.HF_HUB_CACHE, CACHE_DIR, os.getcwd()))}
+    folders = zip(DISK_GB, (constants.HF_HUB_CACHE, CACHE_DIR, os.getcwd()))
+    disk = {name: (folder, free_gb(Path(folder).absolute())) for name, folder in folders}
     inputs, driver, found = kaggle_inputs("/kaggle/input"), os.path.exists("/proc/driver/nvidia/version"), probe_torch()
     for thread in threads:  # a name server that is silent knows no timeout
         thread.join(max(0.0, asked + 4 - time.monotonic()))
@@ -133,8 +123,7 @@ def probe_packages(file):
 
 def free_gb(folder):
     """Of the disk that a folder lies on, or will lie on."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free / 1e9
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
 
 
 def hub_state(repo_id):
@@ -156,11 +145,8 @@ def kaggle_inputs(root, depth=6, seconds=1.5):
     for folder, below, files in os.walk(root):
         models += [folder] * ("model_index.json" in files)
         data += [folder] * ("metadata.jsonl" in files)
-        if (
-            {"model_index.json", "metadata.jsonl"} & {*files}
-            or folder.count("/") - root.count("/") >= depth
-            or time.monotonic() - started > seconds
-        ):
+        too_deep = folder.count("/") - root.count("/") >= depth or time.monotonic() - started > seconds
+        if too_deep or folder in models[-1:] + data[-1:]:
             below.clear()  # goes no deeper
     return sorted(models), sorted(data)
 
@@ -196,16 +182,14 @@ def matmul(torch, device, dtype):
     n, count = 4096 if device == "cuda" else 256, 0
     a = torch.ones(n, n, device=device, dtype=dtype)
     assert (a @ a)[0, 0].item() == n, "wrong result"
-    if device == "cpu":
-        return None
     a.normal_()
     started = time.perf_counter()
-    while time.perf_counter() - started < 0.5:
+    while device == "cuda" and time.perf_counter() - started < 0.5:
         for _ in range(4):
             a @ a
         torch.cuda.synchronize()
         count += 4
-    return 2 * n**3 * count / (time.perf_counter() - started) / 1e12
+    return 2 * n**3 * count / (time.perf_counter() - started) / 1e12 or None
 
 
 def attention(torch, device, dtype):
@@ -228,41 +212,37 @@ def nf4(torch, device, dtype):
 
 
 def judge(facts):
-    """{"recommended": script or "--demo", "command", "scripts": as `judge_script` says, "problems", "notes"}.
-
-    A problem stops what is recommended; what is only good to know is a note.
-    """
+    """{"recommended": script or "--demo", "command", "scripts", "problems": what stops it, "notes": what is only good to know}."""
     scripts = {script.name: judge_script(script, facts) for script in SCRIPTS}
     chosen = next((s for s in SCRIPTS if scripts[s.name]["fits"] and facts.gpus[0]["free_gib"] >= s.recommended_gib), None)
-    problems, notes, command = [], [], "python train_opt.py --demo"
-    if tuple(map(int, facts.python.split(".")[:2])) < LEAST_PYTHON:
-        problems.append(f"Python {facts.python}: the packages need 3.{LEAST_PYTHON[1]} or newer")
-    wrong = {name: found for name, found in facts.packages.items() if not found[2]}
-    problems += [f"{name} {installed or 'is missing'}: pip install '{name}{wanted}'" for name, (installed, wanted, _) in wrong.items()]
-    for name, result in facts.smoke.items():
-        if result != "ok" and name == "NF4 weights" and not (chosen and chosen.bitsandbytes):
-            notes.append(f"{name}: {result}; train_qlora.py and train_dora.py cannot run")
-        elif result != "ok" and not (name == "torch" and "torch" in wrong):
-            problems.append(f"{name}: {result}")
-    if facts.driver and not facts.gpus:
-        notes.append("there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs, or CUDA_VISIBLE_DEVICES empty?")
-    if facts.ram_gib < LITTLE_RAM_GIB:
-        notes.append(f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3")
-    if chosen:
-        count, first = len(facts.gpus), facts.gpus[0]
-        command = f"accelerate launch --num_processes {count} {chosen.name}" if count > 1 else f"python {chosen.name}"
-        notes += [f"{count} GPUs: with plain `python {chosen.name}` all but one would idle"] if count > 1 else []
-        notes += [] if first["bf16"] else ["bf16: this GPU has no units for it; keep to fp16, the default"]
-        notes += ["where a card this size has to recompute, a run takes up to half longer"] if first["free_gib"] < ROOMY_GIB else []
-        model, data = ("--pretrained_model_name_or_path", facts.kaggle_models), ("--train_data_dir", facts.kaggle_data)
-        for (option, folders), ids in ((model, [MODEL, hub.FP16_VAE]), (data, [DATA])):
-            absent = [f"{repo_id} {facts.hub[repo_id]}" for repo_id in ids if facts.hub[repo_id] not in ("cached", "reachable")]
-            command += f" {option} {folders[0]}" if absent and folders else ""
-            problems += [f"{'; '.join(absent)}: name a local folder with {option}, or try --demo"] if absent and not folders else []
-        for name, (folder, free) in facts.disk.items():
-            if free < DISK_GB[name] and (name != "HF cache" or facts.hub[MODEL] == "reachable"):
-                problems.append(f"{folder}: {free:.1f} GB free, about {DISK_GB[name]:.0f} needed; use a larger disk: {CURES[name]}")
-    return dict(recommended=chosen.name if chosen else "--demo", command=command, scripts=scripts, problems=problems, notes=notes)
+    name, count, gpu = chosen.name if chosen else "--demo", len(facts.gpus), facts.gpus[0] if chosen else None
+    wrong = {package: found for package, found in facts.packages.items() if not found[2]}
+    failed = {test: result for test, result in facts.smoke.items() if result != "ok" and (test != "torch" or "torch" not in wrong)}
+    nf4_error = None if chosen and chosen.bitsandbytes else failed.pop("NF4 weights", None)
+    old = tuple(map(int, facts.python.split(".")[:2])) < LEAST_PYTHON
+    problems = [f"Python {facts.python}: the packages need 3.{LEAST_PYTHON[1]} or newer"] if old else []
+    problems += [f"{package} {has or 'is missing'}: pip install '{package}{wanted}'" for package, (has, wanted, _) in wrong.items()]
+    problems += [f"{test}: {result}" for test, result in failed.items()]
+    notes = {
+        f"NF4 weights: {nf4_error}; train_qlora.py and train_dora.py cannot run": nf4_error,
+        "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and not facts.gpus,
+        f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3": facts.ram_gib < LITTLE_RAM_GIB,
+        f"{count} GPUs: with plain `python {name}` all but one would idle": chosen and count > 1,
+        "this GPU has no bf16 units: keep to fp16, the default": chosen and not gpu["bf16"],
+        "where a card this size has to recompute, a run takes up to half longer": chosen and gpu["free_gib"] < ROOMY_GIB,
+    }
+    launcher = f"accelerate launch --num_processes {count}" if count > 1 and chosen else "python"
+    command = f"{launcher} {name if chosen else 'train_opt.py --demo'}"
+    model, data = ("--pretrained_model_name_or_path", facts.kaggle_models), ("--train_data_dir", facts.kaggle_data)
+    for (option, folders), ids in ((model, [MODEL, hub.FP16_VAE]), (data, [DATA])) if chosen else ():
+        absent = [f"{repo_id} {facts.hub[repo_id]}" for repo_id in ids if facts.hub[repo_id] not in THERE]
+        command += f" {option} {folders[0]}" if absent and folders else ""
+        problems += [f"{'; '.join(absent)}: name a local folder with {option}, or try --demo"] if absent and not folders else []
+    for place, (folder, free) in facts.disk.items() if chosen else ():
+        if free < DISK_GB[place] and (place != "HF cache" or facts.hub[MODEL] == "reachable"):
+            problems.append(f"{folder}: {free:.1f} GB free, about {DISK_GB[place]:.0f} needed; use a larger disk: {CURES[place]}")
+    notes = [note for note, holds in notes.items() if holds]
+    return dict(recommended=name, command=command, scripts=scripts, problems=problems, notes=notes)
 
 
 def judge_script(script, facts):
@@ -278,7 +258,7 @@ def judge_script(script, facts):
     return dict(fits=free >= need, s_per_img=s_per_img, hours=hours, line=line)
 
 
-def table(facts, verdict, seconds):
+def table(facts, verdict):
     """The findings for people to read: a mark, what was looked at, what was found."""
     required = {name: found for name, found in facts.packages.items() if name not in OPTIONAL}
     fitting = [f"{name} {installed}" for name, (installed, _, fits) in required.items() if fits]
@@ -290,16 +270,15 @@ def table(facts, verdict, seconds):
     rate = f", {facts.matmul_tflops:.0f} TFLOP/s in fp16" if facts.matmul_tflops else ""
     rows += [(name, result == "ok", result + (rate if name == "matmul" else "")) for name, result in facts.smoke.items()]
     rows += [(name, free >= DISK_GB[name], f"{free:.0f} GB free at {folder}") for name, (folder, free) in facts.disk.items()]
-    rows += [("hub", state in ("cached", "reachable"), f"{repo_id} {state}") for repo_id, state in facts.hub.items()]
+    rows += [("hub", state in THERE, f"{repo_id} {state}") for repo_id, state in facts.hub.items()]
     rows += [("attached", None, folder) for folder in facts.kaggle_models + facts.kaggle_data]
     rows += [(script, found["fits"], found["line"]) for script, found in verdict["scripts"].items()]
     rows += [("problem", False, line) for line in verdict["problems"]] + [("note", None, line) for line in verdict["notes"]]
-    lines = []
+    lines, mark = [], {True: "ok", False: "no", None: "  "}
     for name, good, text in rows:
-        start = f"{ {True: 'ok', False: 'no', None: '  '}[good] }  {name:15} "
-        lines += textwrap.wrap(text, 132, initial_indent=start, subsequent_indent=" " * 20, break_on_hyphens=False, break_long_words=False)
+        lines += textwrap.wrap(f"{mark[good]}  {name:15} {text}", 132, subsequent_indent=" " * 20, break_on_hyphens=False)
     state = "cannot run yet" if verdict["problems"] else "can run"
-    return "\n".join([*lines, "", f"recommended, {state}: {verdict['command']}", f"({seconds:.1f} s)"])
+    return "\n".join([*lines, "", f"recommended, {state}: {verdict['command']} ({verdict['seconds']} s)"])
 
 
 if __name__ == "__main__":

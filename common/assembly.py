@@ -109,7 +109,7 @@ def build_engine(flags, host, unet, data):
 
 
 def train(flags, engine, data):
-    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights"}."""
+    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}."""
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
     recipe = _recipe(flags, data)
     progress = _resume(flags, engine, recipe, plan)
@@ -140,7 +140,14 @@ def train(flags, engine, data):
     host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
-    return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
+    rows = report.read_metrics(output_dir / "metrics.jsonl")
+    return {
+        "output_dir": str(output_dir),
+        "step": progress.step,
+        "ended": ended,
+        "weights": str(output_dir / formats.WEIGHTS),
+        "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
+    }
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):

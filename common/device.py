@@ -1,5 +1,6 @@
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
+import gc
 import logging
 import resource
 import time
@@ -63,11 +64,16 @@ def start(mixed_precision="fp16", seed=0):
     torch.manual_seed(seed)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    gc.collect()  # what an earlier run in this process has left
+    free_memory(where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
     host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
     processes = f", {host.world} processes" if host.world > 1 else ""
+    idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
+    if idle > 0:
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch uses all of them")
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
 

@@ -562,7 +562,7 @@ def build_engine(flags, host, unet, data):
 
 
 def train(flags, engine, data):
-    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights"}."""
+    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}."""
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
     recipe = _recipe(flags, data)
     progress = _resume(flags, engine, recipe, plan)
@@ -593,7 +593,14 @@ def train(flags, engine, data):
     host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
-    return {"output_dir": str(output_dir), "step": progress.step, "ended": ended, "weights": str(output_dir / formats.WEIGHTS)}
+    rows = report.read_metrics(output_dir / "metrics.jsonl")
+    return {
+        "output_dir": str(output_dir),
+        "step": progress.step,
+        "ended": ended,
+        "weights": str(output_dir / formats.WEIGHTS),
+        "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
+    }
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):
@@ -1511,6 +1518,7 @@ def _to_rgb(image):
 MODULES['common.device'] = r'''
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
+import gc
 import logging
 import resource
 import time
@@ -1574,11 +1582,16 @@ def start(mixed_precision="fp16", seed=0):
     torch.manual_seed(seed)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    gc.collect()  # what an earlier run in this process has left
+    free_memory(where)
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
     host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
     processes = f", {host.world} processes" if host.world > 1 else ""
+    idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
+    if idle > 0:
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch uses all of them")
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
 
@@ -4294,7 +4307,7 @@ class Flags(TrainFlags):
 
 
 def main(argv=None):
-    """Train; returns {"output_dir", "step", "ended", "weights"}."""
+    """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
     check(flags)
     if flags.dry_run:

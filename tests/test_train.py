@@ -60,7 +60,8 @@ def test_a_run_writes_the_documented_files(train, few_steps, tmp_path):
             "samples/000004_0.png",
         ]
     )
-    assert run.result == {"output_dir": str(run.dir), "step": 4, "ended": "finished", "weights": str(run.dir / WEIGHTS)}
+    expected = {"output_dir": str(run.dir), "step": 4, "ended": "finished", "weights": str(run.dir / WEIGHTS), "metrics": run.rows[-1]}
+    assert run.result == expected
     with Image.open(run.dir / "training.png") as plot:
         assert min(plot.size) > 300 and len(plot.convert("L").getcolors(256)) > 10
 
@@ -532,3 +533,22 @@ def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):
     shutil.rmtree(tmp_path / "model/text_encoder_2")
     shutil.copytree(demo.model / "unet", tmp_path / "model/unet", dirs_exist_ok=True)
     assert "no readable text_encoder_2/config.json" in refused(train, tmp_path / "run", *model)
+
+
+# ---------------------------------------------------------------- called from a notebook
+
+
+def test_a_second_call_in_one_process_starts_clean_and_the_first_leaves_no_model(train, monkeypatch):
+    """Same losses, and the model of the first run is gone when the second one begins."""
+    import gc
+    import weakref
+
+    from common import loading
+
+    load, models = loading.load_unet, []
+    monkeypatch.setattr(loading, "load_unet", lambda *rest: models.append(weakref.ref(unet := load(*rest))) or unet)
+    first = train("--max_train_steps", 2)
+    second = train("--max_train_steps", 2)
+    assert first.losses == second.losses and first.result["metrics"] == first.rows[-1]
+    gc.collect()
+    assert [model() for model in models] == [None, None]
