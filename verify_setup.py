@@ -16,7 +16,6 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Optional
 
 try:
     import psutil
@@ -29,7 +28,6 @@ except ModuleNotFoundError as error:
     sys.exit(f"verify_setup.py: {error.name} is missing: pip install -r requirements.txt")
 
 GIB = 2**30
-LEAST_PYTHON = 3, 11
 OPTIONAL, THERE = ("xformers", "tensorboard", "wandb"), ("cached", "reachable")
 MODEL, DATA = "stabilityai/stable-diffusion-xl-base-1.0", "lambdalabs/naruto-blip-captions"
 REPOS = {  # id -> type, and a file that is in the cache only when the repo was downloaded for use
@@ -38,10 +36,8 @@ REPOS = {  # id -> type, and a file that is in the cache only when the repo was 
     DATA: ("dataset", "README.md"),
 }
 DISK_GB = {"HF cache": 9.0, "--cache_dir": 1.0, "working folder": 1.0}  # model 7, data 1.4; latents and text; adapters and checkpoints
-CURES = {"HF cache": "set HF_HOME", "--cache_dir": "name it with --cache_dir", "working folder": "name it with --output_dir"}
 SPARE_GIB, LITTLE_RAM_GIB = 0.75, 6  # of RAM 2.8 were measured, loading included; the rest is the system's share
 ROOMY_GIB = 13.0  # from here on train_sdxl.py is the one to take, and nothing need be recomputed
-
 # What a trainer's defaults need, measured on an H100 (README.md): peak with one image a pass and every block recomputed; images of the default
 # run; TFLOP of the UNet's forward pass per image (a step is two); share of the GPU's fp16 matrix rate that the step reached; free memory
 # below which another script suits the card better; whether it needs bitsandbytes, for 4-bit weights or 8-bit AdamW.
@@ -77,7 +73,7 @@ class Facts:
     driver: bool = False  # NVIDIA's, whatever torch says
     gpus: list = field(default_factory=list)  # dicts: name, capability, bf16, total_gib, free_gib
     smoke: dict = field(default_factory=dict)  # test -> "ok" or the error
-    matmul_tflops: Optional[float] = None  # of a GPU, in fp16
+    matmul_tflops: float | None = None  # of a GPU, in fp16
 
 
 def main(argv=None):
@@ -121,8 +117,7 @@ def probe_packages(file):
     return found
 
 
-def free_gb(folder):
-    """Of the disk that a folder lies on, or will lie on."""
+def free_gb(folder):  # of the disk that it lies on, or will lie on
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
 
 
@@ -166,8 +161,7 @@ def probe_torch():
     tests = {"matmul": lambda *where: rates.append(matmul(*where)), **({"attention": attention} if gpus else {}), "NF4 weights": nf4}
     for name, test in tests.items():
         try:
-            test(torch, *(("cuda", torch.float16) if gpus else ("cpu", torch.float32)))
-            smoke[name] = "ok"
+            smoke[name] = test(torch, *(("cuda", torch.float16) if gpus else ("cpu", torch.float32))) or "ok"
         except Exception as error:  # the point of a smoke test is to show whatever comes
             smoke[name] = one_line(error)
     return gpus, smoke, rates[0] if rates else None
@@ -219,8 +213,8 @@ def judge(facts):
     wrong = {package: found for package, found in facts.packages.items() if not found[2]}
     failed = {test: result for test, result in facts.smoke.items() if result != "ok" and (test != "torch" or "torch" not in wrong)}
     nf4_error = None if chosen and chosen.bitsandbytes else failed.pop("NF4 weights", None)
-    old = tuple(map(int, facts.python.split(".")[:2])) < LEAST_PYTHON
-    problems = [f"Python {facts.python}: the packages need 3.{LEAST_PYTHON[1]} or newer"] if old else []
+    python = tuple(map(int, facts.python.split(".")[:2]))
+    problems = [f"Python {facts.python}: the packages need 3.11 or newer"] if python < (3, 11) else []
     problems += [f"{package} {has or 'is missing'}: pip install '{package}{wanted}'" for package, (has, wanted, _) in wrong.items()]
     problems += [f"{test}: {result}" for test, result in failed.items()]
     notes = {
@@ -240,9 +234,10 @@ def judge(facts):
         problems += [f"{'; '.join(absent)}: name a local folder with {option}, or try --demo"] if absent and not folders else []
     for place, (folder, free) in facts.disk.items() if chosen else ():
         if free < DISK_GB[place] and (place != "HF cache" or facts.hub[MODEL] == "reachable"):
-            problems.append(f"{folder}: {free:.1f} GB free, about {DISK_GB[place]:.0f} needed; use a larger disk: {CURES[place]}")
-    notes = [note for note, holds in notes.items() if holds]
-    return dict(recommended=name, command=command, scripts=scripts, problems=problems, notes=notes)
+            problems.append(
+                f"{folder}: {free:.1f} GB free, about {DISK_GB[place]:.0f} needed; a larger disk can be named with HF_HOME, --cache_dir, --output_dir"
+            )
+    return dict(recommended=name, command=command, scripts=scripts, problems=problems, notes=list(filter(notes.get, notes)))
 
 
 def judge_script(script, facts):
@@ -264,8 +259,8 @@ def table(facts, verdict):
     fitting = [f"{name} {installed}" for name, (installed, _, fits) in required.items() if fits]
     extra = [f"{name} {facts.packages[name][0] or 'absent'}" for name in OPTIONAL if name in facts.packages]
     rows = [("machine", None, f"{facts.host} host, Python {facts.python}, {facts.cores} CPU cores, {facts.ram_gib:.1f} GiB of RAM")]
-    gpu_line = "{name}, capability {capability}, {free_gib:.1f} of {total_gib:.1f} GiB free"
-    rows += [(f"GPU {i}", None, gpu_line.format(**gpu)) for i, gpu in enumerate(facts.gpus)] or [("GPU", None, "none")]
+    card = "{name}, capability {capability}, {free_gib:.1f} of {total_gib:.1f} GiB free"
+    rows += [(f"GPU {i}", None, card.format(**gpu)) for i, gpu in enumerate(facts.gpus)] or [("GPU", None, "none")]
     rows += [("packages", len(fitting) == len(required), ", ".join(fitting)), ("optional", None, ", ".join(extra))]
     rate = f", {facts.matmul_tflops:.0f} TFLOP/s in fp16" if facts.matmul_tflops else ""
     rows += [(name, result == "ok", result + (rate if name == "matmul" else "")) for name, result in facts.smoke.items()]
@@ -273,12 +268,12 @@ def table(facts, verdict):
     rows += [("hub", state in THERE, f"{repo_id} {state}") for repo_id, state in facts.hub.items()]
     rows += [("attached", None, folder) for folder in facts.kaggle_models + facts.kaggle_data]
     rows += [(script, found["fits"], found["line"]) for script, found in verdict["scripts"].items()]
-    rows += [("problem", False, line) for line in verdict["problems"]] + [("note", None, line) for line in verdict["notes"]]
+    rows += [(kind[:-1], None, line) for kind in ("problems", "notes") for line in verdict[kind]]
     lines, mark = [], {True: "ok", False: "no", None: "  "}
     for name, good, text in rows:
         lines += textwrap.wrap(f"{mark[good]}  {name:15} {text}", 132, subsequent_indent=" " * 20, break_on_hyphens=False)
-    state = "cannot run yet" if verdict["problems"] else "can run"
-    return "\n".join([*lines, "", f"recommended, {state}: {verdict['command']} ({verdict['seconds']} s)"])
+    state = "NOT READY" if verdict["problems"] else "ready"
+    return "\n".join([*lines, "", f"recommended ({state}): {verdict['command']}", f"({verdict['seconds']} s)"])
 
 
 if __name__ == "__main__":
