@@ -7,19 +7,16 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
-from common import hub
+from common import hub, manifest
 from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, local_path, parse, print_config, run
 from common.schedulers import SCHEDULERS
 
@@ -55,6 +52,7 @@ class Flags(ModelFlags):
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
     # machine
+    cuda_graph: bool = flag(True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them")
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
@@ -110,14 +108,14 @@ def main(argv=None):
     )
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
-    sampler = sampling.Sampler(model, host, flags.scheduler, memory, img2img=flags.image is not None)
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
     columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
     if flags.merge:
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
     records = draw(flags, sampler, columns, settings)  # images/*.png
-    return write_results(flags, sampler, model, columns, records, load_s)
+    return manifest.write_results(flags, sampler, model, columns, records, load_s)
 
 
 # ---------------------------------------------------------------- flags
@@ -238,7 +236,7 @@ def make_columns(flags, sampler, adapters, files):
                 raise
             sampler.host.say(f"left out: {error}")
             continue
-        source = {"path": str(file), "scale": adapter.scale, "sha256": sha256(file)}
+        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
         loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
     if flags.compare and not loaded:
         raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
@@ -296,7 +294,7 @@ def draw(flags, sampler, columns, settings):
             images = sampler.draw(column.active, prompt, batch, settings, bar.update)
             seconds = (time.monotonic() - start_s) / len(batch)
             for seed, image in zip(batch, images):
-                records.append({**save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                records.append({**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
                 if image.convert("L").getextrema()[1] == 0:
                     bar.write(
                         f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
@@ -311,108 +309,16 @@ def warn_of_long_prompts(sampler, prompts):
             sampler.host.say(f"prompt too long, its last {excess} tokens are ignored: {prompt}")
 
 
-def save_image(flags, column, index, prompt, seed, image):
-    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
-    from common import report
-
-    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
-    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
-    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
-    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
-    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
-    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
-    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
-    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{column.stem}_{index:02d}_{seed}.png"
-    parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
-    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
-
-
-# ---------------------------------------------------------------- results
-
-
 def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
     from common import merging
 
     place, host = Path(flags.merge), sampler.host
-    record = {**provenance(flags, model), "dtype": dtype_name(host), "adapters": column.sources}
+    record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
     host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
     return record
-
-
-def provenance(flags, model):
-    """What was loaded, by which packages: for manifest.json and merge.json."""
-    packages = ("torch", "diffusers", "transformers", "peft")
-    return {
-        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def dtype_name(host):
-    return str(host.dtype).removeprefix("torch.")
-
-
-def write_results(flags, sampler, model, columns, records, load_s):
-    """compare.png and manifest.json -> what the manifest says."""
-    from common import device, files
-
-    host, output_dir = sampler.host, Path(flags.output_dir)
-    drawn_s = sum(record["seconds"] for record in records)
-    manifest = {
-        **provenance(flags, model),
-        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
-        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
-        "peak_gib": round(device.peak_gib(host.device), 2),
-        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
-        "images": records,
-    }
-    if flags.compare:
-        write_comparison(flags, host, manifest)
-    files.write_json(output_dir / "manifest.json", manifest)
-    made = "compare.png, " if flags.compare else ""
-    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
-    return manifest
-
-
-def write_comparison(flags, host, manifest):
-    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
-    from PIL import Image
-
-    from common import report
-
-    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
-    rows = {}  # (prompt, seed) -> one image per column
-    for record in manifest["images"]:
-        with Image.open(output_dir / record["file"]) as image:
-            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
-    for i, column in enumerate(manifest["columns"]):
-        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
-        if i and not column["mean_abs_difference_from_base"]:
-            host.say(f"{column['title']}: not one pixel differs from the base")
-    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
-    model = Path(manifest["model"]["name"]).name
-    footer = (
-        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
-    )
-    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
-    manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
-
-
-def difference(image, other):
-    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
-    from PIL import ImageChops, ImageStat
-
-    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

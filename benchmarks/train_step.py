@@ -1,36 +1,43 @@
 """Times the optimizer step of the trainers on the full-size SDXL architecture, by running the trainers themselves.
 
     python benchmarks/full_size.py --model /tmp/sdxl --images /tmp/images        # random weights, no download
-    python benchmarks/train_step.py --model /tmp/sdxl --images /tmp/images [--only sdxl,dora@1024] [--as_t4] [--vram_gb 11.9] [-- FLAGS]
+    python benchmarks/train_step.py --model /tmp/sdxl --images /tmp/images [--only sdxl,dora@1024 | --matrix] [--vram_gb 11.9] [-- FLAGS]
 
-One row a setting: seconds per image (median step / its images), GPU-busy seconds per image (profiler), peak allocated and
-reserved GiB of the whole run, and the share of this GPU's own fp16 matrix rate that the arithmetic of two forward passes takes.
-Flags after `--` go to every trainer. The last line is JSON.
+Every row is one run of a trainer in a process of its own, so peaks, RAM and the time to the first step are that row's. A row that
+fails, out of memory or otherwise, is a result: {"row", "failed"}. Flags after `--` go to every trainer. The last line is JSON; what
+its keys mean is in benchmarks/README.md.
 """
 
 import argparse
 import contextlib
-import gc
+import datetime
 import importlib
 import json
-import os
+import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common import device, report
+from benchmarks.table import markdown, read_runs
+from common import device, files, report
+from common.batching import Examples
 from common.engine import Engine
+from common.flags import UserError, run
 
+ROOT = Path(__file__).resolve().parents[1]
 FORWARD_TFLOP = {512: 1.589, 768: 3.641, 1024: 6.761}  # UNet, per image
 T4_GIB = 14.56  # usable of the 16 on the label
 STEPS, TIMED = 12, 8
-PROFILE_TABLE = bool(os.environ.get("PROFILE_TABLE"))  # also print the kernels of the profiled step
 ROWS = {
     "sdxl": ("train_sdxl", []),
     "opt": ("train_opt", []),
@@ -40,101 +47,257 @@ ROWS = {
     "lora": ("train_sdxl", ["--resolution", "512", "--lora_alpha", "32", "--lora_dropout", "0.1", "--use_8bit_adam"]),
     "text": ("train_sdxl", ["--train_text_encoder", "--use_8bit_adam", "--train_batch_size", "3", "--gradient_accumulation_steps", "1"]),
 }
+MATRIX = [f"{name}@{px}" for name in ("sdxl", "opt", "qlora", "qlora_normal", "dora", "text") for px in FORWARD_TFLOP]
+PLAN_LINES = ("plan", "training: ", "out of GPU memory: ", "no CUDA graph")  # how the trainer's lines on what goes through a pass begin
 
 
-def main():
-    """Run the rows asked for; print a Markdown table and one line of JSON."""
+def main(argv=None):
+    """Run the rows asked for, each in a process of its own; print a Markdown table and one line of JSON."""
+    options = parse(argv)
+    earlier = read_runs(options.out) if options.out and options.out.exists() else []
+    if not torch.cuda.is_available():
+        raise UserError("a CUDA GPU is needed")
+    result = {**description(options), "rows": []}
+    with contextlib.nullcontext(options.cache_dir) if options.cache_dir else tempfile.TemporaryDirectory() as cache_dir:
+        for name in options.rows:
+            result["rows"].append(run_row(name, options, cache_dir, result["matmul_tflops"]))
+            print(json.dumps(result["rows"][-1]), flush=True)
+            if options.out:  # after every row: what was measured stays when the next one is killed
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                files.write_json(options.out, [*earlier, result])
+    print(markdown(result["rows"]))
+    print(json.dumps(result))
+
+
+def parse(argv):
+    """The command line -> options; `rows` and `cap_gib` follow from it.
+
+    Raises:
+        UserError: an unknown row, or a cap that is none.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder made by full_size.py")
     parser.add_argument("--images", required=True, help="folder made by full_size.py")
-    parser.add_argument("--only", default=",".join(ROWS), help=f"rows of {' '.join(ROWS)}; NAME@RESOLUTION for another one")
-    parser.add_argument("--as_t4", action="store_true", help="only what a T4 can run: no flash attention, 14.56 GiB")
-    parser.add_argument("--vram_gb", type=float, help="cap the memory of this process, in GiB")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--only", default=",".join(ROWS), help=f"rows of {' '.join(ROWS)}; NAME@RESOLUTION for another one (default: all)")
+    chosen.add_argument("--matrix", action="store_true", help="every row but lora at 512, 768 and 1024 px")
+    parser.add_argument("--fixed", action="store_true", help="the documented micro-batch with every block recomputed: no measured plan")
+    parser.add_argument("--as_t4", action="store_true", help=f"only what a T4 can run: no flash attention, {T4_GIB} GiB")
+    parser.add_argument("--vram_gb", type=float, metavar="GIB", help="cap the GPU memory of every row")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of each row's profiled step")
+    parser.add_argument("--label", default="", help="names the run in the JSON, for benchmarks/table.py")
+    parser.add_argument("--commit", help="recorded in the JSON instead of git's answer, for a copy that is no checkout")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file that this run is added to")
+    parser.add_argument(
+        "--cache_dir", metavar="DIR", help="keep encoded images and captions here (default: a temporary folder for all rows)"
+    )
     parser.add_argument("flags", nargs="*", help="after --: flags for every trainer")
-    options = parser.parse_args()
-    cap = options.vram_gb or (T4_GIB if options.as_t4 else None)
-    if cap:
-        torch.cuda.set_per_process_memory_fraction(cap * device.GIB / torch.cuda.get_device_properties(0).total_memory)
-    rate, rows = matmul_tflops(), []
-    common = ["--max_vram_gb", str(cap)] if cap else []
-    common += ["--pretrained_model_name_or_path", options.model, "--train_data_dir", options.images, *options.flags]
-    with t4_attention() if options.as_t4 else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
-        for name in options.only.split(","):
-            row, _, resolution = name.partition("@")
-            script, flags = ROWS[row]
-            argv = [*flags, *common, "--cache_dir", f"{scratch}/cache", *(["--resolution", resolution] if resolution else [])]
-            rows.append({"row": name, **measure(script, argv, f"{scratch}/{len(rows)}", rate)})
-            print(json.dumps(rows[-1]), flush=True)
-    print(markdown(rows))
-    gpu = dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, matmul_tflops=round(rate, 1), cap_gib=cap, as_t4=options.as_t4)
-    print(json.dumps({**gpu, "rows": rows}))
+    options = parser.parse_args(argv)
+    options.rows = MATRIX if options.matrix else options.only.split(",")
+    for name in options.rows:
+        if name.partition("@")[0] not in ROWS:
+            raise UserError(f"--only {name}: no such row; there are {' '.join(ROWS)}")
+    if options.vram_gb is not None and not options.vram_gb > 0:
+        raise UserError(f"--vram_gb {options.vram_gb}: must be greater than 0")
+    options.cap_gib = options.vram_gb or (T4_GIB if options.as_t4 else None)
+    return options
 
 
-def measure(script, argv, output_dir, rate):
-    """One row: a run of the trainer, its figures taken from metrics.jsonl and the last step profiled."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    trainer = importlib.import_module(script)
-    argv = [*argv, "--output_dir", output_dir, "--max_train_steps", str(STEPS), "--checkpointing_steps", "0"]
-    started, busy = time.time(), []
+def description(options):
+    """What a run's rows have in common: code, machine and settings. Measures the GPU's matrix rate."""
+    gpu, _ = in_own_process("gpu")
+    if "failed" in gpu:
+        raise UserError(f"the GPU's matrix rate was not measured: {gpu['failed']}")
+    return dict(
+        commit=options.commit or git_commit(),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **gpu,
+        torch=torch.__version__,
+        cap_gib=options.cap_gib,
+        as_t4=options.as_t4,
+        fixed=options.fixed,
+        label=options.label,
+        flags=options.flags,
+        command=command(options),
+    )
+
+
+def git_commit():
     try:
-        with profiled_step(STEPS, busy):
-            trainer.main(argv)
-    except torch.OutOfMemoryError as error:
-        return {"oom": str(error).splitlines()[0]}
-    config = json.loads(Path(output_dir, "config.json").read_text())
-    steps = report.read_metrics(Path(output_dir, "metrics.jsonl"))
-    resolution, images = config["flags"]["resolution"], config["flags"]["train_batch_size"] * config["flags"]["gradient_accumulation_steps"]
-    s_per_img = statistics.median(step["s_per_img"] for step in steps[-TIMED - 1 : -1])
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
+
+
+def command(options):
+    """The command that measures the same again, without what only concerns files and output."""
+    parts = ["python", "benchmarks/train_step.py", "--model", "M", "--images", "I"]
+    parts += ["--matrix"] if options.matrix else ["--only", options.only]
+    parts += [f"--{name}" for name in ("fixed", "as_t4") if getattr(options, name)]
+    parts += ["--vram_gb", f"{options.vram_gb:g}"] if options.vram_gb else []
+    return shlex.join([*parts, *(["--", *options.flags] if options.flags else [])])
+
+
+def run_row(name, options, cache_dir, matmul_tflops):
+    """One run of a trainer in a process of its own -> the row's figures, or {"row", "failed": one line}."""
+    cached = set(Path(cache_dir).rglob("*"))
+    with tempfile.TemporaryDirectory() as folder:
+        script, argv = trainer_command(name, options, cache_dir, f"{folder}/run")
+        settings = dict(cap_gib=options.cap_gib, as_t4=options.as_t4, profile=options.profile)
+        result, printed = in_own_process("measure", script=script, argv=argv, matmul_tflops=matmul_tflops, **settings)
+    if "failed" in result:
+        return {"row": name, **result}
+    return {"row": name, **result, "plan": plan_in(printed), "caches_warm": set(Path(cache_dir).rglob("*")) == cached}
+
+
+def trainer_command(name, options, cache_dir, output_dir):
+    """(trainer, its flags) of the row `name`; flags that were typed after -- win over the row's own."""
+    row, _, resolution = name.partition("@")
+    script, own = ROWS[row]
+    argv = [*own, *(["--resolution", resolution] if resolution else [])]
+    argv += ["--max_vram_gb", str(options.cap_gib)] if options.cap_gib else []
+    argv += ["--no_auto_fit"] if options.fixed else []
+    argv += ["--pretrained_model_name_or_path", options.model, "--train_data_dir", options.images, *options.flags]
+    argv += ["--cache_dir", str(cache_dir), "--output_dir", output_dir, "--max_train_steps", str(STEPS), "--checkpointing_steps", "0"]
+    return script, argv
+
+
+def plan_in(printed):
+    """What the trainer said of how it cuts a step into passes."""
+    return "; ".join(line for line in printed.splitlines() if line.startswith(PLAN_LINES))
+
+
+def in_own_process(task, **arguments):
+    """Run `task` of TASKS in a new process -> (its result, what it printed); {"failed": one line} when it ended without one.
+
+    Linux counts what the parent has resident into a new process's peak, so this process must stay small: it never uses the GPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "result.json"
+        argv = [sys.executable, __file__, "--internal", task, json.dumps(arguments), str(place)]
+        process = subprocess.run(argv, stdout=subprocess.PIPE, text=True, errors="replace")
+        print(process.stdout, end="", flush=True)
+        if place.exists():
+            return json.loads(place.read_text()), process.stdout
+    code = process.returncode
+    return {"failed": f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"}, process.stdout
+
+
+# ---------------------------------------------------------------- in the process of a row
+
+
+def internal(task, arguments, place):
+    """Write what `task` returns to the file `place`, or {"failed": one line} of what it raises."""
+    try:
+        result = TASKS[task](**json.loads(arguments))
+    except (UserError, torch.OutOfMemoryError) as error:
+        result = {"failed": one_line(error)}
+    except Exception as error:
+        traceback.print_exc()
+        result = {"failed": one_line(f"{type(error).__name__}: {error}")}
+    files.write_json(Path(place), result)
+
+
+def one_line(error):
+    return textwrap.shorten(str(error), 200, placeholder=" ...")
+
+
+def measure(script, argv, matmul_tflops, cap_gib, as_t4, profile):
+    """Run a trainer here -> the figures of a row. Everything but the run itself comes after it: the first step counts from the start."""
+    if cap_gib:
+        share = cap_gib * device.GIB / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    trainer = importlib.import_module(script)
+    busy_s, data_s, reserved_gib = [], [], []
+    attention = t4_attention() if as_t4 else contextlib.nullcontext()
+    with attention, profiled_step(STEPS, busy_s, profile), timed_batches(data_s), reserved_peaks(reserved_gib):
+        result = trainer.main(argv)
+    if result["ended"] != "finished":
+        raise UserError(f"{result['ended']} after step {result['step']}")
+    return dict(
+        **speed(Path(result["output_dir"]), busy_s, data_s, matmul_tflops),
+        peak_allocated_gib=round(device.peak_gib(torch.device("cuda")), 2),
+        peak_reserved_gib=round(max(*reserved_gib, torch.cuda.max_memory_reserved() / device.GIB), 2),
+        ram_gib=round(device.peak_ram_gib(), 2),
+        whole_run_s=round(device.seconds_since_start(), 1),
+    )
+
+
+def speed(run_dir, busy_s, data_s, matmul_tflops):
+    """The figures that follow from a run's folder and from its times.
+
+    Args:
+        busy_s: seconds of GPU work of the last step, for each attempt at it.
+        data_s: host seconds of every batch made; the last one is made in the last step, for the step that would follow.
+    """
+    flags = json.loads((run_dir / "config.json").read_text())["flags"]
+    steps = report.read_metrics(run_dir / "metrics.jsonl")
+    resolution, images = flags["resolution"], flags["train_batch_size"] * flags["gradient_accumulation_steps"]
+    timed = slice(-TIMED - 1, -1)  # the last step runs under the profiler
+    s_per_img = statistics.median(step["s_per_img"] for step in steps[timed])
+    tflop = FORWARD_TFLOP.get(resolution)
     return dict(
         resolution=resolution,
         images_per_step=images,
         s_per_img=round(s_per_img, 4),
-        gpu_busy_s_per_img=round(busy[0] / images, 4),
-        peak_allocated_gib=round(torch.cuda.max_memory_allocated() / device.GIB, 2),
-        peak_reserved_gib=round(torch.cuda.max_memory_reserved() / device.GIB, 2),
-        ram_gib=round(device.peak_ram_gib(), 2),
-        matmul_share=round(2 * FORWARD_TFLOP.get(resolution, float("nan")) / s_per_img / rate, 3),
-        whole_run_s=round(time.time() - started, 1),
+        gpu_busy_s_per_img=round(busy_s[-1] / images, 4),
+        matmul_share=round(2 * tflop / s_per_img / matmul_tflops, 3) if tflop else None,
+        data_share=round(statistics.median(data_s[timed]) / (s_per_img * images), 4),
+        first_step_s=steps[0]["seconds"],
     )
 
 
 @contextlib.contextmanager
-def profiled_step(number, busy):
-    """Inside, the engine's step `number` runs under the profiler; its kernels' seconds are appended to `busy`."""
-    original = Engine.step
+def replaced(owner, name, stand_in):
+    """Inside, `owner.name(...)` calls `stand_in(original, ...)`."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: stand_in(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
-    def step(engine, n, *args, **kwargs):
+
+def profiled_step(number, busy_s, show):
+    """Inside, the engine's step `number` runs under the profiler; its kernels' seconds are appended to `busy_s`."""
+
+    def step(original, engine, n, *args, **kwargs):
         if n != number:
             return original(engine, n, *args, **kwargs)
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             result = original(engine, n, *args, **kwargs)
             torch.cuda.synchronize()
-        busy.append(sum(event.self_device_time_total for event in profile.key_averages()) / 1e6)
-        if PROFILE_TABLE:
-            print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90))
+        kernels = profile.key_averages()
+        busy_s.append(sum(event.self_device_time_total for event in kernels) / 1e6)
+        if show:
+            print(kernels.table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=90))
         return result
 
-    Engine.step = step
-    try:
-        yield
-    finally:
-        Engine.step = original
+    return replaced(Engine, "step", step)
 
 
-def matmul_tflops(n=8192):
-    """What this GPU makes of n x n fp16 matrix products, in TFLOP/s."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        torch.cuda.synchronize()
+def timed_batches(data_s):
+    """Inside, the seconds that each effective batch takes to make are appended to `data_s`."""
+
+    def effective_batch(original, *args, **kwargs):
         started = time.perf_counter()
-        a @ b
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(seconds) / 1e12
+        batches = original(*args, **kwargs)
+        data_s.append(time.perf_counter() - started)
+        return batches
+
+    return replaced(Examples, "effective_batch", effective_batch)
+
+
+def reserved_peaks(peaks_gib):
+    """Inside, the peak of reserved memory is appended to `peaks_gib` before torch's counters are set back."""
+
+    def reset(original, *args):
+        peaks_gib.append(torch.cuda.max_memory_reserved() / device.GIB)
+        original(*args)
+
+    return replaced(torch.cuda, "reset_peak_memory_stats", reset)
 
 
 def t4_attention():
@@ -144,18 +307,24 @@ def t4_attention():
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def markdown(rows):
-    """The rows as a Markdown table; out of memory is a result."""
-    lines = [
-        "| run | px | images a step | s/img | GPU busy s/img | allocated GiB | reserved GiB | matmul share |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        keys = "resolution images_per_step s_per_img gpu_busy_s_per_img peak_allocated_gib peak_reserved_gib matmul_share".split()
-        cells = ["out of memory"] + [""] * 6 if "oom" in row else [str(row[key]) for key in keys]
-        lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def gpu():
+    """The GPU's name, and what it makes of 8192 x 8192 fp16 matrix products in TFLOP/s."""
+    n, seconds = 8192, []
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
+    for _ in range(12):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        a @ b
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return dict(gpu=torch.cuda.get_device_name(), matmul_tflops=round(2 * n**3 / statistics.median(seconds) / 1e12, 1))
+
+
+TASKS = {"measure": measure, "gpu": gpu}
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--internal"]:
+        internal(*sys.argv[2:])
+    else:
+        run(main)

@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from common.flags import UserError
+from common.graphs import side_by_side
 
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -52,6 +53,19 @@ def count(module):
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
 
 
+@contextlib.contextmanager
+def without_dropout(modules):
+    """Inside, `modules` compute as they will after training."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
 class FlatParameters:
     """All trainable numbers in one fp32 buffer and all their gradients in another.
 
@@ -95,8 +109,7 @@ class FlatParameters:
         """After the numbers changed: renew everything that is derived from them."""
         if self._compute is not self.data:
             self._compute.copy_(self.data)
-        for follow in self.followers:
-            follow()
+        side_by_side(self.followers, self.data.device)
 
 
 def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):

@@ -13,9 +13,24 @@ from pathlib import Path
 
 import torch
 
-from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
+from common import (
+    adapters,
+    batching,
+    caching,
+    checkpoint,
+    dataset,
+    device,
+    files,
+    formats,
+    fused,
+    fused_unet,
+    loading,
+    loops,
+    report,
+    sampling,
+)
 from common.engine import Engine, lr_schedule
-from common.fit import BlockCheckpointing, Fit, measure
+from common.fit import BlockCheckpointing, Fit, measured
 from common.flags import DEMO_ROOT, UserError
 from demo.build import demo_assets
 
@@ -85,8 +100,7 @@ def build_engine(flags, host, unet, data):
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
         fused.fuse([unet, *encoders], flat, dropout_seed)
-        if host.device.type == "cuda":
-            fused.fuse_geglu(unet)
+        fused_unet.fuse_unet(unet, host.device)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
     host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
     betas = (flags.adam_beta1, flags.adam_beta2)
@@ -151,18 +165,27 @@ def train(flags, engine, data):
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):
-    """The output folder is gone or full (a Drive that was unmounted): save to the local disk -> the UserError that says where."""
+    """A file cannot be read or written (a Drive that was unmounted, say): save to the local disk -> the UserError that says where."""
     place = Path(tempfile.mkdtemp(prefix=f"{output_dir.resolve().name}-"))
     save_adapter(place / formats.WEIGHTS)
     checkpoint.save_checkpoint(place, progress.step, engine, asdict(progress), None)
+    what = " ".join(str(error).split())  # diffusers' errors have several lines
     return UserError(
-        f"--output_dir {output_dir}: cannot be written any more ({error.strerror or error}); adapter and checkpoint of step {progress.step} are"
-        f" in {place}: go on with --output_dir elsewhere --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
+        f"the run ended on a file error ({what}): perhaps --output_dir {output_dir} is full or gone, or a file of the model is; adapter and"
+        f" checkpoint of step {progress.step} are in {place}: go on with --output_dir elsewhere"
+        f" --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
     )
 
 
 def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
+
+
+# Flags on which the memory and the time of a pass depend.
+_CHANGES_A_PASS = (
+    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets quantize lora_backend lora_dropout gradient_checkpointing"
+    " cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
+).split()
 
 
 def _fit(flags, engine, data, plan):
@@ -177,7 +200,13 @@ def _fit(flags, engine, data, plan):
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    fit, line = measure(engine, make_batches, plan.effective_batch // host.world, engine.checkpointing, budget_gib)
+    share = plan.effective_batch // host.world
+    setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
+    shape = make_batches(1)[0].tensors["mean"].shape
+    gpu = torch.cuda.get_device_name(), int(2 * budget_gib), host.rank, torch.__version__
+    key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
+    remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
+    fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
     host.say(line)
     return fit
 

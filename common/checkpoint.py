@@ -49,10 +49,13 @@ def find_resume(resume_from_checkpoint, output_dir):
     """
     if resume_from_checkpoint != "latest":
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    name = Path(output_dir).resolve().name
-    earlier = [folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)]
-    found = find_checkpoints(output_dir) or sorted(earlier, key=step_of)
+    found = find_checkpoints(output_dir) or _checkpoints_of_earlier_versions(Path(output_dir).resolve().name)
     return found[-1] if found else None
+
+
+def _checkpoints_of_earlier_versions(name):
+    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
+    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
 
 
 def step_of(folder):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from common import noise
+from common.adapters import without_dropout
 from common.graphs import Graphed
 
 GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
@@ -189,15 +190,11 @@ class Engine:
     @torch.no_grad()
     def validate(self, batches):
         """Mean unweighted mse over validation batches, on every process; without dropout."""
-        modules = [module for module in (self.unet, *self.text.encoders) if module.training]
-        for module in modules:
-            module.eval()
         totals = torch.zeros(2, device=self.host.device)
-        for batch in batches:
-            fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-            mse = noise.mse_per_sample(*self.predict(fields))
-            totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
-        for module in modules:
-            module.train()
+        with without_dropout([self.unet, *self.text.encoders]):
+            for batch in batches:
+                fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+                mse = noise.mse_per_sample(*self.predict(fields))
+                totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
         total, examples = self.host.sum(totals).tolist()
         return total / examples

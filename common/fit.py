@@ -1,17 +1,20 @@
-"""How much goes through a pass: measured on this card, with these images, instead of guessed.
+"""How much goes through a pass: measured on this card, with these images, instead of guessed; and remembered.
 
 Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) trades up to a third more work for most of the
-memory, block by block; a larger pass uses the GPU better. `measure` times what fits and takes the fastest.
+memory, block by block; a larger pass uses the GPU better. `measured` times what fits and takes the fastest.
 """
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Optional
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.device import GIB, start_new_peak
+from common.files import write_json
 
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
@@ -47,9 +50,12 @@ class Fit:
 
     micro_batch: int
     checkpointing: Optional[BlockCheckpointing] = None
+    remembered: Optional[Path] = None  # the file that holds it for later runs
 
     def step_down(self):
-        """The next smaller plan after an out-of-memory; False when there is none."""
+        """The next smaller plan after an out-of-memory, which no later run starts with; False when there is none."""
+        if self.remembered:
+            self.remembered.unlink(missing_ok=True)
         if self.checkpointing and self.checkpointing.kept:
             self.checkpointing.kept = set()
         elif self.micro_batch > 1:
@@ -59,16 +65,30 @@ class Fit:
         return True
 
 
-def measure(engine, make_batches, share, checkpointing, budget_gib):
+def measured(engine, make_batches, share, checkpointing, budget_gib, remembered):
     """The fastest Fit within `budget_gib` of GPU memory for `share` images a step on this process.
 
     Args:
         engine: ready to train; gradients are zero again afterwards.
         make_batches: micro_batch -> the batches of one step.
         checkpointing: BlockCheckpointing of the UNet, or None where nothing may be recomputed.
+        remembered: Path of the file that keeps the result for runs like this one; what it holds is not measured again.
     Returns:
         (Fit, the line that says what was chosen).
     """
+    if remembered.exists():
+        plan = json.loads(remembered.read_text())
+        if checkpointing:
+            checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
+        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (measured in an earlier run)"
+    fit, line = _measure(engine, make_batches, share, checkpointing, budget_gib)
+    kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
+    return replace(fit, remembered=remembered), line
+
+
+def _measure(engine, make_batches, share, checkpointing, budget_gib):
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
     candidates = []

@@ -217,7 +217,7 @@ class TrainFlags(ModelFlags):
     lora_rank: int = flag(16, "rank r of the adapter")
     lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split"
+        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")

@@ -11,39 +11,38 @@ import torch
 import torch.nn.functional as F
 
 from common.flags import UserError
-from common.kernels import Geglu, gain_backward, seeded_dropout
+from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
     """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
 
-    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Kept for the
-    backward pass: x, which the layers of an attention block share; x A^T, which is small; and for DoRA y, which attention
-    keeps anyway. W is read, or dequantised, once more.
+    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. g multiplies the
+    rows of W and B, which are smaller than y. Kept for the backward pass: x, which the layers of an attention block share;
+    x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, m, layer):
         x2 = x.reshape(-1, x.shape[-1])
         xa = layer.drop(x2) @ layer.a.t()
-        y = F.linear(x2, layer.weight(), layer.bias if m is None else None).addmm_(xa, layer.b.t(), alpha=layer.scale)
-        if m is not None:
-            y = y * layer.gain if layer.bias is None else torch.addcmul(layer.bias, y, layer.gain)
+        y = F.linear(x2, layer.weight(), layer.bias).addmm_(xa, layer.b.t(), alpha=layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(x2, xa, None if m is None else y)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
+        """Gradients of A, B and m are added where they are kept, in fp32, and not handed to autograd."""
         layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
-        dy, dm, dx = dy.reshape(-1, dy.shape[-1]), None, None
-        if y is not None:
-            # dL/dm = sum dy u / n with u = (y - bias) / g, hence u / n = (y - bias) / m
-            dy, dm = gain_backward(dy.contiguous(), y, layer.gain, layer.bias)
-            dm = dm / layer.m
+        dy, dx = dy.reshape(-1, dy.shape[-1]), None
         dxa = dy @ layer.b
-        dB = (dy.t() @ xa).float() * layer.scale
-        dA = (dxa.t() @ layer.drop(x2)).float() * layer.scale
+        add_product(layer.A.grad, dxa.t(), layer.drop(x2), layer.scale)
+        if y is None:
+            add_product(layer.B.grad, dy.t(), xa, layer.scale)
+        else:
+            dy, of_m = dy.contiguous(), (layer.gain, layer.m, layer.m.grad)
+            add_dora_gradients(dy, y, product(dy.t(), xa), layer.bias, *of_m, layer.B.grad, layer.scale)
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
             if layer.p:
@@ -51,7 +50,20 @@ class AdapterLinear(torch.autograd.Function):
             else:
                 dx.addmm_(dxa, layer.a, alpha=layer.scale)
             dx = dx.view(ctx.shape)
-        return dx, dA, dB, dm, None
+        return dx, None, None, None, None
+
+
+def product(x, y):
+    """x y in fp32; a GPU does not round it to the dtype of x and y on the way."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else (x @ y).float()
+
+
+def add_product(total, x, y, scale):
+    """total += scale x y, for an fp32 total."""
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
+    else:
+        total.add_(x @ y, alpha=scale)
 
 
 class FusedLayer:
@@ -71,11 +83,11 @@ class FusedLayer:
         self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
         self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
         self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-        self._p, self.seed, self.salt = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt
+        self._p, self.seed, self.salt, self.gain = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt, None
         if self.m is not None:
-            self.squared_norm = self.weight().float().square().sum(1)
-            self.gain = torch.empty_like(self.m, dtype=self.a.dtype)
-            self.m.data.copy_(self.row_norms())  # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
+            # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
+            self.m.data.copy_(row_norms(self.frozen_weight(), self.A.data, self.B.data, self.scale))
+            self.gain, self.b = torch.ones_like(self.m.data), self.b.clone()
 
     def __call__(self, x):
         if self.layer.disable_adapters:
@@ -92,7 +104,10 @@ class FusedLayer:
         return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
     def weight(self):
-        """W [N, K] in the compute dtype; dequantised into memory of its own if it is NF4."""
+        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4; its rows multiplied by g, if there is one."""
+        return self.frozen_weight() if self.gain is None else scale_rows(self.frozen_weight(), self.gain)
+
+    def frozen_weight(self):
         if self.base.dtype != torch.uint8:
             return self.base
         from bitsandbytes.functional import dequantize_4bit
@@ -100,16 +115,9 @@ class FusedLayer:
         return dequantize_4bit(self.base.data, self.base.quant_state)
 
     @torch.no_grad()
-    def row_norms(self):
-        """n [N] in fp32: ||W + sBA||^2 = ||W||^2 + 2s rowsum((W A^T) o B) + s^2 rowsum((B (A A^T)) o B), without W + sBA."""
-        A, B, s = self.A.float(), self.B.float(), self.scale
-        cross = ((self.weight() @ self.a.t()).float() * B).sum(1)
-        return (self.squared_norm + 2 * s * cross + s**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
-
-    @torch.no_grad()
     def update_gain(self):
-        """Set g after the parameters changed."""
-        self.gain.copy_(self.m / self.row_norms())
+        """Set g, and B multiplied by it, after the parameters changed."""
+        update_gain(self.frozen_weight(), self.A, self.B, self.m, self.scale, self.gain, self.b)
 
 
 def fuse(models, flat, seed):
@@ -128,10 +136,3 @@ def fuse(models, flat, seed):
         if layer.forward.m is not None:
             flat.followers.append(layer.forward.update_gain)
     flat.publish()
-
-
-def fuse_geglu(unet):
-    """Replace the gated activation of the feed-forward blocks by one kernel, which also keeps a third less for the backward pass."""
-    for module in unet.modules():
-        if type(module).__name__ == "GEGLU":
-            module.forward = lambda x, proj=module.proj: Geglu.apply(proj(x))

@@ -14,6 +14,23 @@ def _side_stream(device):
     return torch.cuda.Stream(device)
 
 
+@functools.lru_cache
+def _parallel_streams(device):
+    return [torch.cuda.Stream(device) for _ in range(4)]
+
+
+def side_by_side(functions, device):
+    """Call functions that are independent of each other; on a GPU, four of the small kernels that they launch run at a time."""
+    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for i, function in enumerate(functions):
+        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+            function()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
 class Graphed:
     """A function of named tensors, captured once per set of shapes.
 
@@ -69,6 +86,8 @@ class Graphed:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
+        except torch.OutOfMemoryError:
+            raise  # a smaller pass may fit, and be captured
         except RuntimeError as error:
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")

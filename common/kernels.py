@@ -1,9 +1,10 @@
-"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's backward pass.
+"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's norms and gradients.
 
 Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
 """
 
 import torch
+import torch.nn.functional as F
 
 if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
     import triton
@@ -41,21 +42,57 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
         tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=i < n)
 
     @triton.jit
-    def _gain_backward_kernel(dy, y, gain, bias, du, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
-        at = row * columns + column
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
             u -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-        tl.store(du + at, d * tl.load(gain + column, mask=column < columns, other=0.0).to(tl.float32), mask=inside)
-        sums = tl.sum(d * u, axis=0)[None, :]
+        sums = tl.sum(tl.load(dy + row * columns + column, mask=inside, other=0.0).to(tl.float32) * u, axis=0)[None, :]
         tl.store(partial + tl.program_id(0) * columns + column, sums, mask=column < columns)
 
+    @triton.jit
+    def _dora_gradients_kernel(
+        partial, products, gain, m, dm, dB, scale, parts, columns, rank,
+        PARTS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        column, j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+        sums, known = tl.zeros((PARTS, COLUMNS), dtype=tl.float32), column < columns
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            sums += tl.load(partial + part * columns + column[None, :], mask=(part < parts) & known[None, :], other=0.0)
+        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
+        tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
+        at, inside = column[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(products + at, mask=inside, other=0.0) * tl.load(gain + column, mask=known, other=0.0)[:, None] * scale
+        tl.store(dB + at, tl.load(dB + at, mask=inside, other=0.0) + of_b, mask=inside)
 
-BLOCK, ROWS, COLUMNS = 1024, 32, 128
+    @triton.jit
+    def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        value = tl.load(w + row * columns + i, mask=i < columns).to(tl.float32) * tl.load(gain + row)
+        tl.store(out + row * columns + i, value, mask=i < columns)
+
+    @triton.jit
+    def _gain_kernel(w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+        squares, known = tl.zeros((ROWS, COLUMNS), dtype=tl.float32), row < rows
+        in_b = row[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(B + in_b[0], mask=in_b[1], other=0.0)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (column < columns)[None, :]
+            of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
+            of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
+            value = of_w + scale * tl.dot(of_b, of_a, input_precision="ieee")
+            squares += value * value
+        g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
+        tl.store(gain + row, g, mask=known)
+        tl.store(b + in_b[0], of_b * g[:, None], mask=in_b[1])
+
+
+BLOCK = 1024
 
 
 def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
@@ -98,13 +135,55 @@ class Geglu(torch.autograd.Function):
         return dh
 
 
-def gain_backward(dy, y, gain, bias):
-    """Backward pass of y = gain u + bias: (du = gain dy, sum over rows of dy (y - bias) in fp32). [M, N], [M, N], [N], [N] or None."""
+def geglu(h):
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D]."""
+    if h.is_cuda:
+        return Geglu.apply(h)
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, scale):
+    """dm += sum over rows of dy (y - bias) / m and dB += scale diag(gain) products: the gradients of DoRA's magnitude and of B.
+
+    Args:
+        dy, y: [M, N]; products: dy^T x A^T, fp32 [N, r]; bias: [N] or None; gain, m, dm: fp32 [N]; dB: fp32 [N, r].
+    """
     if not dy.is_cuda:
-        return dy * gain, (dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32)
-    (rows, columns), du = dy.shape, torch.empty_like(dy)
-    grid = triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
+        dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
+        dB.addcmul_(products, gain[:, None], value=scale)
+        return
+    (rows, columns), rank, bias_or_any = dy.shape, products.shape[1], dy if bias is None else bias
+    grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    bias_or_any = gain if bias is None else bias
-    _gain_backward_kernel[grid](dy, y, gain, bias_or_any, du, partial, rows, columns, BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS)
-    return du, partial.sum(0)
+    _column_dots_kernel[grid](dy, y, bias_or_any, partial, rows, columns, BIAS=bias is not None, ROWS=128, COLUMNS=64)
+    sizes = dict(PARTS=64, RANK=triton.next_power_of_2(rank), COLUMNS=32)
+    _dora_gradients_kernel[(triton.cdiv(columns, 32),)](partial, products, gain, m, dm, dB, scale, grid[0], columns, rank, **sizes)
+
+
+def scale_rows(w, gain):
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    if not w.is_cuda:
+        return (w * gain[:, None]).to(w.dtype)
+    out = torch.empty_like(w)
+    _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
+    return out
+
+
+def row_norms(w, A, B, scale):
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
+
+    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    """
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+def update_gain(w, A, B, m, scale, gain, b):
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, on a GPU by one pass over w, tile by tile."""
+    if not w.is_cuda:
+        torch.div(m, row_norms(w, A, B, scale), out=gain)
+        b.copy_(B * gain[:, None])
+    else:
+        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)

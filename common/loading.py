@@ -4,6 +4,7 @@ Whatever the user names (hub id, folder, single file) becomes one diffusers fold
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -125,7 +126,9 @@ def load_noise_schedule(model, device):
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
+    config = DDPMScheduler.load_config(model.folder, subfolder="scheduler")
+    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    scheduler = DDPMScheduler(**{name: config[name] for name in inspect.signature(DDPMScheduler.__init__).parameters if name in config})
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"

@@ -6,8 +6,10 @@ import gc
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, loading
+from common import adapter_loading, device, fused_unet, loading
+from common.adapters import without_dropout
 from common.flags import UserError
+from common.graphs import Graphed
 from common.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
@@ -43,25 +45,21 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     )
     pipeline.set_progress_bar_config(disable=True)
     unconditional = (None, None) if zeros else condition(text, "", host)
-    modules = [module for module in (unet, *text.encoders) if module.training]
-    for module in modules:
-        module.eval()
     images = []
-    for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-        prompt_embeds, pooled = condition(text, prompt, host)
-        images += pipeline(
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=unconditional[0],
-            negative_pooled_prompt_embeds=unconditional[1],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=generator(seed + i),
-        ).images
-    for module in modules:
-        module.train()
+    with without_dropout([unet, *text.encoders]):
+        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+            prompt_embeds, pooled = condition(text, prompt, host)
+            images += pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unconditional[0],
+                negative_pooled_prompt_embeds=unconditional[1],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generator(seed + i),
+            ).images
     del pipeline, vae
     gc.collect()
     device.free_memory(host.device)
@@ -116,10 +114,11 @@ class Sampler:
     Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False):
+    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
         import diffusers
 
-        self.host, self.memory, self.adapters = host, memory, []
+        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
+        self._active, self._graph = None, None
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -146,11 +145,39 @@ class Sampler:
         return name
 
     def place(self):
-        """Put the memory tier into effect."""
-        if self.memory == "offload":
+        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        unet = self.pipeline.unet
+        if self.memory in ("gpu", "offload"):
+            fused_unet.fuse_unet(unet, self.host.device)
+        if self.memory == "gpu":
+            self._replay(unet)
+        elif self.memory == "offload":
             self.pipeline.enable_model_cpu_offload(device=self.host.device)
         elif self.memory == "sequential":
+            fused_unet.unfuse_unet(unet)
             self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def _replay(self, unet):
+        """Let the UNet's passes be captured and replayed, see graphs.Graphed."""
+        launch = unet.forward
+
+        def predict(fields):
+            added = {name: fields[name] for name in ("text_embeds", "time_ids")}
+            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+
+        graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
+
+        def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs, **none_of_the_rest):
+            predicted = graph(dict(sample=sample, timestep=timestep, text=encoder_hidden_states, **added_cond_kwargs))
+            return (predicted.clone(),)  # schedulers keep some; the next replay writes over it
+
+        unet.forward = forward
+
+    def _stop_replaying(self):
+        if self._graph:
+            self._graph.clear()
+            del self.pipeline.unet.forward
+            self._graph = None
 
     def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
         """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
@@ -167,6 +194,8 @@ class Sampler:
             pass  # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
+        if self._graph:
+            self._graph.clear()
         gc.collect()
         device.free_memory(self.host.device)
         if len(seeds) > 1:
@@ -196,8 +225,11 @@ class Sampler:
         ).images
 
     def _activate(self, adapters):
-        if not self.adapters:
+        if not self.adapters or adapters == self._active:
             return
+        self._active = adapters
+        if self._graph:
+            self._graph.clear()  # adapters and their scales are part of it
         if not adapters:
             return self.pipeline.disable_lora()
         self.pipeline.enable_lora()
@@ -215,5 +247,6 @@ class Sampler:
         else:
             raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
         self.host.say(f"out of GPU memory: {plan}")
+        self._stop_replaying()
         self.pipeline.remove_all_hooks()
         self.place()

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo import build, world
+from demo import build, painting, world
 
 LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off a picture
 COUNTS = [len(values) for values in LABELS.values()]
@@ -205,7 +205,7 @@ def write_pictures(folder: Path, count: int, seed: int, size: int, full=False) -
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     attributes = world.draw_attributes(count, seed)
-    pictures = world.render(attributes, seed, "ink", size)
+    pictures = painting.render(attributes, seed, "ink", size)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         for i, (row, picture, text) in enumerate(zip(attributes, pictures, world.captions(attributes, seed, full))):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png", optimize=True)
@@ -218,7 +218,7 @@ def write_pictures(folder: Path, count: int, seed: int, size: int, full=False) -
 def scenes(flags, style: str, count: int, seed: int):
     """(attributes int64 [N, A], pictures uint8 [N, 3, S, S]) on the device; equal seeds give the same scenes in every style."""
     attributes = world.draw_attributes(count, seed)
-    return attributes.to(flags.device), world.render(attributes, seed, style, flags.size, flags.device)
+    return attributes.to(flags.device), painting.render(attributes, seed, style, flags.size, flags.device)
 
 
 @torch.no_grad()

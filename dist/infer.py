@@ -7,7 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-# Made by tools/bundle.py from infer.py and 16 modules; edit those, not this file.
+# Made by tools/bundle.py from infer.py and 22 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -309,6 +309,159 @@ def _fits(shapes, weights, layer, kind):
     if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
         return False
     return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
+'''
+
+# ============================================================================================ common/adapters.py
+
+MODULES['common.adapters'] = r'''
+"""Which layers get an adapter, and where its numbers live: one flat fp32 buffer, of which PEFT's parameters are views."""
+
+import contextlib
+
+import torch
+
+from common.flags import UserError
+from common.graphs import side_by_side
+
+TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
+    """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
+
+    A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
+    Raises:
+        UserError: a target that matches no layer, or one that cannot be adapted.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for target in targets:
+        found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
+        if other := [module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))]:
+            kind = type(other[0]).__name__
+            raise UserError(f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
+    cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
+
+
+def add_text_lora(encoders, rank, alpha, dropout=0.0):
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there."""
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    for encoder in encoders:
+        encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS))
+        cast_training_params(encoder, torch.float32)
+        encoder.train()
+
+
+def trainable(module):
+    """[(name, parameter)] of what will be trained."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def count(module):
+    """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
+
+
+@contextlib.contextmanager
+def without_dropout(modules):
+    """Inside, `modules` compute as they will after training."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+class FlatParameters:
+    """All trainable numbers in one fp32 buffer and all their gradients in another.
+
+    Norm, clipping, zeroing, all-reduce, EMA and checkpointing are then one operation each, and an optimizer has one
+    parameter per group instead of 1,120.
+
+    Args:
+        groups: [(named parameters, options)]; options are those of a torch optimizer's parameter group (lr, weight_decay).
+        dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
+    """
+
+    def __init__(self, groups, dtype=torch.float32):
+        named = [pair for pairs, _ in groups for pair in pairs]
+        self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
+        self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
+        self.grad = torch.zeros_like(self.data)
+        self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
+        self._parts, start = {}, 0
+        for _, parameter in named:
+            part = self._parts[parameter] = slice(start, start := start + parameter.numel())
+            parameter.data = self.data[part].view_as(parameter)
+            parameter.grad = self.grad[part].view_as(parameter)
+        self.groups, start = [], 0
+        for pairs, options in groups:
+            part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
+            flat = torch.nn.Parameter(self.data[part])
+            flat.grad = self.grad[part]
+            self.groups.append({"params": [flat], **options})
+
+        self.followers = []  # what else is derived from the parameters: functions that `publish` calls
+
+    def __len__(self):
+        return self.data.numel()
+
+    def compute_copy(self, parameter):
+        """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
+        return self._compute[self._parts[parameter]].view_as(parameter)
+
+    @torch.no_grad()
+    def publish(self):
+        """After the numbers changed: renew everything that is derived from them."""
+        if self._compute is not self.data:
+            self._compute.copy_(self.data)
+        side_by_side(self.followers, self.data.device)
+
+
+def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):
+    """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
+    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+    if use_8bit:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(flat.groups, **options)
+    return torch.optim.AdamW(flat.groups, **options, fused=flat.data.is_cuda)
+
+
+class EMA:
+    """Exponential moving average of the flat buffer, with the ramp min(decay, (1 + step) / (10 + step)).
+
+    Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
+    """
+
+    def __init__(self, flat, decay):
+        self.flat, self.decay, self.average = flat, decay, flat.data.clone()
+
+    def update(self, step):
+        """Once per optimizer step; `step` counts from 1."""
+        self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
+        trained = self.flat.data.clone()
+        self.flat.data.copy_(self.average)
+        self.flat.publish()
+        try:
+            yield
+        finally:
+            self.flat.data.copy_(trained)
+            self.flat.publish()
 '''
 
 # ============================================================================================== common/device.py
@@ -696,7 +849,7 @@ class TrainFlags(ModelFlags):
     lora_rank: int = flag(16, "rank r of the adapter")
     lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split"
+        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
@@ -998,6 +1151,254 @@ def _original_layout(name, layers_per_block):
     return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
 '''
 
+# ========================================================================================== common/fused_unet.py
+
+MODULES['common.fused_unet'] = r'''
+"""SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
+
+On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
+sequence of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
+backward pass, a normalisation only its input.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from common.kernels import geglu
+from common.norm_kernels import add_bias, add_norm, group_norm
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight needs no gradient, so that its input need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, conv, bias):
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
+        # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
+        return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
+
+
+def convolution(conv, x):
+    if x.is_cuda:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return _FrozenConv.apply(x, conv, conv.bias)
+
+
+def resnet_block(block, x, temb):
+    """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
+    h = _FrozenConv.apply(group_norm(x, block.norm1, silu=True), block.conv1, None)
+    h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
+    h, bias = _FrozenConv.apply(h, block.conv2, None), block.conv2.bias
+    if block.conv_shortcut is not None:
+        x, bias = _FrozenConv.apply(x, block.conv_shortcut, None), bias + block.conv_shortcut.bias
+    return add_bias(x, h, bias)
+
+
+def transformer(model, x, encoder_hidden_states=None, **unused):
+    """Transformer2DModel: an image as a sequence, its blocks, and back."""
+    batch, channels, height, width = x.shape
+    h = group_norm(x, model.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    h = model.proj_in(h)
+    for block in model.transformer_blocks:
+        if torch.is_grad_enabled() and model.gradient_checkpointing:
+            h = model._gradient_checkpointing_func(block, h, None, encoder_hidden_states)
+        else:
+            h = block(h, None, encoder_hidden_states)
+    return (model.proj_out(h).view(batch, height, width, channels).permute(0, 3, 1, 2) + x,)
+
+
+def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unused, **unused_too):
+    """BasicTransformerBlock: self-attention, cross-attention, feed-forward."""
+    h, n = add_norm(h, None, block.norm1)
+    h, n = add_norm(h, block.attn1(n), block.norm2)
+    h, n = add_norm(h, block.attn2(n, encoder_hidden_states), block.norm3)
+    return h + block.ff(n)
+
+
+def attention(attn, x, encoder_hidden_states=None, **unused):
+    """An attention processor: x [B, S, C], and what is attended to, [B, T, D] -> [B, S, C]."""
+    context = x if encoder_hidden_states is None else encoder_hidden_states
+    projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    heads = F.scaled_dot_product_attention(*(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected))
+    return attn.to_out[0](heads.transpose(1, 2).flatten(2))
+
+
+def gated_activation(module, x):
+    """GEGLU."""
+    return geglu(module.proj(x))
+
+
+def normalisation(norm, x):
+    """GroupNorm outside of the blocks above."""
+    return group_norm(x, norm)
+
+
+def _is_plain(block):
+    """The resnet block of SDXL, none of its many relatives, and no adapter on its convolutions."""
+    convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
+    return (
+        all(type(conv) is torch.nn.Conv2d for conv in convolutions)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and isinstance(block.nonlinearity, torch.nn.SiLU)
+        and block.upsample is None
+        and block.downsample is None
+    )
+
+
+@functools.cache
+def forwards():
+    """{class: (forward pass, whether it knows a module of this class)}; by class, as PEFT's Conv2d has the name of torch's."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return {
+        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
+        ResnetBlock2D: (resnet_block, _is_plain),
+        Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
+        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        GEGLU: (gated_activation, lambda module: True),
+    }
+
+
+def fuse_unet(unet, device):
+    """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
+
+    Args:
+        device: where it will compute.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    for module in list(unet.modules()):
+        forward, known = forwards().get(type(module), (None, None))
+        if forward and known(module):
+            module.forward = functools.partial(forward, module)
+        if type(getattr(module, "processor", None)) is AttnProcessor2_0:
+            module.processor = attention
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cuda":
+            # also 1 x 1 kernels, which count as contiguous in either order: cuDNN goes by the strides
+            module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
+
+
+def unfuse_unet(unet):
+    """Give every layer its own forward pass back: hooks on single layers do not see what the fused passes read."""
+    for module in unet.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) in [forward for forward, _ in forwards().values()]:
+            del module.forward
+'''
+
+# ============================================================================================== common/graphs.py
+
+MODULES['common.graphs'] = r'''
+"""CUDA graphs: the thousands of kernels of a pass are launched from Python once, and replayed with one call afterwards.
+
+On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 small kernels, not by the GPU.
+"""
+
+import functools
+
+import torch
+
+
+@functools.lru_cache
+def _side_stream(device):
+    """One for the whole process: cuBLAS keeps 32 MiB for every stream that it has ever worked on."""
+    return torch.cuda.Stream(device)
+
+
+@functools.lru_cache
+def _parallel_streams(device):
+    return [torch.cuda.Stream(device) for _ in range(4)]
+
+
+def side_by_side(functions, device):
+    """Call functions that are independent of each other; on a GPU, four of the small kernels that they launch run at a time."""
+    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for i, function in enumerate(functions):
+        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+            function()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+class Graphed:
+    """A function of named tensors, captured once per set of shapes.
+
+    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it is
+    replayed. All graphs of one `pool` share their memory, so only one result may be in use at a time.
+
+    Args:
+        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
+            place. What it writes in place (gradients) is written by every call exactly once.
+        say: prints the line that explains a fallback.
+    """
+
+    def __init__(self, function, device, pool=None, enabled=True, say=print):
+        self.function, self.device, self.pool, self.say = function, device, pool, say
+        self.enabled = enabled and device.type == "cuda"
+        self._seen, self._graphs = set(), {}
+
+    def __call__(self, tensors):
+        """Copy `tensors` to the device without waiting, run the function on them, return its result (valid until the next call)."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+        if not self.enabled or shapes not in self._seen:
+            self._seen.add(shapes)
+            return self._warm_up({name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()})
+        if shapes not in self._graphs and not self._capture(shapes, tensors):
+            return self(tensors)
+        graph, inputs, result = self._graphs[shapes]
+        for name, tensor in tensors.items():
+            inputs[name].copy_(tensor, non_blocking=True)
+        graph.replay()
+        return result
+
+    def clear(self):
+        """Give the graphs' memory back; the next calls capture them again."""
+        self._seen, self._graphs, self.pool = set(), {}, None  # a pool does not outlive its last graph
+        if self.enabled:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _warm_up(self, tensors):
+        if not self.enabled:
+            return self.function(tensors)
+        # cuBLAS and autograd set themselves up per stream; capture is not allowed to, so they do it here, beside the main stream
+        side = _side_stream(self.device)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            result = self.function(tensors)
+        torch.cuda.current_stream().wait_stream(side)
+        return result
+
+    def _capture(self, shapes, tensors):
+        inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                result = self.function(inputs)
+        except torch.OutOfMemoryError:
+            raise  # a smaller pass may fit, and be captured
+        except RuntimeError as error:
+            self.enabled = False
+            self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
+            return False
+        self.pool = self.pool or graph.pool()
+        self._graphs[shapes] = graph, inputs, result
+        return True
+'''
+
 # ================================================================================================= common/hub.py
 
 MODULES['common.hub'] = r'''
@@ -1051,6 +1452,200 @@ def _require(repo_id, repo_type, flag, filename):
         raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
 '''
 
+# ============================================================================================= common/kernels.py
+
+MODULES['common.kernels'] = r'''
+"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's norms and gradients.
+
+Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
+"""
+
+import torch
+import torch.nn.functional as F
+
+if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
+        bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
+        bits = (bits ^ (bits >> 15)) * 0xD35A2D97
+        keep = ((bits ^ (bits >> 15)) >> 8).to(tl.float32) / 16777216.0 >= p
+        result = tl.where(keep, tl.load(x + i, mask=i < n).to(tl.float32) * (alpha / (1 - p)), 0.0)
+        if ADD:
+            result += tl.load(add_to + i, mask=i < n).to(tl.float32)
+        tl.store(out + i, result, mask=i < n)
+
+    @triton.jit
+    def _geglu_kernel(h, out, width, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = i // width * 2 * width + i % width
+        value = tl.load(h + at, mask=i < n).to(tl.float32)
+        gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
+        tl.store(out + i, value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)), mask=i < n)
+
+    @triton.jit
+    def _geglu_backward_kernel(dy, h, dh, width, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = i // width * 2 * width + i % width
+        value = tl.load(h + at, mask=i < n).to(tl.float32)
+        gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
+        d = tl.load(dy + i, mask=i < n).to(tl.float32)
+        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        tl.store(dh + at, d * gate * cdf, mask=i < n)
+        tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=i < n)
+
+    @triton.jit
+    def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        inside = (row < rows) & (column < columns)
+        u = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            u -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        sums = tl.sum(tl.load(dy + row * columns + column, mask=inside, other=0.0).to(tl.float32) * u, axis=0)[None, :]
+        tl.store(partial + tl.program_id(0) * columns + column, sums, mask=column < columns)
+
+    @triton.jit
+    def _dora_gradients_kernel(
+        partial, products, gain, m, dm, dB, scale, parts, columns, rank,
+        PARTS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        column, j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+        sums, known = tl.zeros((PARTS, COLUMNS), dtype=tl.float32), column < columns
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            sums += tl.load(partial + part * columns + column[None, :], mask=(part < parts) & known[None, :], other=0.0)
+        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
+        tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
+        at, inside = column[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(products + at, mask=inside, other=0.0) * tl.load(gain + column, mask=known, other=0.0)[:, None] * scale
+        tl.store(dB + at, tl.load(dB + at, mask=inside, other=0.0) + of_b, mask=inside)
+
+    @triton.jit
+    def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        value = tl.load(w + row * columns + i, mask=i < columns).to(tl.float32) * tl.load(gain + row)
+        tl.store(out + row * columns + i, value, mask=i < columns)
+
+    @triton.jit
+    def _gain_kernel(w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+        squares, known = tl.zeros((ROWS, COLUMNS), dtype=tl.float32), row < rows
+        in_b = row[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(B + in_b[0], mask=in_b[1], other=0.0)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (column < columns)[None, :]
+            of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
+            of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
+            value = of_w + scale * tl.dot(of_b, of_a, input_precision="ieee")
+            squares += value * value
+        g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
+        tl.store(gain + row, g, mask=known)
+        tl.store(b + in_b[0], of_b * g[:, None], mask=in_b[1])
+
+
+BLOCK = 1024
+
+
+def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+
+    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
+
+    Args:
+        x: tensor of any shape.
+        seed: int64 scalar tensor on x's device, read when the kernel runs.
+        salt: integer that differs between layers.
+        add_to: when given, it becomes add_to + alpha d(x), in place.
+    """
+    if not x.is_cuda:
+        generator = torch.Generator().manual_seed(int(seed) + salt)
+        dropped = x * (torch.rand(x.shape, generator=generator) >= p).to(x.dtype) / (1 - p)
+        return dropped if add_to is None else add_to.add_(dropped, alpha=alpha)
+    x, salt = x.contiguous(), salt * 0x5EBCA6B % 2**31
+    out, n = torch.empty_like(x) if add_to is None else add_to, x.numel()
+    _dropout_kernel[(triton.cdiv(n, BLOCK),)](x, out, out, seed, salt, n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
+    return out
+
+
+class Geglu(torch.autograd.Function):
+    """h [..., 2D] -> value * gelu(gate) [..., D] (arXiv 2002.05202), keeping only h for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h):
+        h = h.contiguous()
+        ctx.save_for_backward(h)
+        out = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
+        _geglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](h, out, out.shape[-1], out.numel(), BLOCK=BLOCK)
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        (h,) = ctx.saved_tensors
+        dy, dh = dy.contiguous(), torch.empty_like(h)
+        _geglu_backward_kernel[(triton.cdiv(dy.numel(), BLOCK),)](dy, h, dh, dy.shape[-1], dy.numel(), BLOCK=BLOCK)
+        return dh
+
+
+def geglu(h):
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D]."""
+    if h.is_cuda:
+        return Geglu.apply(h)
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, scale):
+    """dm += sum over rows of dy (y - bias) / m and dB += scale diag(gain) products: the gradients of DoRA's magnitude and of B.
+
+    Args:
+        dy, y: [M, N]; products: dy^T x A^T, fp32 [N, r]; bias: [N] or None; gain, m, dm: fp32 [N]; dB: fp32 [N, r].
+    """
+    if not dy.is_cuda:
+        dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
+        dB.addcmul_(products, gain[:, None], value=scale)
+        return
+    (rows, columns), rank, bias_or_any = dy.shape, products.shape[1], dy if bias is None else bias
+    grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
+    partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
+    _column_dots_kernel[grid](dy, y, bias_or_any, partial, rows, columns, BIAS=bias is not None, ROWS=128, COLUMNS=64)
+    sizes = dict(PARTS=64, RANK=triton.next_power_of_2(rank), COLUMNS=32)
+    _dora_gradients_kernel[(triton.cdiv(columns, 32),)](partial, products, gain, m, dm, dB, scale, grid[0], columns, rank, **sizes)
+
+
+def scale_rows(w, gain):
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    if not w.is_cuda:
+        return (w * gain[:, None]).to(w.dtype)
+    out = torch.empty_like(w)
+    _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
+    return out
+
+
+def row_norms(w, A, B, scale):
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
+
+    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    """
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+def update_gain(w, A, B, m, scale, gain, b):
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, on a GPU by one pass over w, tile by tile."""
+    if not w.is_cuda:
+        torch.div(m, row_norms(w, A, B, scale), out=gain)
+        b.copy_(B * gain[:, None])
+    else:
+        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
+'''
+
 # ============================================================================================= common/loading.py
 
 MODULES['common.loading'] = r'''
@@ -1060,6 +1655,7 @@ Whatever the user names (hub id, folder, single file) becomes one diffusers fold
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -1181,7 +1777,9 @@ def load_noise_schedule(model, device):
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
+    config = DDPMScheduler.load_config(model.folder, subfolder="scheduler")
+    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    scheduler = DDPMScheduler(**{name: config[name] for name in inspect.signature(DDPMScheduler.__init__).parameters if name in config})
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
@@ -1307,6 +1905,109 @@ def _variant_in(folder, variant):
 def zero_unconditional(model):
     """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
     return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
+'''
+
+# ============================================================================================ common/manifest.py
+
+MODULES['common.manifest'] = r'''
+"""What infer.py leaves behind: images that carry their parameters, manifest.json, and compare.png.
+
+Heavy libraries are imported where they are used: infer.py answers --help without them.
+"""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+
+def save_image(flags, column, index, prompt, seed, image):
+    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
+    from common import report
+
+    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
+    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
+    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
+    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
+    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
+    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
+    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
+    file = f"images/{column.stem}_{index:02d}_{seed}.png"
+    parameters = "\n".join([*lines, ", ".join(facts)])
+    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+
+
+def write_results(flags, sampler, model, columns, records, load_s):
+    """compare.png and manifest.json -> what the manifest says."""
+    from common import device, files
+
+    host, output_dir = sampler.host, Path(flags.output_dir)
+    drawn_s = sum(record["seconds"] for record in records)
+    manifest = {
+        **provenance(flags, model),
+        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
+        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "peak_gib": round(device.peak_gib(host.device), 2),
+        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
+        "images": records,
+    }
+    if flags.compare:
+        write_comparison(flags, host, manifest)
+    files.write_json(output_dir / "manifest.json", manifest)
+    made = "compare.png, " if flags.compare else ""
+    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    return manifest
+
+
+def write_comparison(flags, host, manifest):
+    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
+    from PIL import Image
+
+    from common import report
+
+    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
+    rows = {}  # (prompt, seed) -> one image per column
+    for record in manifest["images"]:
+        with Image.open(output_dir / record["file"]) as image:
+            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+    for i, column in enumerate(manifest["columns"]):
+        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
+        if i and not column["mean_abs_difference_from_base"]:
+            host.say(f"{column['title']}: not one pixel differs from the base")
+    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
+    model = Path(manifest["model"]["name"]).name
+    footer = (
+        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    )
+    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    manifest["grid"] = "compare.png"
+    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+
+
+def difference(image, other):
+    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
+    from PIL import ImageChops, ImageStat
+
+    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
+
+
+def provenance(flags, model):
+    """What was loaded, by which packages: for manifest.json and merge.json."""
+    packages = ("torch", "diffusers", "transformers", "peft")
+    return {
+        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def dtype_name(host):
+    return str(host.dtype).removeprefix("torch.")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 '''
 
 # ============================================================================================= common/merging.py
@@ -1463,6 +2164,281 @@ def mse_per_sample(prediction, target):
 def by_quarter(values, t, num_timesteps):
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
     return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
+'''
+
+# ======================================================================================== common/norm_kernels.py
+
+MODULES['common.norm_kernels'] = r'''
+"""Normalisations of frozen layers on a GPU, in one or two passes over memory, with what comes before and after them.
+
+GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
+Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
+All sums are in fp32 over deviations from the mean, never differences of large squares.
+"""
+
+import torch
+import torch.nn.functional as F
+
+if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Offsets in one image, channel numbers and mask of the tile of this program."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        at = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + column
+        return at, column, (row < pixels) & (column < channels)
+
+    @triton.jit
+    def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Of every tile and channel: mean, and sum of squared deviations from it."""
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if SHIFT:
+            value += tl.load(shift + tl.program_id(2) * channels + column, mask=column < channels, other=0.0).to(tl.float32)
+        count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+        average = tl.sum(tl.where(inside, value, 0.0), axis=0)[None, :] / count
+        apart = tl.where(inside, value - average, 0.0)
+        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
+        tl.store(mean + to, average, mask=column < channels)
+        tl.store(deviation + to, tl.sum(apart * apart, axis=0)[None, :], mask=column < channels)
+
+    @triton.jit
+    def _group_tile(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+        """Tile numbers, offsets in per-tile sums and mask: the channels of this program's group."""
+        tile = start + tl.arange(0, TILES)[:, None]
+        inside_group = tl.arange(0, WIDTH)[None, :]
+        at = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + inside_group
+        return tile, at, (tile < tiles) & (inside_group < SIZE)
+
+    @triton.jit
+    def _merge_moments_kernel(
+        mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+        SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """Of every group: 1 / standard deviation; of every channel: y = (x + centre) scale + bias."""
+        total = pixels * SIZE
+        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            sums += tl.load(mean + at, mask=inside, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+        average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            apart = tl.where(inside, tl.load(mean + at, mask=inside, other=0.0) - average, 0.0)
+            sums += tl.load(deviation + at, mask=inside, other=0.0) + apart * apart * tl.minimum(ROWS, pixels - tile * ROWS)
+        r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+        tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+        channel, inside = tl.program_id(0) * SIZE + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < SIZE
+        to = tl.program_id(1) * channels + channel
+        tl.store(scale + to, r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        added = tl.load(shift + to, mask=inside, other=0.0).to(tl.float32) if SHIFT else tl.zeros((WIDTH,), dtype=tl.float32)
+        tl.store(centre + to, added - average, mask=inside)
+
+    @triton.jit
+    def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        of_channel, known = tl.program_id(2) * channels + column, column < channels
+        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
+        z = u * tl.load(scale + of_channel, mask=known, other=0.0) + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+        if SILU:
+            z = z * tl.sigmoid(z)
+        tl.store(y + at, z, mask=inside)
+
+    @triton.jit
+    def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Of this program's tile: offsets, channels, mask, deviation u from the group's mean, dL/dz, scale."""
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        of_channel, known = tl.program_id(2) * channels + column, column < channels
+        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
+        k, dz = tl.load(scale + of_channel, mask=known, other=0.0), tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            z = u * k + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+            s = tl.sigmoid(z)
+            dz = dz * s * (1 + z * (1 - s))
+        return at, column, inside, u, dz, k
+
+    @triton.jit
+    def _gradient_sums_kernel(
+        x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """Of every tile and channel: sums of dz scale and of dz scale u."""
+        _, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
+        dz = tl.where(inside, dz * k, 0.0)
+        tl.store(sum_dz + to, tl.sum(dz, axis=0)[None, :], mask=column < channels)
+        tl.store(sum_dz_u + to, tl.sum(dz * u, axis=0)[None, :], mask=column < channels)
+
+    @triton.jit
+    def _merge_gradient_kernel(
+        sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        """Of every group: dx = dz scale - offset - slope u."""
+        first, second = tl.zeros((TILES, WIDTH), dtype=tl.float32), tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            _, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            first += tl.load(sum_dz + at, mask=inside, other=0.0)
+            second += tl.load(sum_dz_u + at, mask=inside, other=0.0)
+        to, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), pixels * SIZE
+        r = tl.load(inverse + to)
+        tl.store(offset + to, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+        tl.store(slope + to, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+    @triton.jit
+    def _group_norm_backward_kernel(
+        x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+        SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        at, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+        group, known = tl.program_id(2) * (channels // SIZE) + column // SIZE, column < channels
+        a, b = tl.load(offset + group, mask=known, other=0.0), tl.load(slope + group, mask=known, other=0.0)
+        tl.store(dx + at, dz * k - a - b * u, mask=inside)
+
+    @triton.jit
+    def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
+        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + at, value, mask=inside)
+            value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
+        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
+        w, b = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32), tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, apart * r * w + b, mask=inside)
+
+    @triton.jit
+    def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
+        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+        g = r * (g - tl.sum(g, axis=0) / width - apart * r * r * tl.sum(g * apart, axis=0) / width)
+        tl.store(dx + at, g + tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+    @triton.jit
+    def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + i, mask=i < n).to(tl.float32) + tl.load(h + i, mask=i < n).to(tl.float32)
+        tl.store(y + i, value + tl.load(bias + i % channels, mask=i < n).to(tl.float32), mask=i < n)
+
+
+COLUMNS, TILES, BLOCK = 64, 32, 1024
+
+
+def _rows(pixels):
+    """Pixels of a tile: few tiles for large images, many for small ones."""
+    return max(32, triton.next_power_of_2(triton.cdiv(pixels, 256)))
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, norm, silu):
+        x = x.contiguous(memory_format=torch.channels_last)
+        (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
+        pixels, rows = height * width, _rows(height * width)
+        tiles = triton.cdiv(pixels, rows)
+        new = lambda *shape: torch.empty(shape, device=x.device, dtype=torch.float32)  # noqa: E731
+        mean, deviation = new(images, tiles, channels), new(images, tiles, channels)
+        scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
+        grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
+        shift_or_any = shift.contiguous() if shifted else x
+        _moments_kernel[grid](x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS)
+        _merge_moments_kernel[(norm.num_groups, images)](
+            mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
+            SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
+        )  # fmt: skip
+        y = torch.empty_like(x)
+        _group_norm_kernel[grid](x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS)
+        ctx.save_for_backward(x, scale, centre, inverse)
+        ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, scale, centre, inverse), norm, (grid, rows, tiles, pixels, size) = ctx.saved_tensors, ctx.norm, ctx.tiling
+        (images, channels), dy = scale.shape, dy.contiguous(memory_format=torch.channels_last)
+        sum_dz = torch.empty(images, tiles, channels, device=x.device, dtype=torch.float32)
+        sum_dz_u, offset, slope = torch.empty_like(sum_dz), torch.empty_like(inverse), torch.empty_like(inverse)
+        given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
+        _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
+        _merge_gradient_kernel[(norm.num_groups, images)](
+            sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, size, TILES=TILES, WIDTH=triton.next_power_of_2(size)
+        )
+        dx = torch.empty_like(x)
+        _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
+        return dx, dshift, None, None
+
+
+def group_norm(x, norm, silu=False, shift=None):
+    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
+
+    Args:
+        x: [B, C, H, W]; channels-last on a GPU.
+        norm: torch.nn.GroupNorm whose parameters need no gradient.
+        shift: [B, C] or None.
+    """
+    if x.is_cuda:
+        return _GroupNorm.apply(x, shift, norm, silu)
+    x = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, a, norm):
+        h, width = h.contiguous(), h.shape[-1]
+        total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
+        a_or_any = h if a is None else a.contiguous()
+        _add_norm_kernel[(h.numel() // width,)](
+            h, a_or_any, norm.weight, norm.bias, total, y, width, norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width)
+        )
+        ctx.save_for_backward(total)
+        ctx.norm, ctx.added = norm, a is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        ((total,), norm, width) = ctx.saved_tensors, ctx.norm, dy.shape[-1]
+        dx, block = torch.empty_like(total), triton.next_power_of_2(width)
+        _add_norm_backward_kernel[(total.numel() // width,)](
+            total, dy.contiguous(), dtotal.contiguous(), norm.weight, dx, width, norm.eps, BLOCK=block
+        )
+        return dx, dx if ctx.added else None, None
+
+
+def add_norm(h, a, norm):
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+    if h.is_cuda:
+        return _AddNorm.apply(h, a, norm)
+    total = h if a is None else a + h
+    return total, norm(total)
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        x, h = (image.contiguous(memory_format=torch.channels_last) for image in (x, h))
+        y = torch.empty_like(x)
+        _add_bias_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, h, bias, y, x.shape[1], x.numel(), BLOCK=BLOCK)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy, None
+
+
+def add_bias(x, h, bias):
+    """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
+    return _AddBias.apply(x, h, bias) if x.is_cuda else x + (h + bias[:, None, None])
 '''
 
 # ============================================================================================== common/report.py
@@ -1664,8 +2640,10 @@ import gc
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, loading
+from common import adapter_loading, device, fused_unet, loading
+from common.adapters import without_dropout
 from common.flags import UserError
+from common.graphs import Graphed
 from common.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
@@ -1701,25 +2679,21 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     )
     pipeline.set_progress_bar_config(disable=True)
     unconditional = (None, None) if zeros else condition(text, "", host)
-    modules = [module for module in (unet, *text.encoders) if module.training]
-    for module in modules:
-        module.eval()
     images = []
-    for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-        prompt_embeds, pooled = condition(text, prompt, host)
-        images += pipeline(
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=unconditional[0],
-            negative_pooled_prompt_embeds=unconditional[1],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=generator(seed + i),
-        ).images
-    for module in modules:
-        module.train()
+    with without_dropout([unet, *text.encoders]):
+        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+            prompt_embeds, pooled = condition(text, prompt, host)
+            images += pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unconditional[0],
+                negative_pooled_prompt_embeds=unconditional[1],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generator(seed + i),
+            ).images
     del pipeline, vae
     gc.collect()
     device.free_memory(host.device)
@@ -1774,10 +2748,11 @@ class Sampler:
     Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False):
+    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
         import diffusers
 
-        self.host, self.memory, self.adapters = host, memory, []
+        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
+        self._active, self._graph = None, None
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -1804,11 +2779,39 @@ class Sampler:
         return name
 
     def place(self):
-        """Put the memory tier into effect."""
-        if self.memory == "offload":
+        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        unet = self.pipeline.unet
+        if self.memory in ("gpu", "offload"):
+            fused_unet.fuse_unet(unet, self.host.device)
+        if self.memory == "gpu":
+            self._replay(unet)
+        elif self.memory == "offload":
             self.pipeline.enable_model_cpu_offload(device=self.host.device)
         elif self.memory == "sequential":
+            fused_unet.unfuse_unet(unet)
             self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def _replay(self, unet):
+        """Let the UNet's passes be captured and replayed, see graphs.Graphed."""
+        launch = unet.forward
+
+        def predict(fields):
+            added = {name: fields[name] for name in ("text_embeds", "time_ids")}
+            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+
+        graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
+
+        def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs, **none_of_the_rest):
+            predicted = graph(dict(sample=sample, timestep=timestep, text=encoder_hidden_states, **added_cond_kwargs))
+            return (predicted.clone(),)  # schedulers keep some; the next replay writes over it
+
+        unet.forward = forward
+
+    def _stop_replaying(self):
+        if self._graph:
+            self._graph.clear()
+            del self.pipeline.unet.forward
+            self._graph = None
 
     def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
         """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
@@ -1825,6 +2828,8 @@ class Sampler:
             pass  # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
+        if self._graph:
+            self._graph.clear()
         gc.collect()
         device.free_memory(self.host.device)
         if len(seeds) > 1:
@@ -1854,8 +2859,11 @@ class Sampler:
         ).images
 
     def _activate(self, adapters):
-        if not self.adapters:
+        if not self.adapters or adapters == self._active:
             return
+        self._active = adapters
+        if self._graph:
+            self._graph.clear()  # adapters and their scales are part of it
         if not adapters:
             return self.pipeline.disable_lora()
         self.pipeline.enable_lora()
@@ -1873,6 +2881,7 @@ class Sampler:
         else:
             raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
         self.host.say(f"out of GPU memory: {plan}")
+        self._stop_replaying()
         self.pipeline.remove_all_hooks()
         self.place()
 '''
@@ -2243,19 +3252,16 @@ sys.meta_path.insert(0, _Texts())
 
 # ====================================================================================================== infer.py
 
-import hashlib
 import itertools
-import json
 import math
 import os
 import re
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
-from common import hub
+from common import hub, manifest
 from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, local_path, parse, print_config, run
 from common.schedulers import SCHEDULERS
 
@@ -2291,6 +3297,7 @@ class Flags(ModelFlags):
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
     # machine
+    cuda_graph: bool = flag(True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them")
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
@@ -2346,14 +3353,14 @@ def main(argv=None):
     )
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
-    sampler = sampling.Sampler(model, host, flags.scheduler, memory, img2img=flags.image is not None)
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
     columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
     if flags.merge:
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
     records = draw(flags, sampler, columns, settings)  # images/*.png
-    return write_results(flags, sampler, model, columns, records, load_s)
+    return manifest.write_results(flags, sampler, model, columns, records, load_s)
 
 
 # ---------------------------------------------------------------- flags
@@ -2474,7 +3481,7 @@ def make_columns(flags, sampler, adapters, files):
                 raise
             sampler.host.say(f"left out: {error}")
             continue
-        source = {"path": str(file), "scale": adapter.scale, "sha256": sha256(file)}
+        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
         loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
     if flags.compare and not loaded:
         raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
@@ -2532,7 +3539,7 @@ def draw(flags, sampler, columns, settings):
             images = sampler.draw(column.active, prompt, batch, settings, bar.update)
             seconds = (time.monotonic() - start_s) / len(batch)
             for seed, image in zip(batch, images):
-                records.append({**save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                records.append({**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
                 if image.convert("L").getextrema()[1] == 0:
                     bar.write(
                         f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
@@ -2547,108 +3554,16 @@ def warn_of_long_prompts(sampler, prompts):
             sampler.host.say(f"prompt too long, its last {excess} tokens are ignored: {prompt}")
 
 
-def save_image(flags, column, index, prompt, seed, image):
-    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
-    from common import report
-
-    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
-    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
-    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
-    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
-    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
-    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
-    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
-    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{column.stem}_{index:02d}_{seed}.png"
-    parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
-    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
-
-
-# ---------------------------------------------------------------- results
-
-
 def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
     from common import merging
 
     place, host = Path(flags.merge), sampler.host
-    record = {**provenance(flags, model), "dtype": dtype_name(host), "adapters": column.sources}
+    record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
     host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
     return record
-
-
-def provenance(flags, model):
-    """What was loaded, by which packages: for manifest.json and merge.json."""
-    packages = ("torch", "diffusers", "transformers", "peft")
-    return {
-        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def dtype_name(host):
-    return str(host.dtype).removeprefix("torch.")
-
-
-def write_results(flags, sampler, model, columns, records, load_s):
-    """compare.png and manifest.json -> what the manifest says."""
-    from common import device, files
-
-    host, output_dir = sampler.host, Path(flags.output_dir)
-    drawn_s = sum(record["seconds"] for record in records)
-    manifest = {
-        **provenance(flags, model),
-        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
-        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
-        "peak_gib": round(device.peak_gib(host.device), 2),
-        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
-        "images": records,
-    }
-    if flags.compare:
-        write_comparison(flags, host, manifest)
-    files.write_json(output_dir / "manifest.json", manifest)
-    made = "compare.png, " if flags.compare else ""
-    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
-    return manifest
-
-
-def write_comparison(flags, host, manifest):
-    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
-    from PIL import Image
-
-    from common import report
-
-    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
-    rows = {}  # (prompt, seed) -> one image per column
-    for record in manifest["images"]:
-        with Image.open(output_dir / record["file"]) as image:
-            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
-    for i, column in enumerate(manifest["columns"]):
-        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
-        if i and not column["mean_abs_difference_from_base"]:
-            host.say(f"{column['title']}: not one pixel differs from the base")
-    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
-    model = Path(manifest["model"]["name"]).name
-    footer = (
-        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
-    )
-    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
-    manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
-
-
-def difference(image, other):
-    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
-    from PIL import ImageChops, ImageStat
-
-    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ accelerate launch train_opt.py --resolution 768
 python train_opt.py --demo
 """
 
-# Made by tools/bundle.py from train_opt.py and 27 modules; edit those, not this file.
+# Made by tools/bundle.py from train_opt.py and 29 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -318,6 +318,7 @@ import contextlib
 import torch
 
 from common.flags import UserError
+from common.graphs import side_by_side
 
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
@@ -365,6 +366,19 @@ def count(module):
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
 
 
+@contextlib.contextmanager
+def without_dropout(modules):
+    """Inside, `modules` compute as they will after training."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
 class FlatParameters:
     """All trainable numbers in one fp32 buffer and all their gradients in another.
 
@@ -408,8 +422,7 @@ class FlatParameters:
         """After the numbers changed: renew everything that is derived from them."""
         if self._compute is not self.data:
             self._compute.copy_(self.data)
-        for follow in self.followers:
-            follow()
+        side_by_side(self.followers, self.data.device)
 
 
 def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):
@@ -466,9 +479,24 @@ from pathlib import Path
 
 import torch
 
-from common import adapters, batching, caching, checkpoint, dataset, device, files, formats, fused, loading, loops, report, sampling
+from common import (
+    adapters,
+    batching,
+    caching,
+    checkpoint,
+    dataset,
+    device,
+    files,
+    formats,
+    fused,
+    fused_unet,
+    loading,
+    loops,
+    report,
+    sampling,
+)
 from common.engine import Engine, lr_schedule
-from common.fit import BlockCheckpointing, Fit, measure
+from common.fit import BlockCheckpointing, Fit, measured
 from common.flags import DEMO_ROOT, UserError
 from demo.build import demo_assets
 
@@ -538,8 +566,7 @@ def build_engine(flags, host, unet, data):
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
         fused.fuse([unet, *encoders], flat, dropout_seed)
-        if host.device.type == "cuda":
-            fused.fuse_geglu(unet)
+        fused_unet.fuse_unet(unet, host.device)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
     host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
     betas = (flags.adam_beta1, flags.adam_beta2)
@@ -604,18 +631,27 @@ def train(flags, engine, data):
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):
-    """The output folder is gone or full (a Drive that was unmounted): save to the local disk -> the UserError that says where."""
+    """A file cannot be read or written (a Drive that was unmounted, say): save to the local disk -> the UserError that says where."""
     place = Path(tempfile.mkdtemp(prefix=f"{output_dir.resolve().name}-"))
     save_adapter(place / formats.WEIGHTS)
     checkpoint.save_checkpoint(place, progress.step, engine, asdict(progress), None)
+    what = " ".join(str(error).split())  # diffusers' errors have several lines
     return UserError(
-        f"--output_dir {output_dir}: cannot be written any more ({error.strerror or error}); adapter and checkpoint of step {progress.step} are"
-        f" in {place}: go on with --output_dir elsewhere --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
+        f"the run ended on a file error ({what}): perhaps --output_dir {output_dir} is full or gone, or a file of the model is; adapter and"
+        f" checkpoint of step {progress.step} are in {place}: go on with --output_dir elsewhere"
+        f" --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
     )
 
 
 def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
+
+
+# Flags on which the memory and the time of a pass depend.
+_CHANGES_A_PASS = (
+    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets quantize lora_backend lora_dropout gradient_checkpointing"
+    " cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
+).split()
 
 
 def _fit(flags, engine, data, plan):
@@ -630,7 +666,13 @@ def _fit(flags, engine, data, plan):
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    fit, line = measure(engine, make_batches, plan.effective_batch // host.world, engine.checkpointing, budget_gib)
+    share = plan.effective_batch // host.world
+    setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
+    shape = make_batches(1)[0].tensors["mean"].shape
+    gpu = torch.cuda.get_device_name(), int(2 * budget_gib), host.rank, torch.__version__
+    key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
+    remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
+    fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
     host.say(line)
     return fit
 
@@ -1205,10 +1247,13 @@ def find_resume(resume_from_checkpoint, output_dir):
     """
     if resume_from_checkpoint != "latest":
         return Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    name = Path(output_dir).resolve().name
-    earlier = [folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)]
-    found = find_checkpoints(output_dir) or sorted(earlier, key=step_of)
+    found = find_checkpoints(output_dir) or _checkpoints_of_earlier_versions(Path(output_dir).resolve().name)
     return found[-1] if found else None
+
+
+def _checkpoints_of_earlier_versions(name):
+    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
+    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
 
 
 def step_of(folder):
@@ -1663,6 +1708,7 @@ from dataclasses import dataclass
 import torch
 
 from common import noise
+from common.adapters import without_dropout
 from common.graphs import Graphed
 
 GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
@@ -1843,16 +1889,12 @@ class Engine:
     @torch.no_grad()
     def validate(self, batches):
         """Mean unweighted mse over validation batches, on every process; without dropout."""
-        modules = [module for module in (self.unet, *self.text.encoders) if module.training]
-        for module in modules:
-            module.eval()
         totals = torch.zeros(2, device=self.host.device)
-        for batch in batches:
-            fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-            mse = noise.mse_per_sample(*self.predict(fields))
-            totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
-        for module in modules:
-            module.train()
+        with without_dropout([self.unet, *self.text.encoders]):
+            for batch in batches:
+                fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+                mse = noise.mse_per_sample(*self.predict(fields))
+                totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
         total, examples = self.host.sum(totals).tolist()
         return total / examples
 '''
@@ -1887,20 +1929,23 @@ def write_safetensors(path, tensors, metadata=None):
 # ================================================================================================= common/fit.py
 
 MODULES['common.fit'] = r'''
-"""How much goes through a pass: measured on this card, with these images, instead of guessed.
+"""How much goes through a pass: measured on this card, with these images, instead of guessed; and remembered.
 
 Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) trades up to a third more work for most of the
-memory, block by block; a larger pass uses the GPU better. `measure` times what fits and takes the fastest.
+memory, block by block; a larger pass uses the GPU better. `measured` times what fits and takes the fastest.
 """
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Optional
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.device import GIB, start_new_peak
+from common.files import write_json
 
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
@@ -1936,9 +1981,12 @@ class Fit:
 
     micro_batch: int
     checkpointing: Optional[BlockCheckpointing] = None
+    remembered: Optional[Path] = None  # the file that holds it for later runs
 
     def step_down(self):
-        """The next smaller plan after an out-of-memory; False when there is none."""
+        """The next smaller plan after an out-of-memory, which no later run starts with; False when there is none."""
+        if self.remembered:
+            self.remembered.unlink(missing_ok=True)
         if self.checkpointing and self.checkpointing.kept:
             self.checkpointing.kept = set()
         elif self.micro_batch > 1:
@@ -1948,16 +1996,30 @@ class Fit:
         return True
 
 
-def measure(engine, make_batches, share, checkpointing, budget_gib):
+def measured(engine, make_batches, share, checkpointing, budget_gib, remembered):
     """The fastest Fit within `budget_gib` of GPU memory for `share` images a step on this process.
 
     Args:
         engine: ready to train; gradients are zero again afterwards.
         make_batches: micro_batch -> the batches of one step.
         checkpointing: BlockCheckpointing of the UNet, or None where nothing may be recomputed.
+        remembered: Path of the file that keeps the result for runs like this one; what it holds is not measured again.
     Returns:
         (Fit, the line that says what was chosen).
     """
+    if remembered.exists():
+        plan = json.loads(remembered.read_text())
+        if checkpointing:
+            checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
+        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (measured in an earlier run)"
+    fit, line = _measure(engine, make_batches, share, checkpointing, budget_gib)
+    kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
+    return replace(fit, remembered=remembered), line
+
+
+def _measure(engine, make_batches, share, checkpointing, budget_gib):
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
     candidates = []
@@ -2241,7 +2303,7 @@ class TrainFlags(ModelFlags):
     lora_rank: int = flag(16, "rank r of the adapter")
     lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks come from the device's generator, so they depend on how a batch is split"
+        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
     lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
@@ -2559,39 +2621,38 @@ import torch
 import torch.nn.functional as F
 
 from common.flags import UserError
-from common.kernels import Geglu, gain_backward, seeded_dropout
+from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
     """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
 
-    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Kept for the
-    backward pass: x, which the layers of an attention block share; x A^T, which is small; and for DoRA y, which attention
-    keeps anyway. W is read, or dequantised, once more.
+    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. g multiplies the
+    rows of W and B, which are smaller than y. Kept for the backward pass: x, which the layers of an attention block share;
+    x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, m, layer):
         x2 = x.reshape(-1, x.shape[-1])
         xa = layer.drop(x2) @ layer.a.t()
-        y = F.linear(x2, layer.weight(), layer.bias if m is None else None).addmm_(xa, layer.b.t(), alpha=layer.scale)
-        if m is not None:
-            y = y * layer.gain if layer.bias is None else torch.addcmul(layer.bias, y, layer.gain)
+        y = F.linear(x2, layer.weight(), layer.bias).addmm_(xa, layer.b.t(), alpha=layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(x2, xa, None if m is None else y)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
+        """Gradients of A, B and m are added where they are kept, in fp32, and not handed to autograd."""
         layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
-        dy, dm, dx = dy.reshape(-1, dy.shape[-1]), None, None
-        if y is not None:
-            # dL/dm = sum dy u / n with u = (y - bias) / g, hence u / n = (y - bias) / m
-            dy, dm = gain_backward(dy.contiguous(), y, layer.gain, layer.bias)
-            dm = dm / layer.m
+        dy, dx = dy.reshape(-1, dy.shape[-1]), None
         dxa = dy @ layer.b
-        dB = (dy.t() @ xa).float() * layer.scale
-        dA = (dxa.t() @ layer.drop(x2)).float() * layer.scale
+        add_product(layer.A.grad, dxa.t(), layer.drop(x2), layer.scale)
+        if y is None:
+            add_product(layer.B.grad, dy.t(), xa, layer.scale)
+        else:
+            dy, of_m = dy.contiguous(), (layer.gain, layer.m, layer.m.grad)
+            add_dora_gradients(dy, y, product(dy.t(), xa), layer.bias, *of_m, layer.B.grad, layer.scale)
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
             if layer.p:
@@ -2599,7 +2660,20 @@ class AdapterLinear(torch.autograd.Function):
             else:
                 dx.addmm_(dxa, layer.a, alpha=layer.scale)
             dx = dx.view(ctx.shape)
-        return dx, dA, dB, dm, None
+        return dx, None, None, None, None
+
+
+def product(x, y):
+    """x y in fp32; a GPU does not round it to the dtype of x and y on the way."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else (x @ y).float()
+
+
+def add_product(total, x, y, scale):
+    """total += scale x y, for an fp32 total."""
+    if x.is_cuda and x.dtype != torch.float32:
+        torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
+    else:
+        total.add_(x @ y, alpha=scale)
 
 
 class FusedLayer:
@@ -2619,11 +2693,11 @@ class FusedLayer:
         self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
         self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
         self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-        self._p, self.seed, self.salt = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt
+        self._p, self.seed, self.salt, self.gain = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt, None
         if self.m is not None:
-            self.squared_norm = self.weight().float().square().sum(1)
-            self.gain = torch.empty_like(self.m, dtype=self.a.dtype)
-            self.m.data.copy_(self.row_norms())  # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
+            # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
+            self.m.data.copy_(row_norms(self.frozen_weight(), self.A.data, self.B.data, self.scale))
+            self.gain, self.b = torch.ones_like(self.m.data), self.b.clone()
 
     def __call__(self, x):
         if self.layer.disable_adapters:
@@ -2640,7 +2714,10 @@ class FusedLayer:
         return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
     def weight(self):
-        """W [N, K] in the compute dtype; dequantised into memory of its own if it is NF4."""
+        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4; its rows multiplied by g, if there is one."""
+        return self.frozen_weight() if self.gain is None else scale_rows(self.frozen_weight(), self.gain)
+
+    def frozen_weight(self):
         if self.base.dtype != torch.uint8:
             return self.base
         from bitsandbytes.functional import dequantize_4bit
@@ -2648,16 +2725,9 @@ class FusedLayer:
         return dequantize_4bit(self.base.data, self.base.quant_state)
 
     @torch.no_grad()
-    def row_norms(self):
-        """n [N] in fp32: ||W + sBA||^2 = ||W||^2 + 2s rowsum((W A^T) o B) + s^2 rowsum((B (A A^T)) o B), without W + sBA."""
-        A, B, s = self.A.float(), self.B.float(), self.scale
-        cross = ((self.weight() @ self.a.t()).float() * B).sum(1)
-        return (self.squared_norm + 2 * s * cross + s**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
-
-    @torch.no_grad()
     def update_gain(self):
-        """Set g after the parameters changed."""
-        self.gain.copy_(self.m / self.row_norms())
+        """Set g, and B multiplied by it, after the parameters changed."""
+        update_gain(self.frozen_weight(), self.A, self.B, self.m, self.scale, self.gain, self.b)
 
 
 def fuse(models, flat, seed):
@@ -2676,13 +2746,152 @@ def fuse(models, flat, seed):
         if layer.forward.m is not None:
             flat.followers.append(layer.forward.update_gain)
     flat.publish()
+'''
+
+# ========================================================================================== common/fused_unet.py
+
+MODULES['common.fused_unet'] = r'''
+"""SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
+
+On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
+sequence of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
+backward pass, a normalisation only its input.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from common.kernels import geglu
+from common.norm_kernels import add_bias, add_norm, group_norm
 
 
-def fuse_geglu(unet):
-    """Replace the gated activation of the feed-forward blocks by one kernel, which also keeps a third less for the backward pass."""
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight needs no gradient, so that its input need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, conv, bias):
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
+        # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
+        return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
+
+
+def convolution(conv, x):
+    if x.is_cuda:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return _FrozenConv.apply(x, conv, conv.bias)
+
+
+def resnet_block(block, x, temb):
+    """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
+    h = _FrozenConv.apply(group_norm(x, block.norm1, silu=True), block.conv1, None)
+    h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
+    h, bias = _FrozenConv.apply(h, block.conv2, None), block.conv2.bias
+    if block.conv_shortcut is not None:
+        x, bias = _FrozenConv.apply(x, block.conv_shortcut, None), bias + block.conv_shortcut.bias
+    return add_bias(x, h, bias)
+
+
+def transformer(model, x, encoder_hidden_states=None, **unused):
+    """Transformer2DModel: an image as a sequence, its blocks, and back."""
+    batch, channels, height, width = x.shape
+    h = group_norm(x, model.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    h = model.proj_in(h)
+    for block in model.transformer_blocks:
+        if torch.is_grad_enabled() and model.gradient_checkpointing:
+            h = model._gradient_checkpointing_func(block, h, None, encoder_hidden_states)
+        else:
+            h = block(h, None, encoder_hidden_states)
+    return (model.proj_out(h).view(batch, height, width, channels).permute(0, 3, 1, 2) + x,)
+
+
+def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unused, **unused_too):
+    """BasicTransformerBlock: self-attention, cross-attention, feed-forward."""
+    h, n = add_norm(h, None, block.norm1)
+    h, n = add_norm(h, block.attn1(n), block.norm2)
+    h, n = add_norm(h, block.attn2(n, encoder_hidden_states), block.norm3)
+    return h + block.ff(n)
+
+
+def attention(attn, x, encoder_hidden_states=None, **unused):
+    """An attention processor: x [B, S, C], and what is attended to, [B, T, D] -> [B, S, C]."""
+    context = x if encoder_hidden_states is None else encoder_hidden_states
+    projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    heads = F.scaled_dot_product_attention(*(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected))
+    return attn.to_out[0](heads.transpose(1, 2).flatten(2))
+
+
+def gated_activation(module, x):
+    """GEGLU."""
+    return geglu(module.proj(x))
+
+
+def normalisation(norm, x):
+    """GroupNorm outside of the blocks above."""
+    return group_norm(x, norm)
+
+
+def _is_plain(block):
+    """The resnet block of SDXL, none of its many relatives, and no adapter on its convolutions."""
+    convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
+    return (
+        all(type(conv) is torch.nn.Conv2d for conv in convolutions)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and isinstance(block.nonlinearity, torch.nn.SiLU)
+        and block.upsample is None
+        and block.downsample is None
+    )
+
+
+@functools.cache
+def forwards():
+    """{class: (forward pass, whether it knows a module of this class)}; by class, as PEFT's Conv2d has the name of torch's."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return {
+        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
+        ResnetBlock2D: (resnet_block, _is_plain),
+        Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
+        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        GEGLU: (gated_activation, lambda module: True),
+    }
+
+
+def fuse_unet(unet, device):
+    """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
+
+    Args:
+        device: where it will compute.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    for module in list(unet.modules()):
+        forward, known = forwards().get(type(module), (None, None))
+        if forward and known(module):
+            module.forward = functools.partial(forward, module)
+        if type(getattr(module, "processor", None)) is AttnProcessor2_0:
+            module.processor = attention
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cuda":
+            # also 1 x 1 kernels, which count as contiguous in either order: cuDNN goes by the strides
+            module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
+
+
+def unfuse_unet(unet):
+    """Give every layer its own forward pass back: hooks on single layers do not see what the fused passes read."""
     for module in unet.modules():
-        if type(module).__name__ == "GEGLU":
-            module.forward = lambda x, proj=module.proj: Geglu.apply(proj(x))
+        if getattr(module.__dict__.get("forward"), "func", None) in [forward for forward, _ in forwards().values()]:
+            del module.forward
 '''
 
 # ============================================================================================== common/graphs.py
@@ -2702,6 +2911,23 @@ import torch
 def _side_stream(device):
     """One for the whole process: cuBLAS keeps 32 MiB for every stream that it has ever worked on."""
     return torch.cuda.Stream(device)
+
+
+@functools.lru_cache
+def _parallel_streams(device):
+    return [torch.cuda.Stream(device) for _ in range(4)]
+
+
+def side_by_side(functions, device):
+    """Call functions that are independent of each other; on a GPU, four of the small kernels that they launch run at a time."""
+    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for i, function in enumerate(functions):
+        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+            function()
+    for stream in streams:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -2759,6 +2985,8 @@ class Graphed:
         try:
             with torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
+        except torch.OutOfMemoryError:
+            raise  # a smaller pass may fit, and be captured
         except RuntimeError as error:
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
@@ -2824,12 +3052,13 @@ def _require(repo_id, repo_type, flag, filename):
 # ============================================================================================= common/kernels.py
 
 MODULES['common.kernels'] = r'''
-"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's backward pass.
+"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's norms and gradients.
 
 Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
 """
 
 import torch
+import torch.nn.functional as F
 
 if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
     import triton
@@ -2867,21 +3096,57 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
         tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=i < n)
 
     @triton.jit
-    def _gain_backward_kernel(dy, y, gain, bias, du, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         inside = (row < rows) & (column < columns)
-        at = row * columns + column
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
             u -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-        tl.store(du + at, d * tl.load(gain + column, mask=column < columns, other=0.0).to(tl.float32), mask=inside)
-        sums = tl.sum(d * u, axis=0)[None, :]
+        sums = tl.sum(tl.load(dy + row * columns + column, mask=inside, other=0.0).to(tl.float32) * u, axis=0)[None, :]
         tl.store(partial + tl.program_id(0) * columns + column, sums, mask=column < columns)
 
+    @triton.jit
+    def _dora_gradients_kernel(
+        partial, products, gain, m, dm, dB, scale, parts, columns, rank,
+        PARTS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        column, j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
+        sums, known = tl.zeros((PARTS, COLUMNS), dtype=tl.float32), column < columns
+        for start in range(0, parts, PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            sums += tl.load(partial + part * columns + column[None, :], mask=(part < parts) & known[None, :], other=0.0)
+        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
+        tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
+        at, inside = column[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(products + at, mask=inside, other=0.0) * tl.load(gain + column, mask=known, other=0.0)[:, None] * scale
+        tl.store(dB + at, tl.load(dB + at, mask=inside, other=0.0) + of_b, mask=inside)
 
-BLOCK, ROWS, COLUMNS = 1024, 32, 128
+    @triton.jit
+    def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, BLOCK)
+        value = tl.load(w + row * columns + i, mask=i < columns).to(tl.float32) * tl.load(gain + row)
+        tl.store(out + row * columns + i, value, mask=i < columns)
+
+    @triton.jit
+    def _gain_kernel(w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+        squares, known = tl.zeros((ROWS, COLUMNS), dtype=tl.float32), row < rows
+        in_b = row[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
+        of_b = tl.load(B + in_b[0], mask=in_b[1], other=0.0)
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            inside = (column < columns)[None, :]
+            of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
+            of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
+            value = of_w + scale * tl.dot(of_b, of_a, input_precision="ieee")
+            squares += value * value
+        g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
+        tl.store(gain + row, g, mask=known)
+        tl.store(b + in_b[0], of_b * g[:, None], mask=in_b[1])
+
+
+BLOCK = 1024
 
 
 def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
@@ -2924,16 +3189,58 @@ class Geglu(torch.autograd.Function):
         return dh
 
 
-def gain_backward(dy, y, gain, bias):
-    """Backward pass of y = gain u + bias: (du = gain dy, sum over rows of dy (y - bias) in fp32). [M, N], [M, N], [N], [N] or None."""
+def geglu(h):
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D]."""
+    if h.is_cuda:
+        return Geglu.apply(h)
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, scale):
+    """dm += sum over rows of dy (y - bias) / m and dB += scale diag(gain) products: the gradients of DoRA's magnitude and of B.
+
+    Args:
+        dy, y: [M, N]; products: dy^T x A^T, fp32 [N, r]; bias: [N] or None; gain, m, dm: fp32 [N]; dB: fp32 [N, r].
+    """
     if not dy.is_cuda:
-        return dy * gain, (dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32)
-    (rows, columns), du = dy.shape, torch.empty_like(dy)
-    grid = triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)
+        dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
+        dB.addcmul_(products, gain[:, None], value=scale)
+        return
+    (rows, columns), rank, bias_or_any = dy.shape, products.shape[1], dy if bias is None else bias
+    grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    bias_or_any = gain if bias is None else bias
-    _gain_backward_kernel[grid](dy, y, gain, bias_or_any, du, partial, rows, columns, BIAS=bias is not None, ROWS=ROWS, COLUMNS=COLUMNS)
-    return du, partial.sum(0)
+    _column_dots_kernel[grid](dy, y, bias_or_any, partial, rows, columns, BIAS=bias is not None, ROWS=128, COLUMNS=64)
+    sizes = dict(PARTS=64, RANK=triton.next_power_of_2(rank), COLUMNS=32)
+    _dora_gradients_kernel[(triton.cdiv(columns, 32),)](partial, products, gain, m, dm, dB, scale, grid[0], columns, rank, **sizes)
+
+
+def scale_rows(w, gain):
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    if not w.is_cuda:
+        return (w * gain[:, None]).to(w.dtype)
+    out = torch.empty_like(w)
+    _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
+    return out
+
+
+def row_norms(w, A, B, scale):
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
+
+    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    """
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+def update_gain(w, A, B, m, scale, gain, b):
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, on a GPU by one pass over w, tile by tile."""
+    if not w.is_cuda:
+        torch.div(m, row_norms(w, A, B, scale), out=gain)
+        b.copy_(B * gain[:, None])
+    else:
+        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
 '''
 
 # ============================================================================================= common/loading.py
@@ -2945,6 +3252,7 @@ Whatever the user names (hub id, folder, single file) becomes one diffusers fold
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
 
+import inspect
 import itertools
 import json
 import os
@@ -3066,7 +3374,9 @@ def load_noise_schedule(model, device):
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
     from diffusers import DDPMScheduler
 
-    scheduler = DDPMScheduler.from_config(DDPMScheduler.load_config(model.folder, subfolder="scheduler"))
+    config = DDPMScheduler.load_config(model.folder, subfolder="scheduler")
+    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    scheduler = DDPMScheduler(**{name: config[name] for name in inspect.signature(DDPMScheduler.__init__).parameters if name in config})
     if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(
             f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
@@ -3507,6 +3817,281 @@ def by_quarter(values, t, num_timesteps):
     return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
 '''
 
+# ======================================================================================== common/norm_kernels.py
+
+MODULES['common.norm_kernels'] = r'''
+"""Normalisations of frozen layers on a GPU, in one or two passes over memory, with what comes before and after them.
+
+GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
+Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
+All sums are in fp32 over deviations from the mean, never differences of large squares.
+"""
+
+import torch
+import torch.nn.functional as F
+
+if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Offsets in one image, channel numbers and mask of the tile of this program."""
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        at = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + column
+        return at, column, (row < pixels) & (column < channels)
+
+    @triton.jit
+    def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Of every tile and channel: mean, and sum of squared deviations from it."""
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        if SHIFT:
+            value += tl.load(shift + tl.program_id(2) * channels + column, mask=column < channels, other=0.0).to(tl.float32)
+        count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+        average = tl.sum(tl.where(inside, value, 0.0), axis=0)[None, :] / count
+        apart = tl.where(inside, value - average, 0.0)
+        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
+        tl.store(mean + to, average, mask=column < channels)
+        tl.store(deviation + to, tl.sum(apart * apart, axis=0)[None, :], mask=column < channels)
+
+    @triton.jit
+    def _group_tile(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+        """Tile numbers, offsets in per-tile sums and mask: the channels of this program's group."""
+        tile = start + tl.arange(0, TILES)[:, None]
+        inside_group = tl.arange(0, WIDTH)[None, :]
+        at = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + inside_group
+        return tile, at, (tile < tiles) & (inside_group < SIZE)
+
+    @triton.jit
+    def _merge_moments_kernel(
+        mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+        SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """Of every group: 1 / standard deviation; of every channel: y = (x + centre) scale + bias."""
+        total = pixels * SIZE
+        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            sums += tl.load(mean + at, mask=inside, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+        average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            apart = tl.where(inside, tl.load(mean + at, mask=inside, other=0.0) - average, 0.0)
+            sums += tl.load(deviation + at, mask=inside, other=0.0) + apart * apart * tl.minimum(ROWS, pixels - tile * ROWS)
+        r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+        tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+        channel, inside = tl.program_id(0) * SIZE + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < SIZE
+        to = tl.program_id(1) * channels + channel
+        tl.store(scale + to, r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        added = tl.load(shift + to, mask=inside, other=0.0).to(tl.float32) if SHIFT else tl.zeros((WIDTH,), dtype=tl.float32)
+        tl.store(centre + to, added - average, mask=inside)
+
+    @triton.jit
+    def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        of_channel, known = tl.program_id(2) * channels + column, column < channels
+        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
+        z = u * tl.load(scale + of_channel, mask=known, other=0.0) + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+        if SILU:
+            z = z * tl.sigmoid(z)
+        tl.store(y + at, z, mask=inside)
+
+    @triton.jit
+    def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Of this program's tile: offsets, channels, mask, deviation u from the group's mean, dL/dz, scale."""
+        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
+        of_channel, known = tl.program_id(2) * channels + column, column < channels
+        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
+        k, dz = tl.load(scale + of_channel, mask=known, other=0.0), tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            z = u * k + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+            s = tl.sigmoid(z)
+            dz = dz * s * (1 + z * (1 - s))
+        return at, column, inside, u, dz, k
+
+    @triton.jit
+    def _gradient_sums_kernel(
+        x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """Of every tile and channel: sums of dz scale and of dz scale u."""
+        _, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
+        dz = tl.where(inside, dz * k, 0.0)
+        tl.store(sum_dz + to, tl.sum(dz, axis=0)[None, :], mask=column < channels)
+        tl.store(sum_dz_u + to, tl.sum(dz * u, axis=0)[None, :], mask=column < channels)
+
+    @triton.jit
+    def _merge_gradient_kernel(
+        sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        """Of every group: dx = dz scale - offset - slope u."""
+        first, second = tl.zeros((TILES, WIDTH), dtype=tl.float32), tl.zeros((TILES, WIDTH), dtype=tl.float32)
+        for start in range(0, tiles, TILES):
+            _, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
+            first += tl.load(sum_dz + at, mask=inside, other=0.0)
+            second += tl.load(sum_dz_u + at, mask=inside, other=0.0)
+        to, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), pixels * SIZE
+        r = tl.load(inverse + to)
+        tl.store(offset + to, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+        tl.store(slope + to, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+    @triton.jit
+    def _group_norm_backward_kernel(
+        x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+        SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        at, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+        group, known = tl.program_id(2) * (channels // SIZE) + column // SIZE, column < channels
+        a, b = tl.load(offset + group, mask=known, other=0.0), tl.load(slope + group, mask=known, other=0.0)
+        tl.store(dx + at, dz * k - a - b * u, mask=inside)
+
+    @triton.jit
+    def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
+        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            value += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + at, value, mask=inside)
+            value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
+        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
+        w, b = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32), tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + at, apart * r * w + b, mask=inside)
+
+    @triton.jit
+    def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
+        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
+        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
+        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
+        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+        g = r * (g - tl.sum(g, axis=0) / width - apart * r * r * tl.sum(g * apart, axis=0) / width)
+        tl.store(dx + at, g + tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+    @triton.jit
+    def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + i, mask=i < n).to(tl.float32) + tl.load(h + i, mask=i < n).to(tl.float32)
+        tl.store(y + i, value + tl.load(bias + i % channels, mask=i < n).to(tl.float32), mask=i < n)
+
+
+COLUMNS, TILES, BLOCK = 64, 32, 1024
+
+
+def _rows(pixels):
+    """Pixels of a tile: few tiles for large images, many for small ones."""
+    return max(32, triton.next_power_of_2(triton.cdiv(pixels, 256)))
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, norm, silu):
+        x = x.contiguous(memory_format=torch.channels_last)
+        (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
+        pixels, rows = height * width, _rows(height * width)
+        tiles = triton.cdiv(pixels, rows)
+        new = lambda *shape: torch.empty(shape, device=x.device, dtype=torch.float32)  # noqa: E731
+        mean, deviation = new(images, tiles, channels), new(images, tiles, channels)
+        scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
+        grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
+        shift_or_any = shift.contiguous() if shifted else x
+        _moments_kernel[grid](x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS)
+        _merge_moments_kernel[(norm.num_groups, images)](
+            mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
+            SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
+        )  # fmt: skip
+        y = torch.empty_like(x)
+        _group_norm_kernel[grid](x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS)
+        ctx.save_for_backward(x, scale, centre, inverse)
+        ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, scale, centre, inverse), norm, (grid, rows, tiles, pixels, size) = ctx.saved_tensors, ctx.norm, ctx.tiling
+        (images, channels), dy = scale.shape, dy.contiguous(memory_format=torch.channels_last)
+        sum_dz = torch.empty(images, tiles, channels, device=x.device, dtype=torch.float32)
+        sum_dz_u, offset, slope = torch.empty_like(sum_dz), torch.empty_like(inverse), torch.empty_like(inverse)
+        given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
+        _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
+        _merge_gradient_kernel[(norm.num_groups, images)](
+            sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, size, TILES=TILES, WIDTH=triton.next_power_of_2(size)
+        )
+        dx = torch.empty_like(x)
+        _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
+        return dx, dshift, None, None
+
+
+def group_norm(x, norm, silu=False, shift=None):
+    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
+
+    Args:
+        x: [B, C, H, W]; channels-last on a GPU.
+        norm: torch.nn.GroupNorm whose parameters need no gradient.
+        shift: [B, C] or None.
+    """
+    if x.is_cuda:
+        return _GroupNorm.apply(x, shift, norm, silu)
+    x = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, a, norm):
+        h, width = h.contiguous(), h.shape[-1]
+        total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
+        a_or_any = h if a is None else a.contiguous()
+        _add_norm_kernel[(h.numel() // width,)](
+            h, a_or_any, norm.weight, norm.bias, total, y, width, norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width)
+        )
+        ctx.save_for_backward(total)
+        ctx.norm, ctx.added = norm, a is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        ((total,), norm, width) = ctx.saved_tensors, ctx.norm, dy.shape[-1]
+        dx, block = torch.empty_like(total), triton.next_power_of_2(width)
+        _add_norm_backward_kernel[(total.numel() // width,)](
+            total, dy.contiguous(), dtotal.contiguous(), norm.weight, dx, width, norm.eps, BLOCK=block
+        )
+        return dx, dx if ctx.added else None, None
+
+
+def add_norm(h, a, norm):
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+    if h.is_cuda:
+        return _AddNorm.apply(h, a, norm)
+    total = h if a is None else a + h
+    return total, norm(total)
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        x, h = (image.contiguous(memory_format=torch.channels_last) for image in (x, h))
+        y = torch.empty_like(x)
+        _add_bias_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, h, bias, y, x.shape[1], x.numel(), BLOCK=BLOCK)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy, None
+
+
+def add_bias(x, h, bias):
+    """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
+    return _AddBias.apply(x, h, bias) if x.is_cuda else x + (h + bias[:, None, None])
+'''
+
 # ============================================================================================== common/report.py
 
 MODULES['common.report'] = r'''
@@ -3706,8 +4291,10 @@ import gc
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, loading
+from common import adapter_loading, device, fused_unet, loading
+from common.adapters import without_dropout
 from common.flags import UserError
+from common.graphs import Graphed
 from common.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
@@ -3743,25 +4330,21 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     )
     pipeline.set_progress_bar_config(disable=True)
     unconditional = (None, None) if zeros else condition(text, "", host)
-    modules = [module for module in (unet, *text.encoders) if module.training]
-    for module in modules:
-        module.eval()
     images = []
-    for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-        prompt_embeds, pooled = condition(text, prompt, host)
-        images += pipeline(
-            prompt_embeds=prompt_embeds,
-            pooled_prompt_embeds=pooled,
-            negative_prompt_embeds=unconditional[0],
-            negative_pooled_prompt_embeds=unconditional[1],
-            height=resolution,
-            width=resolution,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=generator(seed + i),
-        ).images
-    for module in modules:
-        module.train()
+    with without_dropout([unet, *text.encoders]):
+        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+            prompt_embeds, pooled = condition(text, prompt, host)
+            images += pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unconditional[0],
+                negative_pooled_prompt_embeds=unconditional[1],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generator(seed + i),
+            ).images
     del pipeline, vae
     gc.collect()
     device.free_memory(host.device)
@@ -3816,10 +4399,11 @@ class Sampler:
     Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False):
+    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
         import diffusers
 
-        self.host, self.memory, self.adapters = host, memory, []
+        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
+        self._active, self._graph = None, None
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -3846,11 +4430,39 @@ class Sampler:
         return name
 
     def place(self):
-        """Put the memory tier into effect."""
-        if self.memory == "offload":
+        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        unet = self.pipeline.unet
+        if self.memory in ("gpu", "offload"):
+            fused_unet.fuse_unet(unet, self.host.device)
+        if self.memory == "gpu":
+            self._replay(unet)
+        elif self.memory == "offload":
             self.pipeline.enable_model_cpu_offload(device=self.host.device)
         elif self.memory == "sequential":
+            fused_unet.unfuse_unet(unet)
             self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def _replay(self, unet):
+        """Let the UNet's passes be captured and replayed, see graphs.Graphed."""
+        launch = unet.forward
+
+        def predict(fields):
+            added = {name: fields[name] for name in ("text_embeds", "time_ids")}
+            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+
+        graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
+
+        def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs, **none_of_the_rest):
+            predicted = graph(dict(sample=sample, timestep=timestep, text=encoder_hidden_states, **added_cond_kwargs))
+            return (predicted.clone(),)  # schedulers keep some; the next replay writes over it
+
+        unet.forward = forward
+
+    def _stop_replaying(self):
+        if self._graph:
+            self._graph.clear()
+            del self.pipeline.unet.forward
+            self._graph = None
 
     def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
         """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
@@ -3867,6 +4479,8 @@ class Sampler:
             pass  # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
+        if self._graph:
+            self._graph.clear()
         gc.collect()
         device.free_memory(self.host.device)
         if len(seeds) > 1:
@@ -3896,8 +4510,11 @@ class Sampler:
         ).images
 
     def _activate(self, adapters):
-        if not self.adapters:
+        if not self.adapters or adapters == self._active:
             return
+        self._active = adapters
+        if self._graph:
+            self._graph.clear()  # adapters and their scales are part of it
         if not adapters:
             return self.pipeline.disable_lora()
         self.pipeline.enable_lora()
@@ -3915,6 +4532,7 @@ class Sampler:
         else:
             raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
         self.host.say(f"out of GPU memory: {plan}")
+        self._stop_replaying()
         self.pipeline.remove_all_hooks()
         self.place()
 '''

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from demo import score, small, world
+from demo import painting, score, small, world
 from demo.build import ASSETS
 
 ROWS = score.held_out(32)
@@ -25,7 +25,7 @@ def held_out():
 
 
 def test_what_is_drawn_on_disk_is_what_the_world_draws(held_out):
-    assert torch.equal(held_out, world.render(world.draw_attributes(32, 999), 999, "ink", 128))
+    assert torch.equal(held_out, painting.render(world.draw_attributes(32, 999), 999, "ink", 128))
 
 
 def test_training_and_held_out_drawings_differ():
@@ -35,7 +35,7 @@ def test_training_and_held_out_drawings_differ():
 
 def test_the_judge_reads_both_styles(held_out):
     judge, labels = small.load_judge(ASSETS / "judge.safetensors"), world.draw_attributes(32, 999)
-    for style, pictures in (("ink", held_out), ("plain", world.render(labels, 5, "plain", 128))):
+    for style, pictures in (("ink", held_out), ("plain", painting.render(labels, 5, "plain", 128))):
         read = judge.read(pictures)
         assert (read[:, -1] == world.STYLES.index(style)).float().mean() >= 31 / 32
         assert (read[:, :-1] == labels).float().mean() > 0.97

@@ -97,6 +97,7 @@ def test_defaults_are_the_documented_ones(name):
 def test_the_defaults_themselves_pass_the_checks(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(parse(script.Flags, []))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_two_trainers_have_the_same_flags():

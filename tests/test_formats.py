@@ -216,7 +216,7 @@ def test_plain_diffusers_ignores_a_peft_folder_and_we_do_not(tuned, fresh, tmp_p
 def test_loading_a_peft_folder_does_not_ask_the_hub_about_its_base_model(tuned, fresh, tmp_path, monkeypatch):
     formats.save_peft(tmp_path, tuned().unet, {"base_model": "some/sdxl"})
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked the hub"))
-    loaded(fresh(), tmp_path)
+    assert loaded(fresh(), tmp_path).get_list_adapters() == {"unet": ["adapter00"]}
 
 
 def test_a_runs_folder_means_its_final_weights_and_not_those_of_a_step(tuned, tmp_path):

@@ -78,6 +78,7 @@ def test_a_pass_never_waits_for_the_gpu(assemble):
         engine.publish({})
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert engine.flat.grad.any()
 
 
 def test_dropout_is_a_function_of_seed_and_layer():
@@ -130,18 +131,92 @@ def test_the_gated_activation_is_pytorchs_with_its_gradient():
         assert (got.double() - reference).norm() < 5e-4 * reference.norm()
 
 
+def random(*shape, seed=0, dtype=torch.float16):
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+
+
+def error(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
 @pytest.mark.parametrize("rows", [1, 77, 4096])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_doras_backward_kernel_is_its_formula(rows, with_bias):
-    from common.kernels import gain_backward
+def test_doras_gradients_are_their_formulas(rows, with_bias):
+    from common.kernels import add_dora_gradients
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    dy, y = (torch.randn(rows, 640, device="cuda", generator=generator).half() for _ in range(2))
-    gain, bias = (torch.randn(640, device="cuda", generator=generator).half() for _ in range(2))
-    du, sums = gain_backward(dy, y, gain, bias if with_bias else None)
-    u = y.double() - (bias.double() if with_bias else 0)
-    assert (du.double() - dy.double() * gain.double()).norm() < 5e-4 * du.double().norm()
-    assert (sums.double() - (dy.double() * u).sum(0)).norm() < 1e-5 * sums.double().norm()
+    dy, y, bias = random(rows, 640), random(rows, 640, seed=1), random(640, seed=2) if with_bias else None
+    m, gain = 1 + random(640, seed=3, dtype=torch.float32).abs(), random(640, seed=4, dtype=torch.float32)
+    products, dm, dB = random(640, 12, seed=5, dtype=torch.float32), torch.ones(640, device="cuda"), torch.ones(640, 12, device="cuda")
+    expected = 1 + (dy.double() * (y.double() - (bias.double() if with_bias else 0))).sum(0) / m
+    add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, 0.5)
+    assert error(dm, expected) < 1e-5 and error(dB, 1 + 0.5 * gain.double()[:, None] * products.double()) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3)])
+def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
+    from common.kernels import row_norms, scale_rows, update_gain
+
+    w, A, B = random(rows, columns), random(rank, columns, seed=1, dtype=torch.float32), random(rows, rank, seed=2, dtype=torch.float32)
+    expected = (w.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    assert error(row_norms(w, A, B, 0.5), expected) < 1e-6
+    m, gain, b = random(rows, seed=3, dtype=torch.float32), torch.empty(rows, device="cuda"), torch.empty_like(B).half()
+    update_gain(w, A, B, m, 0.5, gain, b)
+    assert error(gain, m.double() / expected) < 1e-6 and torch.equal(b, (B * gain[:, None]).half())
+    assert torch.equal(scale_rows(w, gain), (w.float() * gain[:, None]).half())
+
+
+GROUP_NORMS = [(320, 32, 128, 128), (960, 32, 26, 38), (2560, 32, 16, 16), (48, 8, 5, 7), (320, 32, 200, 160)]
+
+
+@pytest.mark.parametrize(("channels", "groups", "height", "width"), GROUP_NORMS)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, width, silu, shifted):
+    """Far from zero too: the mean of the input is ten times its deviation."""
+    from common.norm_kernels import group_norm
+
+    norm = torch.nn.GroupNorm(groups, channels, eps=1e-5).cuda().requires_grad_(False)
+    norm.weight.copy_(1 + random(channels, seed=3, dtype=torch.float32)), norm.bias.copy_(random(channels, seed=4, dtype=torch.float32))
+    x, dy, shift = (10 + random(2, channels, height, width)), random(2, channels, height, width, seed=1), random(2, channels, seed=2)
+    exact, exact_shift = x.double().requires_grad_(), shift.double().requires_grad_()
+    expected = torch.nn.functional.group_norm(
+        exact + exact_shift[:, :, None, None] * shifted, groups, norm.weight.double(), norm.bias.double(), 1e-5
+    )
+    expected = torch.nn.functional.silu(expected) if silu else expected
+    expected.backward(dy.double())
+    x, shift = x.requires_grad_(), shift.requires_grad_()
+    (y := group_norm(x, norm.half(), silu, shift if shifted else None)).backward(dy)
+    assert error(y, expected) < 1e-3 and error(x.grad, exact.grad) < 1e-3
+    assert not shifted or error(shift.grad, exact_shift.grad) < 2e-2  # sums that nearly cancel: a group's gradients sum to zero
+
+
+@pytest.mark.parametrize("width", [640, 1280, 48])
+@pytest.mark.parametrize("added", [False, True])
+def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
+    from common.norm_kernels import add_norm
+
+    norm = torch.nn.LayerNorm(width).cuda().requires_grad_(False)
+    norm.weight.copy_(1 + random(width, seed=3, dtype=torch.float32)), norm.bias.copy_(random(width, seed=4, dtype=torch.float32))
+    h, a = (3 + random(2, 77, width)).requires_grad_(), random(2, 77, width, seed=1).requires_grad_()
+    dtotal, dy = random(2, 77, width, seed=5), random(2, 77, width, seed=6)
+    leaves = [t.detach().double().requires_grad_() for t in (h, a)]
+    total = leaves[0] + leaves[1] if added else leaves[0]
+    y = torch.nn.functional.layer_norm(total, (width,), norm.weight.double(), norm.bias.double())
+    torch.autograd.backward([total, y] if added else [y], [dtotal.double(), dy.double()] if added else [dy.double()])
+    got = add_norm(h, a if added else None, norm.half())
+    torch.autograd.backward(got if added else got[1:], [dtotal, dy] if added else [dy])
+    assert error(got[0], total) < 1e-3 and error(got[1], y) < 2e-3 and error(h.grad, leaves[0].grad) < 2e-3
+    assert (a.grad is not None) == added and (not added or torch.equal(a.grad, h.grad))
+
+
+def test_a_residual_with_a_bias_is_their_sum():
+    from common.norm_kernels import add_bias
+
+    x, h, bias = random(2, 48, 5, 7).requires_grad_(), random(2, 48, 5, 7, seed=1).requires_grad_(), random(48, seed=2)
+    y = add_bias(x, h, bias)
+    assert error(y, x.double() + h.double() + bias.double()[:, None, None]) < 1e-3
+    y.backward(dy := random(2, 48, 5, 7, seed=3))
+    assert torch.equal(x.grad, dy) and torch.equal(h.grad, dy)
 
 
 @pytest.mark.parametrize("quantize", ["fp16", "nf4"])
@@ -152,13 +227,15 @@ def test_one_fused_layer_is_its_formula_in_fp16(use_dora, quantize, p):
     model, layer, flat, seed = adapted_layer(use_dora, quantize, p)
     generator = torch.Generator("cuda").manual_seed(2)
     x, dy = (torch.randn(1024, n, device="cuda", generator=generator).half() for n in (640, 1280))
-    W, A, B = (t.double() for t in (layer.forward.weight(), layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()))
+    W, A, B = (
+        t.double() for t in (layer.forward.frozen_weight(), layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach())
+    )
     mask = seeded(torch.ones_like(x), p, seed, layer).double() if p else torch.ones_like(x).double()
     leaves = [x.double().requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+    leaves += [layer.lora_magnitude_vector.default.weight.detach().double().requires_grad_()] if use_dora else []
     y = leaves[0] @ W.T + 2 * (leaves[0] * mask) @ A.T @ B.T
     if use_dora:
-        gain = layer.lora_magnitude_vector.default.weight.double() / (W + 2 * B @ A).norm(dim=1)
-        y = y * gain.detach()
+        y = y * (leaves[3] / (W + 2 * B @ A).norm(dim=1).detach())
     (y + layer.base_layer.bias.double()).backward(dy.double())
     exact = [(y + layer.base_layer.bias.double()).detach(), *(leaf.grad for leaf in leaves)]
     for got, reference in zip(outputs_and_gradients(layer.forward, layer, flat, x, dy), exact, strict=True):
@@ -201,8 +278,34 @@ def adapted_layer(use_dora, quantize, p):
 
 
 def outputs_and_gradients(forward, layer, flat, x, dy):
-    """[y, dx, dA, dB] of one forward and backward pass."""
+    """[y, dx, dA, dB] of one forward and backward pass, and DoRA's dm."""
     flat.grad.zero_()
     x = x.clone().requires_grad_()
     (y := forward(x)).backward(dy)
-    return [y.detach(), x.grad, layer.lora_A.default.weight.grad.clone(), layer.lora_B.default.weight.grad.clone()]
+    magnitudes = [magnitude.weight.grad.clone() for magnitude in layer.lora_magnitude_vector.values()]
+    return [y.detach(), x.grad, layer.lora_A.default.weight.grad.clone(), layer.lora_B.default.weight.grad.clone(), *magnitudes]
+
+
+@pytest.mark.parametrize("memory", ["gpu", "offload", "sequential"])
+def test_images_are_those_of_plain_diffusers_in_every_memory_tier(demo, train, memory):
+    """With fused layers, replayed or launched, and as they were: base, adapter and base again from one loaded model."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from PIL import ImageChops
+
+    from common import device, loading, sampling
+
+    run = train("--max_train_steps", 8, "--learning_rate", 1e-2, "--lr_warmup_steps", 0)
+    sampler = sampling.Sampler(loading.find_model(str(demo.model)), device.start("fp16"), "euler", memory)
+    active = [(sampler.load(run.dir / "pytorch_lora_weights.safetensors"), 1.0)]
+    sampler.place()
+    settings = sampling.Settings(resolution=64, steps=8)
+    drawn = [sampler.draw(adapters, "a girl", [3], settings)[0] for adapters in ([], active, [])]
+    assert (sampler._graph is not None) == (memory == "gpu")
+    plain = StableDiffusionXLPipeline.from_pretrained(demo.model, dtype=torch.float16).to("cuda")
+    plain.scheduler = EulerDiscreteScheduler.from_config(plain.scheduler.config)
+    options = dict(num_inference_steps=8, guidance_scale=7.5, height=64, width=64)
+    expected = [plain("a girl", generator=sampling.generator(3), **options).images[0]]
+    plain.load_lora_weights(run.dir)
+    expected += [plain("a girl", generator=sampling.generator(3), **options).images[0], expected[0]]
+    furthest = [max(high for _, high in ImageChops.difference(*pair).getextrema()) for pair in zip(drawn, expected, strict=True)]
+    assert max(furthest) <= 4 and drawn[0].tobytes() == drawn[2].tobytes() != drawn[1].tobytes()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_formats import ATTENTION, FEED_FORWARD, RESIDUAL, drawn, gap, shake
 
 import infer
-from common import adapters, device, formats
+from common import adapters, device, formats, manifest
 from common.flags import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -138,7 +138,9 @@ def test_nothing_but_weights_changes_and_merge_json_says_what_was_merged(files, 
         (str(files["text"] / formats.WEIGHTS), 0.25),
         (str(files["dora"] / formats.WEIGHTS), 1.0),
     ]
-    assert [source["sha256"] for source in record["adapters"]] == [infer.sha256(files[name] / formats.WEIGHTS) for name in ("text", "dora")]
+    assert [source["sha256"] for source in record["adapters"]] == [
+        manifest.sha256(files[name] / formats.WEIGHTS) for name in ("text", "dora")
+    ]
     assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*"))  # others may read it
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -319,6 +321,16 @@ def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whol
     assert all(torch.equal(values, whole(*STEPS).weights()[name]) for name, values in run.weights().items())
 
 
+def test_where_there_are_checkpoints_already_nothing_else_is_searched(copy, tmp_path, monkeypatch):
+    """/kaggle/input may hold a whole data set, through which a search takes long."""
+    from common import checkpoint
+
+    monkeypatch.setattr(checkpoint, "KAGGLE_INPUT", SimpleNamespace(glob=lambda pattern: pytest.fail("searched")))
+    assert checkpoint.find_resume("latest", copy) == checkpoint.find_checkpoints(copy)[-1]
+    with pytest.raises(pytest.fail.Exception, match="searched"):
+        checkpoint.find_resume("latest", tmp_path / "empty")
+
+
 def test_an_output_folder_that_vanishes_costs_no_step(train, whole, tmp_path, monkeypatch):
     """A Drive that is unmounted between two checkpoints: everything is saved on the local disk, and goes on from there."""
     from common import checkpoint
@@ -337,6 +349,17 @@ def test_an_output_folder_that_vanishes_costs_no_step(train, whole, tmp_path, mo
     rescued = str(caught.value).rpartition(" ")[2]
     run = resume(train, tmp_path / "elsewhere", checkpoint=rescued)
     assert run.result["step"] == 12 and all(torch.equal(v, whole(*STEPS).weights()[name]) for name, v in run.weights().items())
+
+
+def test_a_model_file_that_vanishes_costs_no_step_and_is_what_the_message_names(train, demo, tmp_path):
+    """The VAE is read again for each validation image; the output folder is as writable as before."""
+    shutil.copytree(demo.model, tmp_path / "model")
+    flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--validation_prompt", "a cat", "--validation_steps", 2]
+    with pytest.raises(UserError) as caught:
+        train(*STEPS, *flags, into=tmp_path / "run", prepare=lambda engine, data: shutil.rmtree(tmp_path / "model/vae"))
+    message = str(caught.value)
+    assert str(tmp_path / "model/vae") in message and "of step 2 are" in message and "\n" not in message
+    assert json.loads((Path(message.rpartition(" ")[2]) / "state.json").read_text())["progress"]["step"] == 2
 
 
 # ---------------------------------------------------------------- what is kept

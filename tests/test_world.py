@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from demo.world import ATTRIBUTES, CLOTHING, EYES, HAIR, NAMES, STYLES, captions, describe, draw_attributes, render, rgb
+from demo.canvas import rgb
+from demo.painting import render
+from demo.world import ATTRIBUTES, CLOTHING, EYES, HAIR, NAMES, STYLES, captions, describe, draw_attributes
 
 PALETTES = {"hair": HAIR, "eyes": EYES, "clothing": CLOTHING}
 

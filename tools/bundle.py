@@ -143,7 +143,7 @@ def notebook(script):
             " (default: `lambdalabs/naruto-blip-captions`), or from your own captioned pictures with `--train_data_dir FOLDER`.\n\n"
             "With the environment variable `SUITE_DEMO=1` the notebook runs on a CPU with a tiny random model: it shows that everything works."
         ),
-        code(f"# the installed torch is kept\n%pip install -q {' '.join(requirement for requirement in requirements())}"),
+        code(f"# the installed torch is kept\n%pip install -q {' '.join(requirements())}"),
         *(code(f"%%writefile {name}.py\n{bundle(name)}") for name in ([script, "infer"] if training else [script])),
         code(
             "import os\nimport sys\n\n"

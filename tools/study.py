@@ -8,7 +8,6 @@ one that was cut short continues from its checkpoint. Writes study.md, study.jso
 """
 
 import dataclasses
-import gc
 import importlib
 import itertools
 import json
@@ -61,7 +60,7 @@ class Flags:
     )
     output_dir: str = flag("outputs/study", "where study.md, study.json, compare.png and the runs go")
     seeds: int = flag(3, f"runs of each method, with seeds {FIRST_SEED}, {FIRST_SEED + 1}, ...; the grid shows the first")
-    validation_split: float = flag(0.1, "share of the data held out; the runs of a seed hold out the same samples")
+    validation_split: float = flag(0.1, "share of the data held out; every run holds out the same samples")
     dry_run: bool = flag(False, "print the commands this would run and stop")
     demo: bool = flag(False, "the tiny model and data set that come with the suite, on a CPU")
 
@@ -100,7 +99,6 @@ def main(argv=None):
         train(training)
     rows = [measure(training) for training in trainings]
     study = {"methods": summarize(rows, unet_parameters(resolved)), "differences": compare(rows), "runs": rows}
-    free_memory()
     infer.main(grid)
     files.write_json(Path(flags.output_dir) / "study.json", study)
     Path(flags.output_dir, "study.md").write_text(markdown(study, flags.demo))
@@ -151,7 +149,6 @@ def train(training):
 
     if (training.folder / FINISHED).exists():
         return
-    free_memory()
     ended = importlib.import_module(training.script).main(training.argv)["ended"]
     if ended != "finished":
         raise UserError(f"{training.method}, seed {training.seed}: {ended}; only whole runs are compared, the same command goes on")
@@ -169,16 +166,6 @@ def score(folder):
     averaged = folder / "ema_unet"
     scores = demo_score.of_adapter(averaged if averaged.exists() else folder, SCORED_IMAGES)
     return {key: scores[key][0] for key in SCORES}
-
-
-def free_memory():
-    """Let go of the last run, and let the GPU's peak count from here: otherwise it is the highest of all runs so far."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def measure(training):

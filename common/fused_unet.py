@@ -1,0 +1,141 @@
+"""SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
+
+On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
+sequence of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
+backward pass, a normalisation only its input.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from common.kernels import geglu
+from common.norm_kernels import add_bias, add_norm, group_norm
+
+
+class _FrozenConv(torch.autograd.Function):
+    """A convolution whose weight needs no gradient, so that its input need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x, conv, bias):
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
+
+    @staticmethod
+    def backward(ctx, dy):
+        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
+        # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
+        return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
+
+
+def convolution(conv, x):
+    if x.is_cuda:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return _FrozenConv.apply(x, conv, conv.bias)
+
+
+def resnet_block(block, x, temb):
+    """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
+    h = _FrozenConv.apply(group_norm(x, block.norm1, silu=True), block.conv1, None)
+    h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
+    h, bias = _FrozenConv.apply(h, block.conv2, None), block.conv2.bias
+    if block.conv_shortcut is not None:
+        x, bias = _FrozenConv.apply(x, block.conv_shortcut, None), bias + block.conv_shortcut.bias
+    return add_bias(x, h, bias)
+
+
+def transformer(model, x, encoder_hidden_states=None, **unused):
+    """Transformer2DModel: an image as a sequence, its blocks, and back."""
+    batch, channels, height, width = x.shape
+    h = group_norm(x, model.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    h = model.proj_in(h)
+    for block in model.transformer_blocks:
+        if torch.is_grad_enabled() and model.gradient_checkpointing:
+            h = model._gradient_checkpointing_func(block, h, None, encoder_hidden_states)
+        else:
+            h = block(h, None, encoder_hidden_states)
+    return (model.proj_out(h).view(batch, height, width, channels).permute(0, 3, 1, 2) + x,)
+
+
+def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unused, **unused_too):
+    """BasicTransformerBlock: self-attention, cross-attention, feed-forward."""
+    h, n = add_norm(h, None, block.norm1)
+    h, n = add_norm(h, block.attn1(n), block.norm2)
+    h, n = add_norm(h, block.attn2(n, encoder_hidden_states), block.norm3)
+    return h + block.ff(n)
+
+
+def attention(attn, x, encoder_hidden_states=None, **unused):
+    """An attention processor: x [B, S, C], and what is attended to, [B, T, D] -> [B, S, C]."""
+    context = x if encoder_hidden_states is None else encoder_hidden_states
+    projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
+    heads = F.scaled_dot_product_attention(*(y.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for y in projected))
+    return attn.to_out[0](heads.transpose(1, 2).flatten(2))
+
+
+def gated_activation(module, x):
+    """GEGLU."""
+    return geglu(module.proj(x))
+
+
+def normalisation(norm, x):
+    """GroupNorm outside of the blocks above."""
+    return group_norm(x, norm)
+
+
+def _is_plain(block):
+    """The resnet block of SDXL, none of its many relatives, and no adapter on its convolutions."""
+    convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
+    return (
+        all(type(conv) is torch.nn.Conv2d for conv in convolutions)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and isinstance(block.nonlinearity, torch.nn.SiLU)
+        and block.upsample is None
+        and block.downsample is None
+    )
+
+
+@functools.cache
+def forwards():
+    """{class: (forward pass, whether it knows a module of this class)}; by class, as PEFT's Conv2d has the name of torch's."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    return {
+        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
+        ResnetBlock2D: (resnet_block, _is_plain),
+        Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
+        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        GEGLU: (gated_activation, lambda module: True),
+    }
+
+
+def fuse_unet(unet, device):
+    """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
+
+    Args:
+        device: where it will compute.
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    for module in list(unet.modules()):
+        forward, known = forwards().get(type(module), (None, None))
+        if forward and known(module):
+            module.forward = functools.partial(forward, module)
+        if type(getattr(module, "processor", None)) is AttnProcessor2_0:
+            module.processor = attention
+        if isinstance(module, torch.nn.Conv2d) and device.type == "cuda":
+            # also 1 x 1 kernels, which count as contiguous in either order: cuDNN goes by the strides
+            module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
+
+
+def unfuse_unet(unet):
+    """Give every layer its own forward pass back: hooks on single layers do not see what the fused passes read."""
+    for module in unet.modules():
+        if getattr(module.__dict__.get("forward"), "func", None) in [forward for forward, _ in forwards().values()]:
+            del module.forward

@@ -1,0 +1,98 @@
+"""What infer.py leaves behind: images that carry their parameters, manifest.json, and compare.png.
+
+Heavy libraries are imported where they are used: infer.py answers --help without them.
+"""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+
+def save_image(flags, column, index, prompt, seed, image):
+    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
+    from common import report
+
+    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
+    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
+    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
+    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
+    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
+    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
+    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
+    file = f"images/{column.stem}_{index:02d}_{seed}.png"
+    parameters = "\n".join([*lines, ", ".join(facts)])
+    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+
+
+def write_results(flags, sampler, model, columns, records, load_s):
+    """compare.png and manifest.json -> what the manifest says."""
+    from common import device, files
+
+    host, output_dir = sampler.host, Path(flags.output_dir)
+    drawn_s = sum(record["seconds"] for record in records)
+    manifest = {
+        **provenance(flags, model),
+        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
+        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "peak_gib": round(device.peak_gib(host.device), 2),
+        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
+        "images": records,
+    }
+    if flags.compare:
+        write_comparison(flags, host, manifest)
+    files.write_json(output_dir / "manifest.json", manifest)
+    made = "compare.png, " if flags.compare else ""
+    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    return manifest
+
+
+def write_comparison(flags, host, manifest):
+    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
+    from PIL import Image
+
+    from common import report
+
+    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
+    rows = {}  # (prompt, seed) -> one image per column
+    for record in manifest["images"]:
+        with Image.open(output_dir / record["file"]) as image:
+            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+    for i, column in enumerate(manifest["columns"]):
+        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
+        if i and not column["mean_abs_difference_from_base"]:
+            host.say(f"{column['title']}: not one pixel differs from the base")
+    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
+    model = Path(manifest["model"]["name"]).name
+    footer = (
+        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    )
+    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    manifest["grid"] = "compare.png"
+    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+
+
+def difference(image, other):
+    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
+    from PIL import ImageChops, ImageStat
+
+    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
+
+
+def provenance(flags, model):
+    """What was loaded, by which packages: for manifest.json and merge.json."""
+    packages = ("torch", "diffusers", "transformers", "peft")
+    return {
+        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def dtype_name(host):
+    return str(host.dtype).removeprefix("torch.")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
