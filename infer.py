@@ -280,7 +280,7 @@ def draw(flags, sampler, columns, settings):
     """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
     from tqdm import tqdm
 
-    from demo.build import demo_settings
+    from demo.settings import demo_settings
 
     prompts = list(dict.fromkeys(flags.prompt)) or (demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS)
     seeds = [flags.seed + i for i in range(flags.num_images)]

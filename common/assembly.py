@@ -203,7 +203,7 @@ def _fit(flags, engine, data, plan):
     share = plan.effective_batch // host.world
     setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
     shape = make_batches(1)[0].tensors["mean"].shape
-    gpu = torch.cuda.get_device_name(), int(2 * budget_gib), host.rank, torch.__version__
+    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), int(2 * budget_gib), host.rank, torch.__version__
     key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
     remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
     fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)

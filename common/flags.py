@@ -117,9 +117,9 @@ def parse(cls, argv=None):
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/build.py, and the class's own DEMO."""
+    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.build import demo_settings
+    from demo.settings import demo_settings
 
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo import build, painting, world
+from demo import build, painting, settings, world
 
 LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off a picture
 COUNTS = [len(values) for values in LABELS.values()]
@@ -168,10 +168,10 @@ def load_judge(path: Path) -> Judge:
 
 
 def clip_scores(pictures, captions: list[str]) -> list[float]:
-    """100 x cosine of each PIL image with its caption, by the small CLIP in build.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
+    """100 x cosine of each PIL image with its caption, by the small CLIP in settings.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    folder = build.ASSETS / "clip"
+    folder = settings.ASSETS / "clip"
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     texts = CLIPTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
     pixels = CLIPImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values

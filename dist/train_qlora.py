@@ -5,7 +5,7 @@ accelerate launch train_qlora.py --strategy normal
 python train_qlora.py --demo
 """
 
-# Made by tools/bundle.py from train_qlora.py and 29 modules; edit those, not this file.
+# Made by tools/bundle.py from train_qlora.py and 30 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -670,7 +670,7 @@ def _fit(flags, engine, data, plan):
     share = plan.effective_batch // host.world
     setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
     shape = make_batches(1)[0].tensors["mean"].shape
-    gpu = torch.cuda.get_device_name(), int(2 * budget_gib), host.rank, torch.__version__
+    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), int(2 * budget_gib), host.rank, torch.__version__
     key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
     remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
     fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
@@ -2204,9 +2204,9 @@ def parse(cls, argv=None):
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/build.py, and the class's own DEMO."""
+    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.build import demo_settings
+    from demo.settings import demo_settings
 
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
@@ -4575,9 +4575,7 @@ MODULES['demo'] = r'''
 # ================================================================================================= demo/build.py
 
 MODULES['demo.build'] = r'''
-"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts, tests), a
-tiny SDXL with random weights and a drawn, captioned image set, made here in about a second and without a network.
-"""
+"""The tiny demo: an SDXL with random weights and a drawn, captioned image set, made in about a second and without a network."""
 
 import json
 import math
@@ -4591,43 +4589,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
-SMALL_DEMO = dict(
-    resolution=128,
-    train_batch_size=8,
-    gradient_accumulation_steps=1,
-    gradient_checkpointing=False,
-    max_train_steps=250,
-    lr_warmup_steps=10,
-    learning_rate=2e-3,
-    caption_dropout=0.1,
-    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
-    checkpointing_steps=125,
-    validation_steps=125,
-    steps=20,
-    guidance_scale=5.0,
-    prompts=[
-        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
-        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
-        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
-    ],
-)
-TINY_DEMO = dict(
-    resolution=64,
-    max_train_steps=24,
-    lr_warmup_steps=4,
-    learning_rate=1e-3,
-    checkpointing_steps=12,
-    validation_steps=12,
-    steps=8,
-    prompts=[
-        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
-        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
-        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
-    ],
-)
-VERSION = 2  # part of the folder names: raise it when anything below changes what is built
+from demo.settings import demo_settings
 
 # The topology and the noise schedule of SDXL (config.json files of stabilityai/stable-diffusion-xl-base-1.0); the widths are left open.
 UNET = dict(
@@ -4853,6 +4815,62 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def demo_assets(root: Path) -> tuple[Path, Path]:
+    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
+    settings = demo_settings(root)
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
+    return build_once(model, build_model), build_once(data, build_images)
+'''
+
+# ============================================================================================== demo/settings.py
+
+MODULES['demo.settings'] = r'''
+"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts), or not
+wanted (tests), the tiny random SDXL and the images of demo/build.py.
+"""
+
+import os
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
+SMALL_DEMO = dict(
+    resolution=128,
+    train_batch_size=8,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=False,
+    max_train_steps=250,
+    lr_warmup_steps=10,
+    learning_rate=2e-3,
+    caption_dropout=0.1,
+    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+    checkpointing_steps=125,
+    validation_steps=125,
+    steps=20,
+    guidance_scale=5.0,
+    prompts=[
+        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
+        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
+        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
+    ],
+)
+TINY_DEMO = dict(
+    resolution=64,
+    max_train_steps=24,
+    lr_warmup_steps=4,
+    learning_rate=1e-3,
+    checkpointing_steps=12,
+    validation_steps=12,
+    steps=8,
+    prompts=[
+        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
+        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
+        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
+    ],
+)
+VERSION = 2  # part of the folder names: raise it when anything in demo/build.py changes what is built
+
+
 def is_tiny() -> bool:
     """Whether the random model stands in for the trained one: its files are absent, or TINY_DEMO=1 asks for it, as the tests do."""
     return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
@@ -4862,13 +4880,6 @@ def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
     model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
     return dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data), **(TINY_DEMO if is_tiny() else SMALL_DEMO))
-
-
-def demo_assets(root: Path) -> tuple[Path, Path]:
-    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
-    settings = demo_settings(root)
-    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
-    return build_once(model, build_model), build_once(data, build_images)
 '''
 
 # ======================================================================================== how the texts above become modules

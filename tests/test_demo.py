@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from demo import painting, score, small, world
-from demo.build import ASSETS
+from demo.settings import ASSETS
 
 ROWS = score.held_out(32)
 

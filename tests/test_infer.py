@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 import infer
 from common import device, loading, report, sampling
 from common.flags import UserError, parse
-from demo.build import TINY_DEMO
+from demo.settings import TINY_DEMO
 
 PROMPTS, STEPS = TINY_DEMO["prompts"], 3
 PROMPT = PROMPTS[0]

@@ -158,10 +158,10 @@ def train(training):
 
 def score(folder):
     """What a run of the demo's trained model has learnt and kept: {"style": share, "attributes": share}; nothing for the random one."""
-    from demo import build
     from demo import score as demo_score
+    from demo import settings
 
-    if build.is_tiny():
+    if settings.is_tiny():
         return {}
     averaged = folder / "ema_unet"
     scores = demo_score.of_adapter(averaged if averaged.exists() else folder, SCORED_IMAGES)
@@ -272,10 +272,10 @@ def conclusion(study, demo):
         rows = [row for row in study["differences"] if row["loss"] == loss and row["beyond_chance"] == beyond]
         named = ", ".join(f"{row['method']} ({row['mean']:+.5f} ± {row['standard_error']:.5f})" for row in rows)
         said += [f"By {columns[loss]}, {'different' if beyond else 'not to be told'} from {first}: {named}."] if rows else []
-    from demo import build
+    from demo.settings import is_tiny
 
     random_model = "The demo model's weights are random here: this shows that the comparison works, not which method is better."
-    return " ".join(said + [random_model] * (demo and build.is_tiny()))
+    return " ".join(said + [random_model] * (demo and is_tiny()))
 
 
 if __name__ == "__main__":
