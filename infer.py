@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import ClassVar, List, Literal, NamedTuple, Optional
 
 from common import hub, manifest
-from common.flags import DEMO_ROOT, ModelFlags, UserError, check_model, flag, local_path, parse, print_config, run
+from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
+from common.flags import ModelFlags, check_model
 from common.schedulers import SCHEDULERS
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import List, Literal, Optional
 
 from common import hub
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check, flag, parse, print_config, run
+from common.command_line import flag, parse, print_config, run
+from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
 
 STRATEGIES = {
     "aggressive": dict(lora_rank=32, lora_alpha=32, lora_target_modules=[*ATTENTION_PROJECTIONS, "ff.net.0.proj", "ff.net.2"]),

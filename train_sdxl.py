@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Optional
 
 from common import hub
-from common.flags import TrainFlags, check, parse, print_config, run
+from common.command_line import parse, print_config, run
+from common.flags import TrainFlags, check
 
 
 @dataclass

@@ -23,7 +23,7 @@ try:
     from packaging.requirements import Requirement
 
     from common import hub
-    from common.flags import CACHE_DIR, flag, parse, run
+    from common.command_line import CACHE_DIR, flag, parse, run
 except ModuleNotFoundError as error:
     sys.exit(f"verify_setup.py: {error.name} is missing: pip install -r requirements.txt")
 

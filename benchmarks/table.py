@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.flags import UserError, run
+from common.command_line import UserError, run
 
 BLOCK = re.compile(r"^<!-- table (?P<label>[^\n]+) -->\n(?P<text>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 COLUMNS = [  # (title, key of a row, format)

@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from common.adapter_reading import read_adapter
-from common.flags import UserError
+from common.command_line import UserError
 from common.formats import COMPONENTS
 
 

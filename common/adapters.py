@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.graphs import side_by_side
 
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]

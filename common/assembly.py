@@ -29,9 +29,9 @@ from common import (
     report,
     sampling,
 )
+from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
 from common.fit import BlockCheckpointing, Fit, measured
-from common.flags import DEMO_ROOT, UserError
 from demo.build import demo_assets
 
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import dataset, device, loading
+from common.command_line import UserError
 from common.files import write_safetensors
-from common.flags import UserError
 from common.hub import FP16_VAE
 
 VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found

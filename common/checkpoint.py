@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from common.command_line import UserError
 from common.files import write_json, write_safetensors
-from common.flags import UserError
 
 KAGGLE_INPUT = Path("/kaggle/input")
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.flags import UserError, find_data_dir
+from common.command_line import UserError
+from common.flags import find_data_dir
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUCKET_RATIO = 2.0  # widest and tallest bucket

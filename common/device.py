@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from common.flags import UserError
+from common.command_line import UserError
 
 GIB = 2**30
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process

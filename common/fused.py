@@ -10,7 +10,7 @@ magnitude, n [N] row norms of W + s B A, g = m / n.
 import torch
 import torch.nn.functional as F
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
 
 

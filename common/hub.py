@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from common.flags import DEMO_ROOT, UserError
+from common.command_line import DEMO_ROOT, UserError
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 

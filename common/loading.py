@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.hub import FP16_VAE
 from common.noise import NoiseSchedule
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Optional
 
 from common import checkpoint, device
+from common.command_line import UserError
 from common.engine import PassOutOfMemory
-from common.flags import UserError
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10

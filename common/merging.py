@@ -6,8 +6,8 @@ from itertools import chain
 
 from safetensors import SafetensorError
 
+from common.command_line import UserError
 from common.files import write_json
-from common.flags import UserError
 
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
 COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common import adapter_loading, device, fused_unet, loading
 from common.adapters import without_dropout
-from common.flags import UserError
+from common.command_line import UserError
 from common.graphs import Graphed
 from common.schedulers import make_scheduler
 

@@ -17,7 +17,8 @@ from typing import ClassVar, Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.flags import ModelFlags, UserError, check_model, flag, local_path, parse, run
+from common.command_line import UserError, flag, local_path, parse, run
+from common.flags import ModelFlags, check_model
 
 READ = ("hair", "eyes", "clothing", "background")
 

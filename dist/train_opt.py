@@ -4,7 +4,7 @@ accelerate launch train_opt.py --resolution 768
 python train_opt.py --demo
 """
 
-# Made by tools/bundle.py from train_opt.py and 30 modules; edit those, not this file.
+# Made by tools/bundle.py from train_opt.py and 31 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -36,7 +36,7 @@ import warnings
 import torch
 
 from common.adapter_reading import read_adapter
-from common.flags import UserError
+from common.command_line import UserError
 from common.formats import COMPONENTS
 
 
@@ -94,7 +94,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from common import formats
-from common.flags import UserError
+from common.command_line import UserError
 
 KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
 
@@ -317,7 +317,7 @@ import contextlib
 
 import torch
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.graphs import side_by_side
 
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -495,9 +495,9 @@ from common import (
     report,
     sampling,
 )
+from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
 from common.fit import BlockCheckpointing, Fit, measured
-from common.flags import DEMO_ROOT, UserError
 from demo.build import demo_assets
 
 
@@ -918,8 +918,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import dataset, device, loading
+from common.command_line import UserError
 from common.files import write_safetensors
-from common.flags import UserError
 from common.hub import FP16_VAE
 
 VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
@@ -1207,8 +1207,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from common.command_line import UserError
 from common.files import write_json, write_safetensors
-from common.flags import UserError
 
 KAGGLE_INPUT = Path("/kaggle/input")
 
@@ -1309,6 +1309,161 @@ def load_checkpoint(folder, engine):
     return state["progress"]
 '''
 
+# ======================================================================================== common/command_line.py
+
+MODULES['common.command_line'] = r'''
+"""The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
+
+Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+import argparse_dataclass
+
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+DEMO_ROOT = Path(CACHE_DIR) / "demo"
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
+
+
+def flag(default, help, **metadata):
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def local_path(text):
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
+    the help, and errors raised as UserError."""
+
+    def __init__(self, cls):
+        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
+        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        if str(kwargs.get("action")).startswith("store_"):
+            kwargs["action"] = Switch
+        elif "nargs" in kwargs:
+            kwargs["action"] = "extend"
+        if dest in self._optional:
+            kwargs["type"] = _or_none(kwargs["type"])
+        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
+        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+        return super().add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            close = difflib.get_close_matches(typed, known, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
+
+
+def _shown(field):
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+
+
+def parse(cls, argv=None):
+    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+
+    Raises:
+        UserError: for whatever argparse refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+    parser = Parser(cls)
+    if "demo" in typed:
+        # a typed list would be added to a default one
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
+    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
+    return parser.parse_args(argv)
+
+
+def _demo_defaults(cls):
+    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
+    from demo.settings import demo_settings
+
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
+
+
+def print_config(flags):
+    """What --dry_run shows: the resolved flags as JSON."""
+    print(json.dumps(dataclasses.asdict(flags), indent=2))
+
+
+def run(main):
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+
+    def __init_subclass__(cls):
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if name in inherited and not isinstance(default, dataclasses.Field):
+                metadata = dict(inherited[name].metadata)
+                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
+'''
+
 # ============================================================================================= common/dataset.py
 
 MODULES['common.dataset'] = r'''
@@ -1327,7 +1482,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from common.flags import UserError, find_data_dir
+from common.command_line import UserError
+from common.flags import find_data_dir
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 BUCKET_RATIO = 2.0  # widest and tallest bucket
@@ -1574,7 +1730,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
-from common.flags import UserError
+from common.command_line import UserError
 
 GIB = 2**30
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
@@ -2084,160 +2240,21 @@ def _seconds_per_image(engine, make_batches, checkpointing, size, kept):
 # =============================================================================================== common/flags.py
 
 MODULES['common.flags'] = r'''
-"""Flags as documented dataclasses: `flag()` declares one, `parse()` reads the command line, `check()` refuses what cannot work.
+"""The flags of the scripts, as documented dataclasses; `check()` refuses what cannot work.
 
-Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+Nothing here imports torch: a wrong value is answered at once.
 """
 
-import argparse
-import dataclasses
-import difflib
 import importlib.util
-import json
 import math
 import os
-import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, Optional, get_args
+from typing import ClassVar, List, Literal, Optional
 
-import argparse_dataclass
+from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
-DEMO_ROOT = Path(CACHE_DIR) / "demo"
-
-
-class UserError(Exception):
-    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
-
-
-def flag(default, help, **metadata):
-    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
-def local_path(text):
-    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return os.path.expanduser(text)
-
-
-class Switch(argparse.Action):
-    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
-        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
-
-
-class Parser(argparse_dataclass.ArgumentParser):
-    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
-    the help, and errors raised as UserError."""
-
-    def __init__(self, cls):
-        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
-        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
-        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
-
-    def add_argument(self, *names, **kwargs):
-        if names[0] == "-h":
-            return super().add_argument(*names, **kwargs)
-        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
-        if str(kwargs.get("action")).startswith("store_"):
-            kwargs["action"] = Switch
-        elif "nargs" in kwargs:
-            kwargs["action"] = "extend"
-        if dest in self._optional:
-            kwargs["type"] = _or_none(kwargs["type"])
-        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
-        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
-        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
-        return super().add_argument(*spellings, dest=dest, **kwargs)
-
-    def error(self, message):
-        known = [option for action in self._actions for option in action.option_strings]
-        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            close = difflib.get_close_matches(typed, known, n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{message} (--help lists every flag)")
-
-
-def _or_none(convert):
-    """A type for argparse that also takes the word "none"."""
-
-    def converter(text):
-        return None if text.lower() == "none" else convert(text)
-
-    converter.__name__ = convert.__name__
-    return converter
-
-
-def _shown(field):
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
-
-
-def parse(cls, argv=None):
-    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
-
-    Raises:
-        UserError: for whatever argparse refuses.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
-    parser = Parser(cls)
-    if "demo" in typed:
-        # a typed list would be added to a default one
-        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
-    if "num_train_epochs" in typed and "max_train_steps" not in typed:
-        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
-    return parser.parse_args(argv)
-
-
-def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.settings import demo_settings
-
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
-
-
-def print_config(flags):
-    """What --dry_run shows: the resolved flags as JSON."""
-    print(json.dumps(dataclasses.asdict(flags), indent=2))
-
-
-def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
-        sys.exit(130)
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-class Described:
-    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
-
-    def __init_subclass__(cls):
-        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        for name in cls.__dict__.get("__annotations__", {}):
-            default = cls.__dict__.get(name)
-            if name in inherited and not isinstance(default, dataclasses.Field):
-                metadata = dict(inherited[name].metadata)
-                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
 
 
 @dataclass
@@ -2620,7 +2637,7 @@ magnitude, n [N] row norms of W + s B A, g = m / n.
 import torch
 import torch.nn.functional as F
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
 
 
@@ -3004,7 +3021,7 @@ MODULES['common.hub'] = r'''
 import os
 from pathlib import Path
 
-from common.flags import DEMO_ROOT, UserError
+from common.command_line import DEMO_ROOT, UserError
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
@@ -3264,7 +3281,7 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.flags import UserError
+from common.command_line import UserError
 from common.hub import FP16_VAE
 from common.noise import NoiseSchedule
 
@@ -3518,8 +3535,8 @@ from pathlib import Path
 from typing import Optional
 
 from common import checkpoint, device
+from common.command_line import UserError
 from common.engine import PassOutOfMemory
-from common.flags import UserError
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
@@ -4293,7 +4310,7 @@ from tqdm import tqdm
 
 from common import adapter_loading, device, fused_unet, loading
 from common.adapters import without_dropout
-from common.flags import UserError
+from common.command_line import UserError
 from common.graphs import Graphed
 from common.schedulers import make_scheduler
 
@@ -4918,7 +4935,8 @@ from dataclasses import dataclass
 from typing import Literal, Optional
 
 from common import hub
-from common.flags import TrainFlags, check, parse, print_config, run
+from common.command_line import parse, print_config, run
+from common.flags import TrainFlags, check
 
 
 @dataclass

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before torch or common.flags are imported: they read these once.
+# Before torch or common.command_line are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
@@ -105,10 +105,10 @@ def assemble(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo():
     """(model folder, data folder) of the demo."""
-    from common import flags
+    from common import command_line
     from demo.build import demo_assets
 
-    model, data = demo_assets(Path(flags.CACHE_DIR) / "demo")
+    model, data = demo_assets(Path(command_line.CACHE_DIR) / "demo")
     return SimpleNamespace(model=model, data=data)
 
 

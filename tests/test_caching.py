@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from common import caching, dataset, device, loading
-from common.flags import UserError
+from common.command_line import UserError
 
 PROMPTS = ["a smiling boy with blue eyes", "", "Ünïcode 日本, and 7 more?", "a laughing cat in front of the sea " * 30]
 

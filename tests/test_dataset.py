@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageFile, WebPImagePlugin
 
 from common import dataset
+from common.command_line import UserError
 from common.dataset import Framing, Sample, buckets, frame, load_samples, pixels, time_ids
-from common.flags import UserError
 
 CAPTIONS = {"a.png": "a red house", "b.jpg": "a blue cat, sleeping", "sub/c.webp": "Ünïcode: 日本"}
 SIZES = {"a.png": (40, 30), "b.jpg": (33, 64), "sub/c.webp": (50, 50)}

@@ -11,7 +11,8 @@ import pytest
 
 import train_opt
 import train_sdxl
-from common.flags import ATTENTION_PROJECTIONS, Parser, TrainFlags, UserError, check, parse
+from common.command_line import Parser, UserError, parse
+from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_opt.Flags)}
 SCRIPTS = [train_opt, train_sdxl]

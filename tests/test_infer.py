@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 import infer
 from common import device, loading, report, sampling
-from common.flags import UserError, parse
+from common.command_line import UserError, parse
 from demo.settings import TINY_DEMO
 
 PROMPTS, STEPS = TINY_DEMO["prompts"], 3

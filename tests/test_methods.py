@@ -11,7 +11,8 @@ from peft import LoraConfig, inject_adapter_in_model
 import train_qlora
 from benchmarks import full_size
 from common import adapters, fused
-from common.flags import ATTENTION_PROJECTIONS, UserError
+from common.command_line import UserError
+from common.flags import ATTENTION_PROJECTIONS
 from common.kernels import seeded_dropout
 from demo import build
 

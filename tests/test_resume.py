@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.flags import UserError
+from common.command_line import UserError
 
 # No warm-up: its first step has a learning rate of 0, and a run that stopped there would have nothing to lose.
 STEPS = ["--max_train_steps", 12, "--checkpointing_steps", 4, "--lr_warmup_steps", 0]

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 
 from common import adapters, dataset
-from common.flags import UserError
+from common.command_line import UserError
 from common.noise import generator_for
 
 SEED, EFFECTIVE = 42, 8

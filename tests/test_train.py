@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from common.flags import UserError
+from common.command_line import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FIELDS = "step epoch loss mse lr grad_norm s_per_img peak_gib mse_t0 mse_t1 mse_t2 mse_t3".split()

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import verify_setup
-from common.flags import UserError
+from common.command_line import UserError
 from verify_setup import DATA, DISK_GB, MODEL, REPOS, Facts, judge, kaggle_inputs, probe_packages, table
 
 OFFLINE = dict.fromkeys(REPOS, "unreachable (ConnectError)")

@@ -21,7 +21,8 @@ from typing import ClassVar, Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.flags import ModelFlags, UserError, check, flag, parse, run
+from common.command_line import UserError, flag, parse, run
+from common.flags import ModelFlags, check
 
 METHODS = {  # name -> trainer, and what makes its defaults those of the comparison
     "LoRA": ("train_sdxl", "--lora_rank 16 --lora_alpha 32 --lora_dropout 0.1 --use_8bit_adam"),

@@ -1,0 +1,150 @@
+"""The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
+
+Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import get_args
+
+import argparse_dataclass
+
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+DEMO_ROOT = Path(CACHE_DIR) / "demo"
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
+
+
+def flag(default, help, **metadata):
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def local_path(text):
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
+    the help, and errors raised as UserError."""
+
+    def __init__(self, cls):
+        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
+        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        if str(kwargs.get("action")).startswith("store_"):
+            kwargs["action"] = Switch
+        elif "nargs" in kwargs:
+            kwargs["action"] = "extend"
+        if dest in self._optional:
+            kwargs["type"] = _or_none(kwargs["type"])
+        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
+        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+        return super().add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        known = [option for action in self._actions for option in action.option_strings]
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            close = difflib.get_close_matches(typed, known, n=1)
+            message += f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
+
+
+def _shown(field):
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+
+
+def parse(cls, argv=None):
+    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+
+    Raises:
+        UserError: for whatever argparse refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+    parser = Parser(cls)
+    if "demo" in typed:
+        # a typed list would be added to a default one
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
+    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
+    return parser.parse_args(argv)
+
+
+def _demo_defaults(cls):
+    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
+    from demo.settings import demo_settings
+
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
+
+
+def print_config(flags):
+    """What --dry_run shows: the resolved flags as JSON."""
+    print(json.dumps(dataclasses.asdict(flags), indent=2))
+
+
+def run(main):
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        sys.exit(130)
+    except UserError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+
+    def __init_subclass__(cls):
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if name in inherited and not isinstance(default, dataclasses.Field):
+                metadata = dict(inherited[name].metadata)
+                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
