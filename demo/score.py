@@ -95,11 +95,11 @@ def draw(flags, lora, captions):
 
     from common import adapter_reading, device, loading, sampling
 
-    host = device.start(flags.mixed_precision, flags.seed)
-    sampler = sampling.Sampler(loading.find_model(flags.pretrained_model_name_or_path), host, "euler", host.device.type)
+    host, settings = device.start(flags.mixed_precision, flags.seed), sampling.Settings(flags.resolution, flags.steps, flags.guidance_scale)
+    memory, _ = sampling.choose_memory("auto", host, settings, batch_size=1)
+    sampler = sampling.Sampler(loading.find_model(flags.pretrained_model_name_or_path), host, "euler", memory)
     active = [(sampler.load(adapter_reading.find_adapter(lora)), 1.0)] if lora else []
     sampler.place()
-    settings = sampling.Settings(flags.resolution, flags.steps, flags.guidance_scale)
     numbered = enumerate(tqdm(captions, desc="drawing held-out captions", unit="img"))
     return [sampler.draw(active, caption, [flags.seed + i], settings)[0] for i, caption in numbered]
 
