@@ -21,6 +21,7 @@ from common import (
     dataset,
     device,
     files,
+    fit,
     formats,
     fused,
     fused_unet,
@@ -31,7 +32,6 @@ from common import (
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
-from common.fit import BlockCheckpointing, Fit, measured
 from demo.build import demo_assets
 
 
@@ -89,7 +89,7 @@ def build_engine(flags, host, unet, data):
     checkpointing = None
     if flags.gradient_checkpointing:
         # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
-        checkpointing = BlockCheckpointing(preserve_rng_state=not fused_layers)
+        checkpointing = fit.BlockCheckpointing(preserve_rng_state=not fused_layers)
         unet.enable_gradient_checkpointing(checkpointing)
     encoders = _trained_encoders(flags, data)
     if encoders:
@@ -130,15 +130,17 @@ def train(flags, engine, data):
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
-    fit = _fit(flags, engine, data, plan)
-    host.say(f"training: {plan.total_steps} steps of {plan.effective_batch} images, {fit.micro_batch} at a time, from step {progress.step}")
+    passes = _fit(flags, engine, data, plan)
+    host.say(
+        f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
+    )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data)
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
         try:
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, fit, log, progress, draw, save)
+            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save)
         finally:
             log.close()
         engine.run_pass.clear()
@@ -181,10 +183,10 @@ def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
 
 
-# Flags on which the memory and the time of a pass depend.
+# Flags on which the memory and the time of a pass depend, beside the shape of its images and the number of trainable parameters.
 _CHANGES_A_PASS = (
-    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets quantize lora_backend lora_dropout gradient_checkpointing"
-    " cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
+    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank lora_target_modules lora_backend"
+    " lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
 ).split()
 
 
@@ -192,7 +194,7 @@ def _fit(flags, engine, data, plan):
     """On a GPU the measured Fit, unless --no_auto_fit; else the documented micro-batch."""
     host = engine.host
     if host.device.type != "cuda" or not flags.auto_fit:
-        return Fit(flags.train_batch_size, engine.checkpointing)
+        return fit.Fit(flags.train_batch_size, engine.checkpointing)
     there_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / device.GIB
     budget_gib = min(flags.max_vram_gb or there_gib, there_gib)
     torch.cuda.set_per_process_memory_fraction(budget_gib * device.GIB / torch.cuda.get_device_properties(host.device).total_memory)
@@ -201,14 +203,19 @@ def _fit(flags, engine, data, plan):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
     share = plan.effective_batch // host.world
-    setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
+    budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
-    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), int(2 * budget_gib), host.rank, torch.__version__
-    key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
-    remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
-    fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
+    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
+    remembered = Path(flags.cache_dir) / "plans" / f"{_plan_key(flags, gpu, share, shape, len(engine.flat))}.json"
+    chosen, line = fit.measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
     host.say(line)
-    return fit
+    return chosen
+
+
+def _plan_key(flags, *measured_with):
+    """What a remembered Fit belongs to."""
+    versions = fit.VERSION, version("torch"), version("diffusers")
+    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
 
 
 def _plan(flags, host, data):

@@ -98,7 +98,7 @@ class Engine:
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
         self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
-        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say)
+        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False)
 
     def optimizer_state_bytes(self):
         """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""

@@ -5,6 +5,7 @@ memory, block by block; a larger pass uses the GPU better. `measured` times what
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
+VERSION = 1  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
 TIMED_CANDIDATES = 3
@@ -76,19 +78,23 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
     Returns:
         (Fit, the line that says what was chosen).
     """
-    if remembered.exists():
+    try:
         plan = json.loads(remembered.read_text())
         if checkpointing:
             checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
-        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (measured in an earlier run)"
-    fit, line = _measure(engine, make_batches, share, checkpointing, budget_gib)
-    kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
+        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (as an earlier run measured, {remembered})"
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # there is none, or it is damaged or of another UNet
+    fit, line, seconds = _measure(engine, make_batches, share, checkpointing, budget_gib)
+    if math.isfinite(seconds):
+        kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
     return replace(fit, remembered=remembered), line
 
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
+    """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
     candidates = []
@@ -101,10 +107,11 @@ def _measure(engine, make_batches, share, checkpointing, budget_gib):
         checkpointing.kept = kept
     used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
     passes = share // size
-    return Fit(size, checkpointing), (
+    line = (
         f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
         f" recomputed, {seconds:.3f} s/img, about {used_gib:.1f} of {budget_gib:.1f} GiB"
     )
+    return Fit(size, checkpointing), line, seconds
 
 
 def _probe(engine, batch, checkpointing):

@@ -53,14 +53,18 @@ class AdapterLinear(torch.autograd.Function):
         return dx, None, None, None, None
 
 
+# Whether cuBLAS may be asked for an fp32 product of fp16 matrices, which spares a rounding and three kernels; from torch 2.10 on.
+FP32_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
 def product(x, y):
-    """x y in fp32; a GPU does not round it to the dtype of x and y on the way."""
-    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else (x @ y).float()
+    """x y in fp32."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32 else (x @ y).float()
 
 
 def add_product(total, x, y, scale):
     """total += scale x y, for an fp32 total."""
-    if x.is_cuda and x.dtype != torch.float32:
+    if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32:
         torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
     else:
         total.add_(x @ y, alpha=scale)

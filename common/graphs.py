@@ -24,11 +24,13 @@ def side_by_side(functions, device):
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
-    for i, function in enumerate(functions):
-        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
-            function()
-    for stream in streams:
-        torch.cuda.current_stream().wait_stream(stream)
+    try:
+        for i, function in enumerate(functions):
+            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+                function()
+    finally:
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -41,10 +43,12 @@ class Graphed:
         function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
             place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
+            otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print):
-        self.function, self.device, self.pool, self.say = function, device, pool, say
+    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
+        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
         self.enabled = enabled and device.type == "cuda"
         self._seen, self._graphs = set(), {}
 
@@ -81,14 +85,15 @@ class Graphed:
         return result
 
     def _capture(self, shapes, tensors):
-        inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # the outer context restores the stream, which a capture that fails at its end does not
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise  # a smaller pass may fit, and be captured
         except RuntimeError as error:
+            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+                raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False

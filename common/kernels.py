@@ -12,7 +12,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
         bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
         bits = (bits ^ (bits >> 15)) * 0xD35A2D97
@@ -24,7 +24,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_kernel(h, out, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -32,7 +32,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_backward_kernel(dy, h, dh, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -185,5 +185,6 @@ def update_gain(w, A, B, m, scale, gain, b):
         torch.div(m, row_norms(w, A, B, scale), out=gain)
         b.copy_(B * gain[:, None])
     else:
-        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        rank = max(16, triton.next_power_of_2(len(A)))
+        options = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank), num_warps=4)  # a tile of A fits the shared memory of any card
         _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)

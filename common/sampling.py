@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 
 import torch
 from tqdm import tqdm
@@ -118,7 +119,7 @@ class Sampler:
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph = None, None
+        self._active, self._graph, self._most_images = None, None, math.inf
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -188,6 +189,9 @@ class Sampler:
         Raises:
             UserError: out of memory in the smallest plan.
         """
+        if len(seeds) > self._most_images:
+            parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
+            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
         except torch.OutOfMemoryError:
@@ -200,8 +204,8 @@ class Sampler:
         device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
-            half = len(seeds) // 2
-            return [image for part in (seeds[:half], seeds[half:]) for image in self.draw(adapters, prompt, part, settings, on_step)]
+            self._most_images = len(seeds) // 2  # of later prompts too
+            return self.draw(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
         return self.draw(adapters, prompt, seeds, settings, on_step)
 

@@ -1342,11 +1342,13 @@ def side_by_side(functions, device):
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
-    for i, function in enumerate(functions):
-        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
-            function()
-    for stream in streams:
-        torch.cuda.current_stream().wait_stream(stream)
+    try:
+        for i, function in enumerate(functions):
+            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+                function()
+    finally:
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -1359,10 +1361,12 @@ class Graphed:
         function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
             place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
+            otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print):
-        self.function, self.device, self.pool, self.say = function, device, pool, say
+    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
+        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
         self.enabled = enabled and device.type == "cuda"
         self._seen, self._graphs = set(), {}
 
@@ -1399,14 +1403,15 @@ class Graphed:
         return result
 
     def _capture(self, shapes, tensors):
-        inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # the outer context restores the stream, which a capture that fails at its end does not
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise  # a smaller pass may fit, and be captured
         except RuntimeError as error:
+            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+                raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False
@@ -1485,7 +1490,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
         bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
         bits = (bits ^ (bits >> 15)) * 0xD35A2D97
@@ -1497,7 +1502,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_kernel(h, out, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -1505,7 +1510,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_backward_kernel(dy, h, dh, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -1658,7 +1663,8 @@ def update_gain(w, A, B, m, scale, gain, b):
         torch.div(m, row_norms(w, A, B, scale), out=gain)
         b.copy_(B * gain[:, None])
     else:
-        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        rank = max(16, triton.next_power_of_2(len(A)))
+        options = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank), num_warps=4)  # a tile of A fits the shared memory of any card
         _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
 '''
 
@@ -2652,6 +2658,7 @@ MODULES['common.sampling'] = r'''
 
 import dataclasses
 import gc
+import math
 
 import torch
 from tqdm import tqdm
@@ -2768,7 +2775,7 @@ class Sampler:
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph = None, None
+        self._active, self._graph, self._most_images = None, None, math.inf
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -2838,6 +2845,9 @@ class Sampler:
         Raises:
             UserError: out of memory in the smallest plan.
         """
+        if len(seeds) > self._most_images:
+            parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
+            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
         except torch.OutOfMemoryError:
@@ -2850,8 +2860,8 @@ class Sampler:
         device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
-            half = len(seeds) // 2
-            return [image for part in (seeds[:half], seeds[half:]) for image in self.draw(adapters, prompt, part, settings, on_step)]
+            self._most_images = len(seeds) // 2  # of later prompts too
+            return self.draw(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
         return self.draw(adapters, prompt, seeds, settings, on_step)
 

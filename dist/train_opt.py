@@ -487,6 +487,7 @@ from common import (
     dataset,
     device,
     files,
+    fit,
     formats,
     fused,
     fused_unet,
@@ -497,7 +498,6 @@ from common import (
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
-from common.fit import BlockCheckpointing, Fit, measured
 from demo.build import demo_assets
 
 
@@ -555,7 +555,7 @@ def build_engine(flags, host, unet, data):
     checkpointing = None
     if flags.gradient_checkpointing:
         # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
-        checkpointing = BlockCheckpointing(preserve_rng_state=not fused_layers)
+        checkpointing = fit.BlockCheckpointing(preserve_rng_state=not fused_layers)
         unet.enable_gradient_checkpointing(checkpointing)
     encoders = _trained_encoders(flags, data)
     if encoders:
@@ -596,15 +596,17 @@ def train(flags, engine, data):
     if host.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
-    fit = _fit(flags, engine, data, plan)
-    host.say(f"training: {plan.total_steps} steps of {plan.effective_batch} images, {fit.micro_batch} at a time, from step {progress.step}")
+    passes = _fit(flags, engine, data, plan)
+    host.say(
+        f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
+    )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data)
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
         try:
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, fit, log, progress, draw, save)
+            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save)
         finally:
             log.close()
         engine.run_pass.clear()
@@ -647,10 +649,10 @@ def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
 
 
-# Flags on which the memory and the time of a pass depend.
+# Flags on which the memory and the time of a pass depend, beside the shape of its images and the number of trainable parameters.
 _CHANGES_A_PASS = (
-    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets quantize lora_backend lora_dropout gradient_checkpointing"
-    " cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
+    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank lora_target_modules lora_backend"
+    " lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
 ).split()
 
 
@@ -658,7 +660,7 @@ def _fit(flags, engine, data, plan):
     """On a GPU the measured Fit, unless --no_auto_fit; else the documented micro-batch."""
     host = engine.host
     if host.device.type != "cuda" or not flags.auto_fit:
-        return Fit(flags.train_batch_size, engine.checkpointing)
+        return fit.Fit(flags.train_batch_size, engine.checkpointing)
     there_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / device.GIB
     budget_gib = min(flags.max_vram_gb or there_gib, there_gib)
     torch.cuda.set_per_process_memory_fraction(budget_gib * device.GIB / torch.cuda.get_device_properties(host.device).total_memory)
@@ -667,14 +669,19 @@ def _fit(flags, engine, data, plan):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
     share = plan.effective_batch // host.world
-    setting = [getattr(flags, name) for name in _CHANGES_A_PASS]
+    budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
-    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), int(2 * budget_gib), host.rank, torch.__version__
-    key = caching.content_key("plan", caching.VERSION, *gpu, share, shape, len(engine.flat), setting)
-    remembered = Path(flags.cache_dir) / "plans" / f"{key}.json"
-    fit, line = measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
+    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
+    remembered = Path(flags.cache_dir) / "plans" / f"{_plan_key(flags, gpu, share, shape, len(engine.flat))}.json"
+    chosen, line = fit.measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
     host.say(line)
-    return fit
+    return chosen
+
+
+def _plan_key(flags, *measured_with):
+    """What a remembered Fit belongs to."""
+    versions = fit.VERSION, version("torch"), version("diffusers")
+    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
 
 
 def _plan(flags, host, data):
@@ -1953,7 +1960,7 @@ class Engine:
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
         self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
-        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say)
+        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False)
 
     def optimizer_state_bytes(self):
         """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
@@ -2092,6 +2099,7 @@ memory, block by block; a larger pass uses the GPU better. `measured` times what
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -2103,6 +2111,7 @@ from torch.utils.checkpoint import checkpoint
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
+VERSION = 1  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
 TIMED_CANDIDATES = 3
@@ -2163,19 +2172,23 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
     Returns:
         (Fit, the line that says what was chosen).
     """
-    if remembered.exists():
+    try:
         plan = json.loads(remembered.read_text())
         if checkpointing:
             checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
-        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (measured in an earlier run)"
-    fit, line = _measure(engine, make_batches, share, checkpointing, budget_gib)
-    kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
+        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (as an earlier run measured, {remembered})"
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # there is none, or it is damaged or of another UNet
+    fit, line, seconds = _measure(engine, make_batches, share, checkpointing, budget_gib)
+    if math.isfinite(seconds):
+        kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
     return replace(fit, remembered=remembered), line
 
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
+    """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
     candidates = []
@@ -2188,10 +2201,11 @@ def _measure(engine, make_batches, share, checkpointing, budget_gib):
         checkpointing.kept = kept
     used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
     passes = share // size
-    return Fit(size, checkpointing), (
+    line = (
         f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
         f" recomputed, {seconds:.3f} s/img, about {used_gib:.1f} of {budget_gib:.1f} GiB"
     )
+    return Fit(size, checkpointing), line, seconds
 
 
 def _probe(engine, batch, checkpointing):
@@ -2680,14 +2694,18 @@ class AdapterLinear(torch.autograd.Function):
         return dx, None, None, None, None
 
 
+# Whether cuBLAS may be asked for an fp32 product of fp16 matrices, which spares a rounding and three kernels; from torch 2.10 on.
+FP32_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
 def product(x, y):
-    """x y in fp32; a GPU does not round it to the dtype of x and y on the way."""
-    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and x.dtype != torch.float32 else (x @ y).float()
+    """x y in fp32."""
+    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32 else (x @ y).float()
 
 
 def add_product(total, x, y, scale):
     """total += scale x y, for an fp32 total."""
-    if x.is_cuda and x.dtype != torch.float32:
+    if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32:
         torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
     else:
         total.add_(x @ y, alpha=scale)
@@ -2940,11 +2958,13 @@ def side_by_side(functions, device):
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
-    for i, function in enumerate(functions):
-        with torch.cuda.stream(streams[i % len(streams)] if streams else None):
-            function()
-    for stream in streams:
-        torch.cuda.current_stream().wait_stream(stream)
+    try:
+        for i, function in enumerate(functions):
+            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+                function()
+    finally:
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -2957,10 +2977,12 @@ class Graphed:
         function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
             place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
+            otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print):
-        self.function, self.device, self.pool, self.say = function, device, pool, say
+    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
+        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
         self.enabled = enabled and device.type == "cuda"
         self._seen, self._graphs = set(), {}
 
@@ -2997,14 +3019,15 @@ class Graphed:
         return result
 
     def _capture(self, shapes, tensors):
-        inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # the outer context restores the stream, which a capture that fails at its end does not
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise  # a smaller pass may fit, and be captured
         except RuntimeError as error:
+            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+                raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False
@@ -3083,7 +3106,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
         bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
         bits = (bits ^ (bits >> 15)) * 0xD35A2D97
@@ -3095,7 +3118,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_kernel(h, out, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -3103,7 +3126,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
 
     @triton.jit
     def _geglu_backward_kernel(dy, h, dh, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         at = i // width * 2 * width + i % width
         value = tl.load(h + at, mask=i < n).to(tl.float32)
         gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
@@ -3256,7 +3279,8 @@ def update_gain(w, A, B, m, scale, gain, b):
         torch.div(m, row_norms(w, A, B, scale), out=gain)
         b.copy_(B * gain[:, None])
     else:
-        options = dict(RANK=max(16, triton.next_power_of_2(len(A))), ROWS=16, COLUMNS=256, num_warps=4)
+        rank = max(16, triton.next_power_of_2(len(A)))
+        options = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank), num_warps=4)  # a tile of A fits the shared memory of any card
         _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
 '''
 
@@ -4304,6 +4328,7 @@ MODULES['common.sampling'] = r'''
 
 import dataclasses
 import gc
+import math
 
 import torch
 from tqdm import tqdm
@@ -4420,7 +4445,7 @@ class Sampler:
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph = None, None
+        self._active, self._graph, self._most_images = None, None, math.inf
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
@@ -4490,6 +4515,9 @@ class Sampler:
         Raises:
             UserError: out of memory in the smallest plan.
         """
+        if len(seeds) > self._most_images:
+            parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
+            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
         except torch.OutOfMemoryError:
@@ -4502,8 +4530,8 @@ class Sampler:
         device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
-            half = len(seeds) // 2
-            return [image for part in (seeds[:half], seeds[half:]) for image in self.draw(adapters, prompt, part, settings, on_step)]
+            self._most_images = len(seeds) // 2  # of later prompts too
+            return self.draw(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
         return self.draw(adapters, prompt, seeds, settings, on_step)
 

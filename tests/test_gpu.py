@@ -152,7 +152,7 @@ def test_doras_gradients_are_their_formulas(rows, with_bias):
     assert error(dm, expected) < 1e-5 and error(dB, 1 + 0.5 * gain.double()[:, None] * products.double()) < 1e-6
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3)])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3), (640, 640, 64), (640, 640, 128)])
 def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
     from common.kernels import row_norms, scale_rows, update_gain
 

@@ -237,7 +237,7 @@ def test_an_adapter_that_changes_no_pixel_is_pointed_out(trained, draw, capsys):
 # ---------------------------------------------------------------- memory
 
 
-def test_out_of_memory_in_a_batch_gives_the_same_images_one_by_one(sampler, monkeypatch):
+def test_out_of_memory_in_a_batch_gives_the_same_images_one_by_one(sampler, monkeypatch, capsys):
     """It strikes in the VAE while that is upcast, the case that leaves a diffusers pipeline broken."""
     sampler, active = sampler
     settings, decode = sampling.Settings(resolution=64, steps=2), sampler.pipeline.vae.decode
@@ -251,6 +251,9 @@ def test_out_of_memory_in_a_batch_gives_the_same_images_one_by_one(sampler, monk
     expected = [sampler.draw(active, PROMPT, [seed], settings)[0] for seed in (1, 2, 3)]
     monkeypatch.setattr(sampler.pipeline.vae, "decode", short_of_memory)
     assert all(same(*pair) for pair in zip(sampler.draw(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
+    assert capsys.readouterr().out.count("out of GPU memory with") == 1
+    assert all(same(*pair) for pair in zip(sampler.draw(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
+    assert "out of GPU memory" not in capsys.readouterr().out  # what did not fit once is not tried again
 
 
 def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(sampler, monkeypatch, capsys):
