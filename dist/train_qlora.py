@@ -3118,23 +3118,23 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
         tl.store(out + i, result, mask=i < n)
 
     @triton.jit
-    def _geglu_kernel(h, out, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        at = i // width * 2 * width + i % width
-        value = tl.load(h + at, mask=i < n).to(tl.float32)
-        gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
-        tl.store(out + i, value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)), mask=i < n)
+    def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = row * 2 * width + i, i < width
+        value = tl.load(h + at, mask=inside).to(tl.float32)
+        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
+        tl.store(out + row * width + i, value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside)
 
     @triton.jit
-    def _geglu_backward_kernel(dy, h, dh, width, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        at = i // width * 2 * width + i % width
-        value = tl.load(h + at, mask=i < n).to(tl.float32)
-        gate = tl.load(h + at + width, mask=i < n).to(tl.float32)
-        d = tl.load(dy + i, mask=i < n).to(tl.float32)
+    def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
+        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at, inside = row * 2 * width + i, i < width
+        value = tl.load(h + at, mask=inside).to(tl.float32)
+        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
+        d = tl.load(dy + row * width + i, mask=inside).to(tl.float32)
         cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        tl.store(dh + at, d * gate * cdf, mask=i < n)
-        tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=i < n)
+        tl.store(dh + at, d * gate * cdf, mask=inside)
+        tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=inside)
 
     @triton.jit
     def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -3218,15 +3218,15 @@ class Geglu(torch.autograd.Function):
     def forward(ctx, h):
         h = h.contiguous()
         ctx.save_for_backward(h)
-        out = h.new_empty(*h.shape[:-1], h.shape[-1] // 2)
-        _geglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](h, out, out.shape[-1], out.numel(), BLOCK=BLOCK)
+        out = h.new_empty(*h.shape[:-1], width := h.shape[-1] // 2)
+        _geglu_kernel[(out.numel() // width, triton.cdiv(width, BLOCK))](h, out, width, BLOCK=BLOCK)
         return out
 
     @staticmethod
     def backward(ctx, dy):
         (h,) = ctx.saved_tensors
-        dy, dh = dy.contiguous(), torch.empty_like(h)
-        _geglu_backward_kernel[(triton.cdiv(dy.numel(), BLOCK),)](dy, h, dh, dy.shape[-1], dy.numel(), BLOCK=BLOCK)
+        dy, dh, width = dy.contiguous(), torch.empty_like(h), dy.shape[-1]
+        _geglu_backward_kernel[(dy.numel() // width, triton.cdiv(width, BLOCK))](dy, h, dh, width, BLOCK=BLOCK)
         return dh
 
 
