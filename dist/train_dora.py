@@ -2338,7 +2338,9 @@ class TrainFlags(ModelFlags):
         0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
     lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
-    lora_backend: Literal["fused", "peft"] = flag("fused", "forward pass of the adapted layers: one function a layer, or PEFT's own code")
+    lora_backend: Literal["fused", "peft"] = flag(
+        "fused", "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own"
+    )
     auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
     max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
