@@ -66,6 +66,8 @@ def add_product(total, x, y, scale):
     """total += scale x y, for an fp32 total."""
     if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32:
         torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
+    elif x.dtype == torch.float32:
+        total.addmm_(x, y, alpha=scale)
     else:
         total.add_(x @ y, alpha=scale)
 

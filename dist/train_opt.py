@@ -2709,6 +2709,8 @@ def add_product(total, x, y, scale):
     """total += scale x y, for an fp32 total."""
     if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32:
         torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
+    elif x.dtype == torch.float32:
+        total.addmm_(x, y, alpha=scale)
     else:
         total.add_(x @ y, alpha=scale)
 
@@ -2821,18 +2823,22 @@ class _FrozenConv(torch.autograd.Function):
 
 
 def convolution(conv, x):
+    return _convolve(x, conv, conv.bias)
+
+
+def _convolve(x, conv, bias=None):
     if x.is_cuda:
-        x = x.contiguous(memory_format=torch.channels_last)
-    return _FrozenConv.apply(x, conv, conv.bias)
+        return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
+    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)  # memory is not what a CPU lacks, and this is faster
 
 
 def resnet_block(block, x, temb):
     """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
-    h = _FrozenConv.apply(group_norm(x, block.norm1, silu=True), block.conv1, None)
+    h = _convolve(group_norm(x, block.norm1, silu=True), block.conv1)
     h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
-    h, bias = _FrozenConv.apply(h, block.conv2, None), block.conv2.bias
+    h, bias = _convolve(h, block.conv2), block.conv2.bias
     if block.conv_shortcut is not None:
-        x, bias = _FrozenConv.apply(x, block.conv_shortcut, None), bias + block.conv_shortcut.bias
+        x, bias = _convolve(x, block.conv_shortcut), bias + block.conv_shortcut.bias
     return add_bias(x, h, bias)
 
 

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
 from common import adapters, assembly, fit
-from common.fused_unet import forwards, fuse_unet, unfuse_unet
+from common.fused_unet import _FrozenConv, forwards, fuse_unet, unfuse_unet
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,17 @@ def test_a_block_recomputed_in_the_backward_pass_gives_the_same(unet):
     fused.enable_gradient_checkpointing(checkpointing)
     checkpointing.kept = {fused.mid_block.resnets[1]}
     assert_close(run_of(fused), run_of(unet))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [(3, 1, 1, 8), (3, 2, 1, 8), (3, 2, 1, 7), (1, 1, 0, 5)])
+def test_the_gradient_of_a_frozen_convolution_needs_no_input(kernel, stride, padding, size):
+    """As a GPU computes it; a CPU leaves it to PyTorch."""
+    conv = torch.nn.Conv2d(6, 10, kernel, stride, padding).requires_grad_(False)
+    x = torch.randn(2, 6, size, 9, requires_grad=True)
+    (y := conv(x)).backward(dy := torch.randn_like(y))
+    again = x.detach().requires_grad_()
+    (found := _FrozenConv.apply(again, conv, conv.bias)).backward(dy)
+    assert torch.equal(found, y) and (again.grad - x.grad).norm() < 1e-6 * x.grad.norm()
 
 
 def test_every_layer_gets_its_own_forward_pass_back(unet):

@@ -135,14 +135,14 @@ def test_the_4bit_base_is_what_bitsandbytes_makes_of_the_file(assemble, demo):
 
 
 def gain(train, method):
-    """Fall of the held-out loss, at fixed noise, in 40 steps of 8 images."""
+    """Fall of the held-out loss, at fixed noise, in 16 steps of 8 images."""
     script, flags = METHODS[method]
     seen = {}
 
     def validate(engine, data):
         seen["start"] = engine.validate(data.held_out.validation_batches(8))
 
-    budget = ["--max_train_steps", 40, "--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 5e-3]
+    budget = ["--max_train_steps", 16, "--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 5e-3]
     run = train(*flags, *budget, "--validation_split", 0.25, "--validation_steps", 100, script=script, prepare=validate)
     return seen["start"] - run.rows[-1]["val_loss"]
 
