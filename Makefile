@@ -16,7 +16,7 @@ study: $(VENV)/.ready  ## the four methods at equal budget; on a GPU: make study
 	$(BIN)/python tools/study.py $(STUDY)
 
 test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: $(VENV)/.ready  ## the claims that need a CUDA GPU
 	GPU_TESTS=1 $(BIN)/python -m pytest tests/test_gpu.py
