@@ -46,6 +46,13 @@ class Run(SimpleNamespace):
 
         return load_file(self.dir / name)
 
+    def same_weights(self, other, name="pytorch_lora_weights.safetensors"):
+        """Whether two runs wrote the same bits."""
+        import torch
+
+        a, b = self.weights(name), other.weights(name)
+        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
 
 def read_rows(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -116,6 +123,14 @@ def demo():
 def plain(train):
     """train_opt as it is, for 4 steps: what other runs are compared with."""
     return train("--max_train_steps", 4)
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Validation images of 4 denoising steps instead of 30."""
+    from common import sampling
+
+    monkeypatch.setattr(sampling, "STEPS", 4)
 
 
 @pytest.fixture

@@ -42,9 +42,7 @@ def assert_equal_runs(run, other):
     names = ["pytorch_lora_weights.safetensors", "ema_unet/pytorch_lora_weights.safetensors"]
     last = max(path.name for path in other.dir.glob("checkpoint-*"))
     for name in [*names, f"{last}/state.safetensors"]:
-        a, b = run.weights(name), other.weights(name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
+        assert run.same_weights(other, name), name
 
 
 def wait_for_row(process, folder, step, rows_of, timeout_s=90):
@@ -136,8 +134,12 @@ def test_a_signal_ends_with_a_checkpoint_that_resumes_exactly(train, whole, tmp_
 
 
 def test_a_second_signal_does_not_wait(train, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        train(*STEPS, into=tmp_path, prepare=signal_at(5, signal.SIGINT, times=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(*STEPS, into=tmp_path, prepare=signal_at(5, signal.SIGINT, times=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_time_limit_ends_early_with_a_checkpoint_that_resumes_exactly(train, whole, tmp_path):
@@ -222,7 +224,7 @@ def test_a_path_resumes_from_there_into_another_folder(train, whole, copy, tmp_p
     run = resume(train, tmp_path / "elsewhere", checkpoint=checkpoint)
     rest = whole(*STEPS)
     assert run.numbers == rest.numbers[-len(run.rows) :] and len(run.rows) == 12 - int(checkpoint.name[-6:])
-    assert all(torch.equal(values, rest.weights()[name]) for name, values in run.weights().items())
+    assert run.same_weights(rest)
 
 
 def test_resuming_a_finished_run_changes_no_weight_and_no_row(train, whole, tmp_path):
@@ -319,7 +321,7 @@ def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whol
     shutil.copytree(stopped.dir, tmp_path / "input/my-notebook/outputs/another")
     run = resume(train, tmp_path / "working/run")
     assert f"resumed from {tmp_path / 'input/my-notebook/outputs/run'}" in capsys.readouterr().out
-    assert all(torch.equal(values, whole(*STEPS).weights()[name]) for name, values in run.weights().items())
+    assert run.same_weights(whole(*STEPS))
 
 
 def test_where_there_are_checkpoints_already_nothing_else_is_searched(copy, tmp_path, monkeypatch):
@@ -349,7 +351,7 @@ def test_an_output_folder_that_vanishes_costs_no_step(train, whole, tmp_path, mo
     assert "Transport endpoint is not connected" in str(caught.value) and "of step 4 are" in str(caught.value)
     rescued = str(caught.value).rpartition(" ")[2]
     run = resume(train, tmp_path / "elsewhere", checkpoint=rescued)
-    assert run.result["step"] == 12 and all(torch.equal(v, whole(*STEPS).weights()[name]) for name, v in run.weights().items())
+    assert run.result["step"] == 12 and run.same_weights(whole(*STEPS))
 
 
 def test_a_model_file_that_vanishes_costs_no_step_and_is_what_the_message_names(train, demo, tmp_path):

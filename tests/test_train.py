@@ -2,10 +2,6 @@
 
 import json
 import math
-import shutil
-import socket
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -13,30 +9,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from common.command_line import UserError
-
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FIELDS = "step epoch loss mse lr grad_norm s_per_img peak_gib mse_t0 mse_t1 mse_t2 mse_t3".split()
-
-
-def equal_weights(run, other, name=WEIGHTS):
-    a, b = run.weights(name), other.weights(name)
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def batch_of(parts, number=0):
-    """Effective batch `number` as {name of the sample: {field: tensor}}; 8 samples, none twice."""
-    batches = parts.data.examples.effective_batch(number, 8, 8)
-    return {name: {key: values[i] for key, values in batch.tensors.items()} for batch in batches for i, name in enumerate(batch.names)}
-
-
-@pytest.fixture
-def few_steps(monkeypatch):
-    """Validation images of 4 denoising steps instead of 30."""
-    from common import sampling
-
-    monkeypatch.setattr(sampling, "STEPS", 4)
-
 
 # ---------------------------------------------------------------- files
 
@@ -165,7 +139,7 @@ def test_steps_follow_from_epochs_where_no_number_of_steps_is_given(train):
 def test_the_same_command_gives_the_same_bits(train, plain):
     again = train("--max_train_steps", 4)
     assert again.numbers == plain.numbers
-    assert equal_weights(again, plain) and equal_weights(again, plain, f"ema_unet/{WEIGHTS}")
+    assert again.same_weights(plain) and again.same_weights(plain, f"ema_unet/{WEIGHTS}")
 
 
 def test_an_empty_cache_and_a_full_one_give_the_same_bits(train, plain, tmp_path):
@@ -173,7 +147,7 @@ def test_an_empty_cache_and_a_full_one_give_the_same_bits(train, plain, tmp_path
     flags = ["--max_train_steps", 4, "--cache_dir", tmp_path / "cache"]
     cold, warm = train(*flags), train(*flags)
     assert cold.numbers == warm.numbers == plain.numbers
-    assert equal_weights(cold, warm) and equal_weights(cold, plain)
+    assert cold.same_weights(warm) and cold.same_weights(plain)
 
 
 def test_another_seed_gives_another_run(train, plain):
@@ -231,7 +205,7 @@ def test_text_is_encoded_live_with_caption_dropout_and_validation_too(train, few
 def test_lora_dropout_is_reproducible_and_not_nothing(train, plain):
     flags = ["--max_train_steps", 4, "--lora_dropout", 0.4]
     first, again = train(*flags), train(*flags)
-    assert first.numbers == again.numbers and equal_weights(first, again)
+    assert first.numbers == again.numbers and first.same_weights(again)
     assert first.losses[0] == plain.losses[0]  # B = 0: there is nothing to drop yet
     assert first.losses[1:] != plain.losses[1:]
     assert train(*flags, "--gradient_checkpointing").losses == pytest.approx(first.losses, rel=1e-5)
@@ -242,7 +216,7 @@ def test_8bit_adam_follows_adamw(train):
     flags = ["--max_train_steps", 6, "--lr_warmup_steps", 0]
     exact, rounded = train(*flags), train(*flags, "--use_8bit_adam")
     assert rounded.losses == pytest.approx(exact.losses, rel=1e-2)
-    assert not equal_weights(exact, rounded)
+    assert not exact.same_weights(rounded)
     tensors = rounded.weights("checkpoint-000006/state.safetensors")
     assert torch.uint8 in {values.dtype for values in tensors.values()}
 
@@ -254,92 +228,6 @@ def test_training_learns(train):
     assert losses[-1] < 0.98 * losses[0]
 
 
-# ---------------------------------------------------------------- augmentation
-
-
-def test_buckets_keep_the_aspect_ratio_and_tell_the_unet(assemble):
-    parts = assemble("--aspect_ratio_buckets")
-    shapes = set()
-    for fields in (fields for number in range(3) for fields in batch_of(parts, number).values()):
-        height, width, top, left, target_height, target_width = fields["time_ids"].tolist()
-        assert fields["mean"].shape == (4, target_height // 8, target_width // 8)
-        assert (height > width) == (target_height > target_width) and (height < width) == (target_height < target_width)
-        shapes.add(tuple(fields["mean"].shape))
-    assert len(shapes) == 3
-    assert {batch.tensors["mean"].shape[0] for batch in parts.data.examples.effective_batch(0, 8, 4)} <= {1, 2, 3, 4}
-
-
-def test_buckets_and_squares_train_differently(train, plain):
-    run = train("--max_train_steps", 3, "--aspect_ratio_buckets")
-    assert all(a != b for a, b in zip(run.losses, plain.losses)) and all(math.isfinite(loss) for loss in run.losses)
-
-
-def test_a_flip_mirrors_half_of_the_examples_and_leaves_the_rest_alone(assemble):
-    """A flipped example has the moments of the mirrored picture and its left crop; noise, timestep and caption stay."""
-    straight, flipped = assemble(), assemble("--random_flip")
-    cache, mirrored = flipped.data.examples.latents, 0
-    index_of = {sample.name: i for i, sample in enumerate(cache.samples)}
-    for number in range(6):
-        for name, a in batch_of(straight, number).items():
-            b, i = batch_of(flipped, number)[name], index_of[name]
-            for key in ("t", "eps", "posterior_eps", "prompt_embeds", "pooled", "keep_text", "weight"):
-                assert torch.equal(a[key], b[key]), key
-            if torch.equal(b["mean"], a["mean"]):
-                assert torch.equal(a["time_ids"], b["time_ids"])
-                continue
-            mirrored += 1
-            assert torch.equal(b["mean"], cache.moments(i, flip=True)[0]) and torch.equal(b["std"], cache.moments(i, flip=True)[1])
-            framing = cache.framings[i]
-            assert b["time_ids"][3] == framing.resized[0] - framing.left - framing.width
-            assert a["time_ids"][3] == framing.left
-    assert 12 <= mirrored <= 36  # of 48
-
-
-def test_a_dropped_caption_is_the_unconditional_input_and_nothing_else_changes(assemble):
-    with_captions, dropped = assemble(), assemble("--caption_dropout", 0.5)
-    inputs, count = [], 0
-    unet = dropped.engine.unet
-    unet.register_forward_pre_hook(
-        lambda module, args, options: inputs.append((args[2], options["added_cond_kwargs"]["text_embeds"])), with_kwargs=True
-    )
-    for number in range(6):
-        before, after = (parts.data.examples.effective_batch(number, 8, 8)[0] for parts in (with_captions, dropped))
-        assert before.names == after.names
-        for key in ("t", "eps", "posterior_eps", "mean", "std", "time_ids"):
-            assert torch.equal(before.tensors[key], after.tensors[key]), key
-        with torch.no_grad():
-            dropped.engine.predict(after.tensors)
-        for keep, text, pooled, caption in zip(after.tensors["keep_text"], *inputs.pop(), before.tensors["prompt_embeds"]):
-            assert torch.equal(text, caption if keep else torch.zeros_like(caption))
-            assert bool(pooled.any()) == bool(keep)
-            count += not keep
-    assert 12 <= count <= 36  # of 48
-
-
-def test_a_model_with_an_encoded_empty_prompt_is_trained_on_that(assemble, demo, tmp_path):
-    """Where the pipeline does not force zeros, its unconditional input is the empty prompt's embedding."""
-    shutil.copytree(demo.model, tmp_path / "model")
-    index = json.loads((tmp_path / "model/model_index.json").read_text())
-    (tmp_path / "model/model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
-    parts = assemble("--caption_dropout", 0.5, "--pretrained_model_name_or_path", tmp_path / "model")
-    zeroed = batch_of(assemble("--caption_dropout", 0.5))
-    empty = parts.data.text.fields("")
-    dropped = [fields for name, fields in batch_of(parts).items() if not zeroed[name]["keep_text"]]
-    kept = [fields for name, fields in batch_of(parts).items() if zeroed[name]["keep_text"]]
-    assert dropped and kept and empty["prompt_embeds"].any()
-    for fields in dropped:
-        assert fields["keep_text"] == 1 and torch.equal(fields["prompt_embeds"], empty["prompt_embeds"])
-        assert torch.equal(fields["pooled"], empty["pooled"])
-    assert not any(torch.equal(fields["prompt_embeds"], empty["prompt_embeds"]) for fields in kept)
-
-
-def test_random_crops_differ_from_the_middle_and_are_the_same_every_time(assemble):
-    middle, random, again = (batch_of(assemble(*flags)) for flags in ([], ["--no_center_crop"], ["--no_center_crop"]))
-    lefts = {name: [run[name]["time_ids"][2:4].tolist() for run in (middle, random, again)] for name in middle}
-    assert all(random == again for _, random, again in lefts.values())
-    assert any(middle != random for middle, random, _ in lefts.values())
-
-
 def test_max_train_samples_trains_on_the_first(assemble):
     parts = assemble("--max_train_samples", 3)
     assert {name[-7:] for batch in parts.data.examples.effective_batch(0, 8, 8) for name in batch.names} == {
@@ -347,192 +235,6 @@ def test_max_train_samples_trains_on_the_first(assemble):
         "001.png",
         "002.png",
     }
-
-
-def test_bad_images_count_together_however_they_are_found_out(train, demo, tmp_path):
-    """One that is no image, and one whose end is missing: two."""
-    shutil.copytree(demo.data, tmp_path / "data")
-    (tmp_path / "data/003.png").write_text("not an image")
-    Image.open(tmp_path / "data/005.png").convert("RGB").save(tmp_path / "data/005.png", "JPEG")
-    data = (tmp_path / "data/005.png").read_bytes()
-    (tmp_path / "data/005.png").write_bytes(data[: len(data) // 2])
-    flags = ["--max_train_steps", 1, "--train_data_dir", tmp_path / "data"]
-    with pytest.raises(UserError, match="003.png"):
-        train(*flags)
-    with pytest.raises(UserError, match="005.png.*--max_bad_images 2"):
-        train(*flags, "--max_bad_images", 1, into=tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
-    run = train(*flags, "--max_bad_images", 2)
-    assert json.loads((run.dir / "config.json").read_text())["data"]["images"] == 22
-
-
-# ---------------------------------------------------------------- validation
-
-
-def test_the_validation_loss_is_the_same_whenever_the_weights_are(train):
-    """Fixed noise and timesteps: with a learning rate of almost nothing it does not move, while the training loss does."""
-    flags = ["--max_train_steps", 3, "--learning_rate", 1e-30, "--validation_split", 0.25, "--validation_steps", 1]
-    run = train(*flags)
-    assert len({row["val_loss"] for row in run.rows}) == 1 and len(set(run.losses)) == 3
-
-
-def test_the_validation_loss_does_not_depend_on_batch_size_or_training_noise(train):
-    flags = ["--max_train_steps", 1, "--validation_split", 0.25]
-    runs = [
-        train(*flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 8),
-        train(*flags, "--train_batch_size", 3),
-        train(*flags, "--offset_noise_strength", 0.5, "--caption_dropout", 0.5),
-        train(*flags, script="train_sdxl"),
-    ]
-    losses = [run.rows[-1]["val_loss"] for run in runs]
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
-
-
-def test_held_out_samples_are_not_trained_on_and_validation_does_not_disturb(train, assemble, few_steps):
-    parts = assemble("--validation_split", 0.25)
-    held_out = {sample.name for sample in parts.data.held_out.latents.samples}
-    trained = {name for number in range(9) for name in batch_of_names(parts, number)}
-    assert len(held_out) == 6 and len(trained) == 18 and not held_out & trained
-    flags = ["--max_train_steps", 4, "--validation_split", 0.25, "--validation_prompt", "a cat"]
-    often, once = train(*flags, "--validation_steps", 1), train(*flags, "--validation_steps", 4)
-    assert often.losses == once.losses and equal_weights(often, once)
-    assert ["val_loss" in row for row in often.rows] == [True] * 4 and ["val_loss" in row for row in once.rows] == [False] * 3 + [True]
-
-
-def batch_of_names(parts, number):
-    return [name for batch in parts.data.examples.effective_batch(number, 8, 8) for name in batch.names]
-
-
-def test_early_stopping_stops_a_run_that_does_not_get_better(train):
-    flags = ["--max_train_steps", 20, "--learning_rate", 1e-30, "--validation_split", 0.25, "--validation_steps", 2]
-    run = train(*flags, "--early_stopping_patience", 2)
-    assert (run.result["ended"], run.result["step"]) == ("early stopping", 6)  # the first validation, and two without a gain
-    assert (run.dir / "checkpoint-000006").is_dir() and (run.dir / WEIGHTS).exists()
-
-
-def test_patience_counts_validations_since_the_best_one(train, monkeypatch):
-    from common.engine import Engine
-
-    flags = ["--max_train_steps", 12, "--validation_split", 0.25, "--validation_steps", 1, "--early_stopping_patience", 2]
-    for losses, stop in (([3, 2, 2.5, 1, 1.5, 1.2], 6), ([5, 4, 3, 2, 1] + [0.5] * 9, 8), ([1, 2, float("nan")], 3)):
-        scripted = iter(losses)
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "validate", lambda self, batches, scripted=scripted: next(scripted))
-            run = train(*flags)
-        assert (run.result["ended"], run.result["step"]) == ("early stopping", stop)
-        assert [row["val_loss"] for row in run.rows[:2]] == losses[:2]
-
-
-def test_validation_images_are_drawn_with_one_seed_each(train, few_steps):
-    """Every prompt at every validation; the same picture when only the other prompts change, another one when the weights do."""
-    flags = ["--max_train_steps", 4, "--validation_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0]
-    both = train(*flags, "--validation_prompt", "a cat", "--validation_prompt", "a boy with blue eyes")
-    one = train(*flags, "--validation_prompt", "a cat")
-    names = sorted(path.name for path in (both.dir / "samples").iterdir())
-    assert names == ["000002_0.png", "000002_1.png", "000004_0.png", "000004_1.png"]
-    images = {name: np.asarray(Image.open(both.dir / "samples" / name), int) for name in names}
-    assert all(image.shape == (64, 64, 3) and image.std() > 1 for image in images.values())
-    assert (images["000002_0.png"] == np.asarray(Image.open(one.dir / "samples/000002_0.png"), int)).all()
-    assert abs(images["000002_0.png"] - images["000002_1.png"]).max() > 2 and abs(images["000002_0.png"] - images["000004_0.png"]).max() > 0
-
-
-def test_a_validation_image_is_what_plain_diffusers_draws_with_the_average(train, demo):
-    from diffusers import StableDiffusionXLPipeline
-
-    flags = ["--max_train_steps", 3, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--validation_prompt", "a laughing cat"]
-    run = train(*flags)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(demo.model)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.load_lora_weights(run.dir / "ema_unet")
-    options = dict(height=64, width=64, num_inference_steps=30, guidance_scale=7.5)
-    (image,) = pipeline("a laughing cat", generator=torch.Generator().manual_seed(42), **options).images
-    drawn = np.asarray(Image.open(run.dir / "samples/000003_0.png"), int)
-    assert abs(np.asarray(image, int) - drawn).max() <= 2
-
-
-# ---------------------------------------------------------------- a hub that is not there
-
-
-@pytest.fixture
-def silent_hub():
-    """Address of a server that takes connections and never answers."""
-    server, taken = socket.create_server(("127.0.0.1", 0)), []
-
-    def take():
-        try:
-            while True:
-                taken.append(server.accept())
-        except OSError:  # closed
-            return
-
-    threading.Thread(target=take, daemon=True).start()
-    yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    server.close()
-
-
-@pytest.mark.parametrize("hub", ["refusing", "silent"])
-def test_an_unreachable_hub_gets_one_line_within_ten_seconds(root, start, silent_hub, tmp_path, hub):
-    """And what to do without it. The libraries alone would try again for 47 s. Nothing is written."""
-    (tmp_path / "work").mkdir()
-    started = time.monotonic()
-    address = silent_hub if hub == "silent" else "http://127.0.0.1:9"
-    process = start(root / "train_opt.py", cwd=tmp_path / "work", HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
-    out, err = process.communicate(timeout=60)
-    took_s = time.monotonic() - started
-    lines = [line for line in err.splitlines() if "error:" in line]
-    assert process.returncode == 2 and "Traceback" not in err and len(lines) == 1
-    assert all(part in lines[0] for part in ("--dataset_name lambdalabs/naruto-blip-captions", "--demo", "local path"))
-    assert list((tmp_path / "work").iterdir()) == []
-    assert took_s < 10
-
-
-@pytest.mark.parametrize("flag", ["dataset_name", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
-def test_offline_a_hub_id_is_named_with_its_flag(demo, tmp_path, flag):
-    import train_opt
-
-    local = {"dataset_name": [], "pretrained_model_name_or_path": ["--train_data_dir", str(demo.data)]}
-    local["pretrained_vae_model_name_or_path"] = [
-        *local["pretrained_model_name_or_path"],
-        "--pretrained_model_name_or_path",
-        str(demo.model),
-    ]
-    with pytest.raises(UserError) as caught:
-        train_opt.main([*local[flag], f"--{flag}", "someone/something", "--output_dir", str(tmp_path / "run")])
-    assert all(part in str(caught.value) for part in (f"--{flag} someone/something", "--demo", "local path"))
-    assert not (tmp_path / "run").exists()
-
-
-# ---------------------------------------------------------------- what is not SDXL
-
-
-def refused(train, into, *flags):
-    with pytest.raises(UserError) as caught:
-        train("--max_train_steps", 1, *flags, into=into)
-    assert "\n" not in str(caught.value) and not into.exists()
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("target", ["attn1", "nowhere"])
-def test_a_target_that_cannot_be_adapted_is_refused(train, tmp_path, target):
-    assert f"--lora_target_modules {target}" in refused(train, tmp_path / "run", "--lora_target_modules", target)
-
-
-def test_convolutions_are_adapted_by_peft_alone(train, tmp_path):
-    flags = ["--lora_target_modules", "to_q", "conv1"]
-    assert "--lora_backend peft" in refused(train, tmp_path / "run", *flags)
-    run = train(*flags, "--lora_backend", "peft", "--max_train_steps", 1, into=tmp_path / "run")
-    assert any("conv1" in name for name in run.weights())
-
-
-def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):
-    shutil.copytree(demo.model, tmp_path / "model")
-    model = ["--pretrained_model_name_or_path", tmp_path / "model"]
-    config = tmp_path / "model/unet/config.json"
-    config.write_text(config.read_text().replace("UNet2DConditionModel", "SD3Transformer2DModel"))
-    assert "its unet is SD3Transformer2DModel" in refused(train, tmp_path / "run", *model)
-    shutil.rmtree(tmp_path / "model/text_encoder_2")
-    shutil.copytree(demo.model / "unet", tmp_path / "model/unet", dirs_exist_ok=True)
-    assert "no readable text_encoder_2/config.json" in refused(train, tmp_path / "run", *model)
 
 
 # ---------------------------------------------------------------- called from a notebook

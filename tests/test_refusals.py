@@ -1,0 +1,114 @@
+"""What a trainer refuses: images, hubs, targets and models, in one line that names flag or file, with nothing written."""
+
+import json
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from common.command_line import UserError
+
+
+def test_bad_images_count_together_however_they_are_found_out(train, demo, tmp_path):
+    """One that is no image, and one whose end is missing: two."""
+    shutil.copytree(demo.data, tmp_path / "data")
+    (tmp_path / "data/003.png").write_text("not an image")
+    Image.open(tmp_path / "data/005.png").convert("RGB").save(tmp_path / "data/005.png", "JPEG")
+    data = (tmp_path / "data/005.png").read_bytes()
+    (tmp_path / "data/005.png").write_bytes(data[: len(data) // 2])
+    flags = ["--max_train_steps", 1, "--train_data_dir", tmp_path / "data"]
+    with pytest.raises(UserError, match="003.png"):
+        train(*flags)
+    with pytest.raises(UserError, match="005.png.*--max_bad_images 2"):
+        train(*flags, "--max_bad_images", 1, into=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    run = train(*flags, "--max_bad_images", 2)
+    assert json.loads((run.dir / "config.json").read_text())["data"]["images"] == 22
+
+
+# ---------------------------------------------------------------- a hub that is not there
+
+
+@pytest.fixture
+def silent_hub():
+    """Address of a server that takes connections and never answers."""
+    server, taken = socket.create_server(("127.0.0.1", 0)), []
+
+    def take():
+        try:
+            while True:
+                taken.append(server.accept())
+        except OSError:  # closed
+            return
+
+    threading.Thread(target=take, daemon=True).start()
+    yield f"http://127.0.0.1:{server.getsockname()[1]}"
+    server.close()
+
+
+@pytest.mark.parametrize("hub", ["refusing", "silent"])
+def test_an_unreachable_hub_gets_one_line_within_ten_seconds(root, start, silent_hub, tmp_path, hub):
+    """And what to do without it. The libraries alone would try again for 47 s. Nothing is written."""
+    (tmp_path / "work").mkdir()
+    started = time.monotonic()
+    address = silent_hub if hub == "silent" else "http://127.0.0.1:9"
+    process = start(root / "train_opt.py", cwd=tmp_path / "work", HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
+    out, err = process.communicate(timeout=60)
+    took_s = time.monotonic() - started
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert process.returncode == 2 and "Traceback" not in err and len(lines) == 1
+    assert all(part in lines[0] for part in ("--dataset_name lambdalabs/naruto-blip-captions", "--demo", "local path"))
+    assert list((tmp_path / "work").iterdir()) == []
+    assert took_s < 10
+
+
+@pytest.mark.parametrize("flag", ["dataset_name", "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"])
+def test_offline_a_hub_id_is_named_with_its_flag(demo, tmp_path, flag):
+    import train_opt
+
+    local = {"dataset_name": [], "pretrained_model_name_or_path": ["--train_data_dir", str(demo.data)]}
+    local["pretrained_vae_model_name_or_path"] = [
+        *local["pretrained_model_name_or_path"],
+        "--pretrained_model_name_or_path",
+        str(demo.model),
+    ]
+    with pytest.raises(UserError) as caught:
+        train_opt.main([*local[flag], f"--{flag}", "someone/something", "--output_dir", str(tmp_path / "run")])
+    assert all(part in str(caught.value) for part in (f"--{flag} someone/something", "--demo", "local path"))
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- what is not SDXL
+
+
+def refused(train, into, *flags):
+    with pytest.raises(UserError) as caught:
+        train("--max_train_steps", 1, *flags, into=into)
+    assert "\n" not in str(caught.value) and not into.exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["attn1", "nowhere"])
+def test_a_target_that_cannot_be_adapted_is_refused(train, tmp_path, target):
+    assert f"--lora_target_modules {target}" in refused(train, tmp_path / "run", "--lora_target_modules", target)
+
+
+def test_convolutions_are_adapted_by_peft_alone(train, tmp_path):
+    flags = ["--lora_target_modules", "to_q", "conv1"]
+    assert "--lora_backend peft" in refused(train, tmp_path / "run", *flags)
+    run = train(*flags, "--lora_backend", "peft", "--max_train_steps", 1, into=tmp_path / "run")
+    assert any("conv1" in name for name in run.weights())
+
+
+def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):
+    shutil.copytree(demo.model, tmp_path / "model")
+    model = ["--pretrained_model_name_or_path", tmp_path / "model"]
+    config = tmp_path / "model/unet/config.json"
+    config.write_text(config.read_text().replace("UNet2DConditionModel", "SD3Transformer2DModel"))
+    assert "its unet is SD3Transformer2DModel" in refused(train, tmp_path / "run", *model)
+    shutil.rmtree(tmp_path / "model/text_encoder_2")
+    shutil.copytree(demo.model / "unet", tmp_path / "model/unet", dirs_exist_ok=True)
+    assert "no readable text_encoder_2/config.json" in refused(train, tmp_path / "run", *model)
