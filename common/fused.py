@@ -11,22 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from common.command_line import UserError
-from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
+from common.kernels import gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
     """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
 
-    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. g multiplies the
-    rows of W and B, which are smaller than y. Kept for the backward pass: x, which the layers of an attention block share;
-    x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
+    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Forward g multiplies
+    the rows of W and B, backward dy, which is read for m's gradient anyway. Kept for the backward pass: x, which the layers of an
+    attention block share; x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, m, layer):
         x2 = x.reshape(-1, x.shape[-1])
         xa = layer.drop(x2) @ layer.a.t()
-        y = F.linear(x2, layer.weight(), layer.bias).addmm_(xa, layer.b.t(), alpha=layer.scale)
+        y = F.linear(x2, layer.scaled_weight(), layer.bias).addmm_(xa, layer.scaled_b.t(), alpha=layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(x2, xa, None if m is None else y)
         return y.view(*x.shape[:-1], -1)
@@ -36,13 +36,11 @@ class AdapterLinear(torch.autograd.Function):
         """Gradients of A, B and m are added where they are kept, in fp32, and not handed to autograd."""
         layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
         dy, dx = dy.reshape(-1, dy.shape[-1]), None
+        if y is not None:
+            dy = gain_backward(dy.contiguous(), y, layer.bias, layer.gain, layer.m, layer.m.grad)
         dxa = dy @ layer.b
         add_product(layer.A.grad, dxa.t(), layer.drop(x2), layer.scale)
-        if y is None:
-            add_product(layer.B.grad, dy.t(), xa, layer.scale)
-        else:
-            dy, of_m = dy.contiguous(), (layer.gain, layer.m, layer.m.grad)
-            add_dora_gradients(dy, y, product(dy.t(), xa), layer.bias, *of_m, layer.B.grad, layer.scale)
+        add_product(layer.B.grad, dy.t(), xa, layer.scale)
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
             if layer.p:
@@ -55,11 +53,6 @@ class AdapterLinear(torch.autograd.Function):
 
 # Whether cuBLAS may be asked for an fp32 product of fp16 matrices, which spares a rounding and three kernels; from torch 2.10 on.
 FP32_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-
-
-def product(x, y):
-    """x y in fp32."""
-    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32 else (x @ y).float()
 
 
 def add_product(total, x, y, scale):
@@ -88,12 +81,13 @@ class FusedLayer:
         self.base, self.bias, self.scale = base.weight, base.bias, layer.scaling[name]
         self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
         self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
+        self.scaled_b = self.b
         self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
         self._p, self.seed, self.salt, self.gain = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt, None
         if self.m is not None:
             # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
-            self.m.data.copy_(row_norms(self.frozen_weight(), self.A.data, self.B.data, self.scale))
-            self.gain, self.b = torch.ones_like(self.m.data), self.b.clone()
+            self.m.data.copy_(row_norms(self.weight(), self.A.data, self.B.data, self.scale))
+            self.gain, self.scaled_b = torch.ones_like(self.m.data), self.b.clone()
 
     def __call__(self, x):
         if self.layer.disable_adapters:
@@ -109,11 +103,12 @@ class FusedLayer:
         """d(x); the same mask whenever it is called with the same seed. d is its own transpose."""
         return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
-    def weight(self):
-        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4; its rows multiplied by g, if there is one."""
-        return self.frozen_weight() if self.gain is None else scale_rows(self.frozen_weight(), self.gain)
+    def scaled_weight(self):
+        """W with its rows multiplied by g, if there is one; as `scaled_b` is B."""
+        return self.weight() if self.gain is None else scale_rows(self.weight(), self.gain)
 
-    def frozen_weight(self):
+    def weight(self):
+        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4."""
         if self.base.dtype != torch.uint8:
             return self.base
         from bitsandbytes.functional import dequantize_4bit
@@ -123,7 +118,7 @@ class FusedLayer:
     @torch.no_grad()
     def update_gain(self):
         """Set g, and B multiplied by it, after the parameters changed."""
-        update_gain(self.frozen_weight(), self.A, self.B, self.m, self.scale, self.gain, self.b)
+        update_gain(self.weight(), self.A, self.B, self.m, self.scale, self.gain, self.scaled_b)
 
 
 def fuse(models, flat, seed):

@@ -1413,7 +1413,7 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         try:
             # the outer context restores the stream, which a capture that fails at its end does not
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, self.pool, _side_stream(self.device)):
                 result = self.function(inputs)
         except RuntimeError as error:
             if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
@@ -1487,6 +1487,8 @@ MODULES['common.kernels'] = r'''
 Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -1526,31 +1528,30 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
         tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=inside)
 
     @triton.jit
-    def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        inside = (row < rows) & (column < columns)
-        u = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            u -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-        sums = tl.sum(tl.load(dy + row * columns + column, mask=inside, other=0.0).to(tl.float32) * u, axis=0)[None, :]
-        tl.store(partial + tl.program_id(0) * columns + column, sums, mask=column < columns)
-
-    @triton.jit
-    def _dora_gradients_kernel(
-        partial, products, gain, m, dm, dB, scale, parts, columns, rank,
-        PARTS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    def _gain_backward_kernel(
+        dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
+        BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        column, j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
-        sums, known = tl.zeros((PARTS, COLUMNS), dtype=tl.float32), column < columns
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)[:, None]
-            sums += tl.load(partial + part * columns + column[None, :], mask=(part < parts) & known[None, :], other=0.0)
-        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
-        tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
-        at, inside = column[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
-        of_b = tl.load(products + at, mask=inside, other=0.0) * tl.load(gain + column, mask=known, other=0.0)[:, None] * scale
-        tl.store(dB + at, tl.load(dB + at, mask=inside, other=0.0) + of_b, mask=inside)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        known, at = column < columns, row * columns + column[None, :]
+        inside = (row < rows) & known[None, :]
+        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            u -= tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
+        tl.store(scaled + at, d * tl.load(gain + column, mask=known, other=0.0)[None, :], mask=inside)
+        tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=known)
+        tl.debug_barrier()  # the atomic addition publishes what every thread of the program has stored
+        if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:  # the last program for these columns adds all up
+            sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
+            for start in range(0, tl.num_programs(0), PARTS):
+                part = start + tl.arange(0, PARTS)[:, None]
+                there = (part < tl.num_programs(0)) & known[None, :]
+                sums += tl.load(partial + part * columns + column[None, :], mask=there, other=0.0)
+            total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
+            tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
+            tl.store(arrived + tl.program_id(1), 0)
 
     @triton.jit
     def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
@@ -1569,7 +1570,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
             inside = (column < columns)[None, :]
             of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
             of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
-            value = of_w + scale * tl.dot(of_b, of_a, input_precision="ieee")
+            value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
             squares += value * value
         g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
         tl.store(gain + row, g, mask=known)
@@ -1627,22 +1628,29 @@ def geglu(h):
     return value * F.gelu(gate)
 
 
-def add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, scale):
-    """dm += sum over rows of dy (y - bias) / m and dB += scale diag(gain) products: the gradients of DoRA's magnitude and of B.
+def gain_backward(dy, y, bias, gain, m, dm):
+    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+
+    One call at a time: on a GPU all of them count in the same place.
 
     Args:
-        dy, y: [M, N]; products: dy^T x A^T, fp32 [N, r]; bias: [N] or None; gain, m, dm: fp32 [N]; dB: fp32 [N, r].
+        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
     """
     if not dy.is_cuda:
         dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
-        dB.addcmul_(products, gain[:, None], value=scale)
-        return
-    (rows, columns), rank, bias_or_any = dy.shape, products.shape[1], dy if bias is None else bias
+        return (dy * gain).to(dy.dtype)
+    (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
-    partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    _column_dots_kernel[grid](dy, y, bias_or_any, partial, rows, columns, BIAS=bias is not None, ROWS=128, COLUMNS=64)
-    sizes = dict(PARTS=64, RANK=triton.next_power_of_2(rank), COLUMNS=32)
-    _dora_gradients_kernel[(triton.cdiv(columns, 32),)](partial, products, gain, m, dm, dB, scale, grid[0], columns, rank, **sizes)
+    partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
+    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=32)
+    _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
+    return scaled
+
+
+@functools.lru_cache
+def _arrivals(device):
+    """Counters that are 0 between kernels; more of them than any layer has groups of 64 columns."""
+    return torch.zeros(4096, device=device, dtype=torch.int32)
 
 
 def scale_rows(w, gain):

@@ -2111,7 +2111,7 @@ from torch.utils.checkpoint import checkpoint
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
-VERSION = 1  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
+VERSION = 2  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
 TIMED_CANDIDATES = 3
@@ -2654,22 +2654,22 @@ import torch
 import torch.nn.functional as F
 
 from common.command_line import UserError
-from common.kernels import add_dora_gradients, row_norms, scale_rows, seeded_dropout, update_gain
+from common.kernels import gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
     """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
 
-    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. g multiplies the
-    rows of W and B, which are smaller than y. Kept for the backward pass: x, which the layers of an attention block share;
-    x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
+    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Forward g multiplies
+    the rows of W and B, backward dy, which is read for m's gradient anyway. Kept for the backward pass: x, which the layers of an
+    attention block share; x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, m, layer):
         x2 = x.reshape(-1, x.shape[-1])
         xa = layer.drop(x2) @ layer.a.t()
-        y = F.linear(x2, layer.weight(), layer.bias).addmm_(xa, layer.b.t(), alpha=layer.scale)
+        y = F.linear(x2, layer.scaled_weight(), layer.bias).addmm_(xa, layer.scaled_b.t(), alpha=layer.scale)
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(x2, xa, None if m is None else y)
         return y.view(*x.shape[:-1], -1)
@@ -2679,13 +2679,11 @@ class AdapterLinear(torch.autograd.Function):
         """Gradients of A, B and m are added where they are kept, in fp32, and not handed to autograd."""
         layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
         dy, dx = dy.reshape(-1, dy.shape[-1]), None
+        if y is not None:
+            dy = gain_backward(dy.contiguous(), y, layer.bias, layer.gain, layer.m, layer.m.grad)
         dxa = dy @ layer.b
         add_product(layer.A.grad, dxa.t(), layer.drop(x2), layer.scale)
-        if y is None:
-            add_product(layer.B.grad, dy.t(), xa, layer.scale)
-        else:
-            dy, of_m = dy.contiguous(), (layer.gain, layer.m, layer.m.grad)
-            add_dora_gradients(dy, y, product(dy.t(), xa), layer.bias, *of_m, layer.B.grad, layer.scale)
+        add_product(layer.B.grad, dy.t(), xa, layer.scale)
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
             if layer.p:
@@ -2698,11 +2696,6 @@ class AdapterLinear(torch.autograd.Function):
 
 # Whether cuBLAS may be asked for an fp32 product of fp16 matrices, which spares a rounding and three kernels; from torch 2.10 on.
 FP32_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
-
-
-def product(x, y):
-    """x y in fp32."""
-    return torch.mm(x, y, out_dtype=torch.float32) if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32 else (x @ y).float()
 
 
 def add_product(total, x, y, scale):
@@ -2731,12 +2724,13 @@ class FusedLayer:
         self.base, self.bias, self.scale = base.weight, base.bias, layer.scaling[name]
         self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
         self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
+        self.scaled_b = self.b
         self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
         self._p, self.seed, self.salt, self.gain = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt, None
         if self.m is not None:
             # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
-            self.m.data.copy_(row_norms(self.frozen_weight(), self.A.data, self.B.data, self.scale))
-            self.gain, self.b = torch.ones_like(self.m.data), self.b.clone()
+            self.m.data.copy_(row_norms(self.weight(), self.A.data, self.B.data, self.scale))
+            self.gain, self.scaled_b = torch.ones_like(self.m.data), self.b.clone()
 
     def __call__(self, x):
         if self.layer.disable_adapters:
@@ -2752,11 +2746,12 @@ class FusedLayer:
         """d(x); the same mask whenever it is called with the same seed. d is its own transpose."""
         return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
-    def weight(self):
-        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4; its rows multiplied by g, if there is one."""
-        return self.frozen_weight() if self.gain is None else scale_rows(self.frozen_weight(), self.gain)
+    def scaled_weight(self):
+        """W with its rows multiplied by g, if there is one; as `scaled_b` is B."""
+        return self.weight() if self.gain is None else scale_rows(self.weight(), self.gain)
 
-    def frozen_weight(self):
+    def weight(self):
+        """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4."""
         if self.base.dtype != torch.uint8:
             return self.base
         from bitsandbytes.functional import dequantize_4bit
@@ -2766,7 +2761,7 @@ class FusedLayer:
     @torch.no_grad()
     def update_gain(self):
         """Set g, and B multiplied by it, after the parameters changed."""
-        update_gain(self.frozen_weight(), self.A, self.B, self.m, self.scale, self.gain, self.b)
+        update_gain(self.weight(), self.A, self.B, self.m, self.scale, self.gain, self.scaled_b)
 
 
 def fuse(models, flat, seed):
@@ -3031,7 +3026,7 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         try:
             # the outer context restores the stream, which a capture that fails at its end does not
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, self.pool, _side_stream(self.device)):
                 result = self.function(inputs)
         except RuntimeError as error:
             if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
@@ -3105,6 +3100,8 @@ MODULES['common.kernels'] = r'''
 Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -3144,31 +3141,30 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
         tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=inside)
 
     @triton.jit
-    def _column_dots_kernel(dy, y, bias, partial, rows, columns, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        inside = (row < rows) & (column < columns)
-        u = tl.load(y + row * columns + column, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            u -= tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
-        sums = tl.sum(tl.load(dy + row * columns + column, mask=inside, other=0.0).to(tl.float32) * u, axis=0)[None, :]
-        tl.store(partial + tl.program_id(0) * columns + column, sums, mask=column < columns)
-
-    @triton.jit
-    def _dora_gradients_kernel(
-        partial, products, gain, m, dm, dB, scale, parts, columns, rank,
-        PARTS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+    def _gain_backward_kernel(
+        dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
+        BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
     ):  # fmt: skip
-        column, j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, RANK)
-        sums, known = tl.zeros((PARTS, COLUMNS), dtype=tl.float32), column < columns
-        for start in range(0, parts, PARTS):
-            part = start + tl.arange(0, PARTS)[:, None]
-            sums += tl.load(partial + part * columns + column[None, :], mask=(part < parts) & known[None, :], other=0.0)
-        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
-        tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
-        at, inside = column[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
-        of_b = tl.load(products + at, mask=inside, other=0.0) * tl.load(gain + column, mask=known, other=0.0)[:, None] * scale
-        tl.store(dB + at, tl.load(dB + at, mask=inside, other=0.0) + of_b, mask=inside)
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        known, at = column < columns, row * columns + column[None, :]
+        inside = (row < rows) & known[None, :]
+        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            u -= tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
+        tl.store(scaled + at, d * tl.load(gain + column, mask=known, other=0.0)[None, :], mask=inside)
+        tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=known)
+        tl.debug_barrier()  # the atomic addition publishes what every thread of the program has stored
+        if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:  # the last program for these columns adds all up
+            sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
+            for start in range(0, tl.num_programs(0), PARTS):
+                part = start + tl.arange(0, PARTS)[:, None]
+                there = (part < tl.num_programs(0)) & known[None, :]
+                sums += tl.load(partial + part * columns + column[None, :], mask=there, other=0.0)
+            total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
+            tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
+            tl.store(arrived + tl.program_id(1), 0)
 
     @triton.jit
     def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
@@ -3187,7 +3183,7 @@ if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
             inside = (column < columns)[None, :]
             of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
             of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
-            value = of_w + scale * tl.dot(of_b, of_a, input_precision="ieee")
+            value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
             squares += value * value
         g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
         tl.store(gain + row, g, mask=known)
@@ -3245,22 +3241,29 @@ def geglu(h):
     return value * F.gelu(gate)
 
 
-def add_dora_gradients(dy, y, products, bias, gain, m, dm, dB, scale):
-    """dm += sum over rows of dy (y - bias) / m and dB += scale diag(gain) products: the gradients of DoRA's magnitude and of B.
+def gain_backward(dy, y, bias, gain, m, dm):
+    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+
+    One call at a time: on a GPU all of them count in the same place.
 
     Args:
-        dy, y: [M, N]; products: dy^T x A^T, fp32 [N, r]; bias: [N] or None; gain, m, dm: fp32 [N]; dB: fp32 [N, r].
+        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
     """
     if not dy.is_cuda:
         dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
-        dB.addcmul_(products, gain[:, None], value=scale)
-        return
-    (rows, columns), rank, bias_or_any = dy.shape, products.shape[1], dy if bias is None else bias
+        return (dy * gain).to(dy.dtype)
+    (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
-    partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    _column_dots_kernel[grid](dy, y, bias_or_any, partial, rows, columns, BIAS=bias is not None, ROWS=128, COLUMNS=64)
-    sizes = dict(PARTS=64, RANK=triton.next_power_of_2(rank), COLUMNS=32)
-    _dora_gradients_kernel[(triton.cdiv(columns, 32),)](partial, products, gain, m, dm, dB, scale, grid[0], columns, rank, **sizes)
+    partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
+    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=32)
+    _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
+    return scaled
+
+
+@functools.lru_cache
+def _arrivals(device):
+    """Counters that are 0 between kernels; more of them than any layer has groups of 64 columns."""
+    return torch.zeros(4096, device=device, dtype=torch.int32)
 
 
 def scale_rows(w, gain):
