@@ -16,11 +16,11 @@ def _side_stream(device):
 
 @functools.lru_cache
 def _parallel_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(4)]
+    return [torch.cuda.Stream(device) for _ in range(8)]
 
 
 def side_by_side(functions, device):
-    """Call functions that are independent of each other; on a GPU, four of the small kernels that they launch run at a time."""
+    """Call functions that are independent of each other; on a GPU, eight of the small kernels that they launch run at a time."""
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())

@@ -158,7 +158,7 @@ def gain_backward(dy, y, bias, gain, m, dm):
     (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
-    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=32)
+    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
     _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
     return scaled
 

@@ -1340,11 +1340,11 @@ def _side_stream(device):
 
 @functools.lru_cache
 def _parallel_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(4)]
+    return [torch.cuda.Stream(device) for _ in range(8)]
 
 
 def side_by_side(functions, device):
-    """Call functions that are independent of each other; on a GPU, four of the small kernels that they launch run at a time."""
+    """Call functions that are independent of each other; on a GPU, eight of the small kernels that they launch run at a time."""
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -1642,7 +1642,7 @@ def gain_backward(dy, y, bias, gain, m, dm):
     (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
-    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=32)
+    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
     _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
     return scaled
 

@@ -139,7 +139,7 @@ def error(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize("rows", [1, 77, 4096])
+@pytest.mark.parametrize("rows", [1, 77, 4096, 20000])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_gradients_through_a_gain_are_their_formulas(rows, with_bias):
     """Twice: the kernel leaves its counters as it found them."""
