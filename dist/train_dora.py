@@ -3027,7 +3027,8 @@ class Graphed:
         graph = torch.cuda.CUDAGraph()
         try:
             # the outer context restores the stream, which a capture that fails at its end does not
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, self.pool, _side_stream(self.device)):
+            # not on the warm-up's stream: the graph would go on using a cuBLAS workspace that is not in its own pool
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
         except RuntimeError as error:
             if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class

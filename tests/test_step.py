@@ -120,7 +120,7 @@ def names_of(parts, number):
 
 
 def test_the_reference_reads_the_same_pictures(demo):
-    """The hand-made preprocessing above and `dataset` agree, so that the tests above compare what they mean to."""
+    """The hand-made preprocessing above and `dataset` agree, so that the tests below compare what they mean to."""
     samples, _ = dataset.load_samples(None, str(demo.data), "image", "text", None, 0)
     prepare = Reference.preprocess
     for sample in samples[:6]:
