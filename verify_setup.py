@@ -117,8 +117,10 @@ def probe_packages(file):
     return found
 
 
-def free_gb(folder):  # of the disk that it lies on, or will lie on
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / 1e9
+def free_gb(folder):
+    """Of the disk that it lies on, or will lie on; 0 where nothing may be written."""
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    return shutil.disk_usage(place).free / 1e9 if os.access(place, os.W_OK) else 0.0
 
 
 def hub_state(repo_id):

@@ -17,33 +17,66 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import files, report
+from common.command_line import UserError, run
+
+TRAINERS = ("train_sdxl", "train_opt", "train_qlora", "train_dora")
 RUNS = {"as it comes": [], "plainly": ["--no_cuda_graph", "--lora_backend", "peft", "--no_auto_fit"]}
 
 
-def main():
+def main(argv=None):
+    """Train twice and compare, or plot an earlier comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--script", default="train_opt", help="trainer (default: train_opt)")
+    parser.add_argument("--script", default="train_opt", choices=TRAINERS, help="trainer (default: train_opt)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
-    parser.add_argument("--out", default="exactness.json", help="where the losses go (default: exactness.json)")
-    parser.add_argument("--plot", nargs=2, metavar=("JSON", "PNG"), help="train nothing, plot an earlier result")
+    parser.add_argument("--out", type=Path, default="exactness.json", help="where the losses go (default: exactness.json)")
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "PNG"), help="train nothing, plot an earlier result")
     parser.add_argument("flags", nargs="*", help="after --: flags for both runs")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.plot:
-        return plot(json.loads(Path(options.plot[0]).read_text()), options.plot[1])
+        return plot(read_runs(options.plot[0]), options.plot[1])
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be at least 1")
+    try:
+        options.out.open("a").close()  # before the hours, not after them
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from None
     runs = {name: losses_of(options.script, [*options.flags, *flags], options.steps) for name, flags in RUNS.items()}
-    Path(options.out).write_text(json.dumps(dict(script=options.script, flags=options.flags, runs=runs)))
+    files.write_json(options.out, dict(script=options.script, flags=options.flags, runs=runs))
     print(json.dumps(compared(runs)))
 
 
 def losses_of(script, flags, steps):
-    """{"loss": [...], "s_per_img": median} of a run of `steps` steps in a folder that is removed afterwards."""
-    from common import report
+    """{"loss": [...], "s_per_img": median} of a run of `steps` steps in a folder that is removed afterwards.
 
+    Raises:
+        UserError: the run was stopped before its end.
+    """
     with tempfile.TemporaryDirectory() as folder:
         fixed = ["--max_train_steps", str(steps), "--checkpointing_steps", "0", "--output_dir", folder]
-        importlib.import_module(script).main([*flags, *fixed])
+        result = importlib.import_module(script).main([*flags, *fixed])
+        if result["ended"] != "finished":
+            raise UserError(
+                f"{result['ended']} after step {result['step']} of {steps}: there is nothing to compare, and nothing was written"
+            )
         rows = report.read_metrics(Path(folder) / "metrics.jsonl")
     return {"loss": [row["loss"] for row in rows], "s_per_img": statistics.median(row["s_per_img"] for row in rows)}
+
+
+def read_runs(place):
+    """The two runs that `--out` has written to `place`.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        runs = json.loads(place.read_text(encoding="utf-8"))["runs"]
+        if len(runs["plainly"]["loss"]) == len(runs["as it comes"]["loss"]) and all(run["s_per_img"] > 0 for run in runs.values()):
+            return runs
+        reason = "runs of different lengths"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"--plot {place}: not what --out writes ({reason})")
 
 
 def differences(runs):
@@ -58,7 +91,7 @@ def compared(runs):
     return dict(steps=len(relative), median=statistics.median(relative), largest=max(relative), times_as_fast=round(speed, 1))
 
 
-def plot(result, place):
+def plot(runs, place):
     """Both curves, and below them their relative difference on a logarithmic axis."""
     import matplotlib
 
@@ -66,19 +99,22 @@ def plot(result, place):
     import matplotlib.pyplot as plt
 
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[2, 1], constrained_layout=True)
-    for (name, run), style in zip(result["runs"].items(), ("-", "--")):
-        top.plot(range(1, len(run["loss"]) + 1), run["loss"], style, linewidth=1.2, label=f"{name}: {run['s_per_img']:.3f} s/img")
+    relative = differences(runs)
+    steps = range(1, len(relative) + 1)
+    for (name, curve), style in zip(runs.items(), ("-", "--")):
+        top.plot(steps, curve["loss"], style, linewidth=1.2, label=f"{name}: {curve['s_per_img']:.3f} s/img")
     top.set_ylabel("loss")
     top.legend(frameon=False)
-    bottom.semilogy(
-        range(1, len(run["loss"]) + 1), [max(value, 1e-8) for value in differences(result["runs"])], color="tab:red", linewidth=0.8
-    )
+    bottom.semilogy(steps, [max(value, 1e-8) for value in relative], color="tab:red", linewidth=0.8)
     bottom.set_ylabel("relative difference")
     bottom.set_xlabel("optimizer step")
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(place, dpi=110)
+    try:
+        figure.savefig(place, dpi=110)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise UserError(f"--plot {place}: cannot be written ({error})") from None
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

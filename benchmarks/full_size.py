@@ -17,7 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from demo import build  # noqa: E402
+
+from common.command_line import UserError, run
+from common.flags import check_writable
+from demo import build
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(
@@ -140,10 +143,15 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="new folder for the captioned images")
     parser.add_argument("--count", type=int, default=32, help="number of images (default: 32)")
     flags = parser.parse_args()
+    if flags.count < 1:
+        raise UserError(f"--count {flags.count}: must be at least 1")
     for name in ("model", "images"):
         folder = getattr(flags, name)
         if folder.exists():
-            parser.error(f"--{name} {folder} exists already: name a new folder or remove it")
+            raise UserError(f"--{name} {folder} exists already: name a new folder or remove it")
+        check_writable(name, folder)
+    if flags.model.resolve() == flags.images.resolve():
+        raise UserError("--model and --images name the same folder")
 
     start = time.perf_counter()
     write_images(flags.images, flags.count)
@@ -156,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -38,7 +38,10 @@ def main(argv=None):
     parser.add_argument("text", type=Path, metavar="MARKDOWN", help="file with the markers")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is not what the JSON gives")
     options = parser.parse_args(argv)
-    before = options.text.read_text(encoding="utf-8")
+    try:
+        before = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{options.text}: cannot be read ({error})") from None
     after = filled(before, read_runs(options.runs), options.text)
     if options.check and after != before:
         sys.exit(f"{options.text} is not what {options.runs} gives: run python benchmarks/table.py {options.runs} {options.text}")

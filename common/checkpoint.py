@@ -1,6 +1,7 @@
 """Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -73,6 +74,10 @@ def read_config(output_dir):
         return {"flags": {}, "data": {}}
 
 
+def _numbers(layout):
+    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
+
+
 def load_checkpoint(folder, engine):
     """Put the engine where the checkpoint was made; returns its `progress`.
 
@@ -84,11 +89,13 @@ def load_checkpoint(folder, engine):
         layout, optimizer_class = [(name, tuple(shape)) for name, shape in state["layout"]], state["optimizer_class"]
         tensors = load_file(folder / "state.safetensors", device=str(engine.host.device))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error}); remove it, or name an earlier one"
+        ) from None
     if layout != engine.flat.layout:
         raise UserError(
-            f"--resume_from_checkpoint {folder}: its adapter has {len(layout)} weights and this one {len(engine.flat.layout)}, or of other"
-            " shapes; resume with the same script, base model, --lora_rank, --lora_target_modules and --train_text_encoder"
+            f"--resume_from_checkpoint {folder}: its adapter has {_numbers(layout)}, this one {_numbers(engine.flat.layout)}; resume with the"
+            " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
         )
     if optimizer_class != type(engine.optimizer).__name__:
         raise UserError(f"--resume_from_checkpoint {folder}: made with {optimizer_class}; resume with the same --use_8bit_adam")

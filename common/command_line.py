@@ -6,6 +6,7 @@ Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answ
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -126,15 +127,23 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}: make room, or name other folders for what is written", file=sys.stderr)
         sys.exit(2)
 
 

@@ -170,7 +170,7 @@ def check_model(flags):
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
-        _check_writable(name, getattr(flags, name))
+        check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
@@ -178,7 +178,7 @@ def check_model(flags):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
-def _check_writable(name, place):
+def check_writable(name, place):
     """A folder that is there with the right to write in it, or that can be made."""
     path = Path(place).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))

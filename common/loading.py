@@ -22,6 +22,7 @@ from common.noise import NoiseSchedule
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
+READ = ["model_index.json", "scheduler/scheduler_config.json", *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
 CHUNK_BYTES = 512 * 2**20
 
 
@@ -60,14 +61,21 @@ def _check_parts(name, folder):
     """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
     if not (folder / "model_index.json").exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
+    for file in READ:
+        _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
     for part, wanted in PARTS.items():
-        try:
-            config = json.loads((folder / part / "config.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--pretrained_model_name_or_path {name}: no readable {part}/config.json in it; SDXL has one") from None
+        file = f"{part}/config.json"
+        config = _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
         found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
         if found != wanted:
             raise UserError(f"--pretrained_model_name_or_path {name}: its {part} is {found}, SDXL's is {wanted}")
+
+
+def _read_object(file, refusal):
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(refusal) from None
 
 
 def _download_pipeline(repo_id, variant, revision):
@@ -85,6 +93,7 @@ def _find_vae(vae):
         folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").exists():
+            _read_object(candidate / "config.json", f"--pretrained_vae_model_name_or_path {vae}: its config.json cannot be read")
             return candidate
     raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
 
@@ -155,7 +164,10 @@ def load_text_encoders(model, host):
         folder = model.folder / f"text_encoder{part}"
         variant = _variant_in(folder, model.variant)
         encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
-        tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{model.folder}/tokenizer{part}: cannot be read ({str(error).splitlines()[0]})") from None
         if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
             raise UserError(
                 f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"

@@ -43,7 +43,7 @@ def _check_room(pipeline, place):
     disk = next(folder for folder in place.absolute().parents if folder.is_dir())
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
     if needed > free:
-        raise UserError(f"--merge {place}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on that disk")
+        raise UserError(f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk")
 
 
 def _fuse(pipeline, adapters):

@@ -1207,6 +1207,7 @@ MODULES['common.checkpoint'] = r'''
 """Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -1279,6 +1280,10 @@ def read_config(output_dir):
         return {"flags": {}, "data": {}}
 
 
+def _numbers(layout):
+    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
+
+
 def load_checkpoint(folder, engine):
     """Put the engine where the checkpoint was made; returns its `progress`.
 
@@ -1290,11 +1295,13 @@ def load_checkpoint(folder, engine):
         layout, optimizer_class = [(name, tuple(shape)) for name, shape in state["layout"]], state["optimizer_class"]
         tensors = load_file(folder / "state.safetensors", device=str(engine.host.device))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error}); remove it, or name an earlier one"
+        ) from None
     if layout != engine.flat.layout:
         raise UserError(
-            f"--resume_from_checkpoint {folder}: its adapter has {len(layout)} weights and this one {len(engine.flat.layout)}, or of other"
-            " shapes; resume with the same script, base model, --lora_rank, --lora_target_modules and --train_text_encoder"
+            f"--resume_from_checkpoint {folder}: its adapter has {_numbers(layout)}, this one {_numbers(engine.flat.layout)}; resume with the"
+            " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
         )
     if optimizer_class != type(engine.optimizer).__name__:
         raise UserError(f"--resume_from_checkpoint {folder}: made with {optimizer_class}; resume with the same --use_8bit_adam")
@@ -1328,6 +1335,7 @@ Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answ
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import os
 import re
@@ -1448,15 +1456,23 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, Ctrl-C one line and 130."""
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
     try:
         main()
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted; what was encoded stays in the cache", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
     except UserError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}: make room, or name other folders for what is written", file=sys.stderr)
         sys.exit(2)
 
 
@@ -2070,7 +2086,9 @@ MODULES['common.files'] = r'''
 
 import json
 import os
+import re
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 
@@ -2082,10 +2100,20 @@ def write_json(path, value):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """The same for tensors."""
+    """The same for tensors.
+
+    Raises:
+        OSError: where it cannot be written; safetensors has an error of its own for that, with the number in its text.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     partial.chmod(0o644)  # safetensors makes its files unreadable for others
     os.replace(partial, path)
 '''
@@ -2427,7 +2455,7 @@ def check_model(flags):
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
-        _check_writable(name, getattr(flags, name))
+        check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
@@ -2435,7 +2463,7 @@ def check_model(flags):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
-def _check_writable(name, place):
+def check_writable(name, place):
     """A folder that is there with the right to write in it, or that can be made."""
     path = Path(place).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
@@ -3324,6 +3352,7 @@ from common.noise import NoiseSchedule
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
+READ = ["model_index.json", "scheduler/scheduler_config.json", *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
 CHUNK_BYTES = 512 * 2**20
 
 
@@ -3362,14 +3391,21 @@ def _check_parts(name, folder):
     """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
     if not (folder / "model_index.json").exists():
         raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
+    for file in READ:
+        _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
     for part, wanted in PARTS.items():
-        try:
-            config = json.loads((folder / part / "config.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(f"--pretrained_model_name_or_path {name}: no readable {part}/config.json in it; SDXL has one") from None
+        file = f"{part}/config.json"
+        config = _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
         found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
         if found != wanted:
             raise UserError(f"--pretrained_model_name_or_path {name}: its {part} is {found}, SDXL's is {wanted}")
+
+
+def _read_object(file, refusal):
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(refusal) from None
 
 
 def _download_pipeline(repo_id, variant, revision):
@@ -3387,6 +3423,7 @@ def _find_vae(vae):
         folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").exists():
+            _read_object(candidate / "config.json", f"--pretrained_vae_model_name_or_path {vae}: its config.json cannot be read")
             return candidate
     raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
 
@@ -3457,7 +3494,10 @@ def load_text_encoders(model, host):
         folder = model.folder / f"text_encoder{part}"
         variant = _variant_in(folder, model.variant)
         encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
-        tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{model.folder}/tokenizer{part}: cannot be read ({str(error).splitlines()[0]})") from None
         if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
             raise UserError(
                 f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"

@@ -179,7 +179,7 @@ def test_a_merge_that_is_cut_short_leaves_nothing(files, merged, tmp_path, monke
 
 def test_a_disk_that_is_too_small_is_noticed_first(files, merged, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(UserError, match="MB are free"):
         merged("--lora", files["lora"])
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,8 @@
 """What a trainer refuses: images, hubs, targets and models, in one line that names flag or file, with nothing written."""
 
+import errno
 import json
+import os
 import shutil
 import socket
 import threading
@@ -112,3 +114,46 @@ def test_a_model_of_another_kind_is_refused_by_its_parts(train, demo, tmp_path):
     shutil.rmtree(tmp_path / "model/text_encoder_2")
     shutil.copytree(demo.model / "unet", tmp_path / "model/unet", dirs_exist_ok=True)
     assert "no readable text_encoder_2/config.json" in refused(train, tmp_path / "run", *model)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", None])
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("model_index.json", "no (readable )?model_index.json"),
+        ("vae/config.json", "vae"),
+        ("scheduler/scheduler_config.json", "no readable scheduler/scheduler_config.json"),
+        ("tokenizer_2/tokenizer_config.json", "no readable tokenizer_2/tokenizer_config.json"),
+    ],
+)
+def test_an_incomplete_model_is_refused_before_anything_is_encoded(demo, tmp_path, file, named, content):
+    from common import loading
+
+    shutil.copytree(demo.model, tmp_path / "model")
+    (tmp_path / "model" / file).unlink() if content is None else (tmp_path / "model" / file).write_text(content)
+    with pytest.raises(UserError, match=named):
+        loading.find_model(str(tmp_path / "model"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(demo, tmp_path):
+    from common import device, loading
+
+    shutil.copytree(demo.model, tmp_path / "model")
+    (tmp_path / "model/tokenizer/tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer: cannot be read"):
+        loading.load_text_encoders(loading.find_model(str(tmp_path / "model")), device.start("no"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_is_full_is_one_line_and_other_errors_are_not_hidden(capsys, number):
+    from common import command_line
+
+    def full():
+        raise OSError(number, os.strerror(number), "cache/shard")
+
+    with pytest.raises(SystemExit) as caught:
+        command_line.run(full)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and said.count("\n") == 1 and "cache/shard" in said and os.strerror(number) in said
+    with pytest.raises(ConnectionError):
+        command_line.run(lambda: (_ for _ in ()).throw(ConnectionResetError(104, "reset")))

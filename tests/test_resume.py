@@ -1,5 +1,6 @@
 """Runs that end early: killed, asked to stop, out of time. Resumed, they end as if nothing had happened, to the bit."""
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from common.command_line import UserError
 
@@ -334,21 +336,22 @@ def test_where_there_are_checkpoints_already_nothing_else_is_searched(copy, tmp_
         checkpoint.find_resume("latest", tmp_path / "empty")
 
 
-def test_an_output_folder_that_vanishes_costs_no_step(train, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.ENOSPC])
+def test_an_output_folder_that_vanishes_or_fills_costs_no_step(train, whole, tmp_path, monkeypatch, number):
     """A Drive that is unmounted between two checkpoints: everything is saved on the local disk, and goes on from there."""
-    from common import checkpoint
+    from common import files
 
-    original = checkpoint.save_checkpoint
+    original = files.save_file
 
-    def vanished(output_dir, *rest):
-        if tmp_path / "drive" in (output_dir, *output_dir.parents):
-            raise OSError(107, "Transport endpoint is not connected")
-        original(output_dir, *rest)
+    def fails(tensors, place, *rest):
+        if tmp_path / "drive" in place.parents:
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+        original(tensors, place, *rest)
 
-    monkeypatch.setattr(checkpoint, "save_checkpoint", vanished)
+    monkeypatch.setattr(files, "save_file", fails)
     with pytest.raises(UserError) as caught:
         train(*STEPS, into=tmp_path / "drive/run")
-    assert "Transport endpoint is not connected" in str(caught.value) and "of step 4 are" in str(caught.value)
+    assert os.strerror(number) in str(caught.value) and "of step 4 are" in str(caught.value)
     rescued = str(caught.value).rpartition(" ")[2]
     run = resume(train, tmp_path / "elsewhere", checkpoint=rescued)
     assert run.result["step"] == 12 and run.same_weights(whole(*STEPS))
