@@ -38,7 +38,7 @@ REPOS = {  # id -> type, and a file that is in the cache only when the repo was 
 DISK_GB = {"HF cache": 9.0, "--cache_dir": 1.0, "working folder": 1.0}  # model 7, data 1.4; latents and text; adapters and checkpoints
 SPARE_GIB, LITTLE_RAM_GIB = 0.75, 6  # of RAM 2.8 were measured, loading included; the rest is the system's share
 ROOMY_GIB = 13.0  # from here on train_sdxl.py is the one to take, and little need be recomputed
-# What a trainer's defaults need, measured on an H100 or H200 (README.md): peak with one image a pass and every block recomputed; images of the default
+# What a trainer's defaults need, measured on an H100 (README.md): peak with one image a pass and every block recomputed; images of the default
 # run; TFLOP of the UNet's forward pass per image (a step is two); share of the GPU's fp16 matrix rate that the step reached; free memory
 # below which another script suits the card better; whether it needs bitsandbytes, for 4-bit weights or 8-bit AdamW.
 Script = namedtuple("Script", "name peak_gib images forward_tflop share recommended_gib bitsandbytes", defaults=(0.0, False))
@@ -46,7 +46,7 @@ SCRIPTS = (  # in the order in which they are recommended
     Script("train_sdxl.py", 5.7, 2000 * 4, 6.761, 0.39, recommended_gib=ROOMY_GIB),
     Script("train_opt.py", 5.5, 3000 * 8, 3.641, 0.38),
     Script("train_qlora.py", 3.1, 3 * 1221, 1.589, 0.20, bitsandbytes=True),
-    Script("train_dora.py", 5.4, 3 * 1221, 1.589, 0.24, bitsandbytes=True),
+    Script("train_dora.py", 5.4, 3 * 1221, 1.589, 0.25, bitsandbytes=True),
 )
 
 

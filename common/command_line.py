@@ -133,18 +133,17 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 def run(main):
     """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        said, status = "interrupted", 130
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said, status = f"error: {error}", 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}: make room, or name other folders for what is written", file=sys.stderr)
-        sys.exit(2)
+        said, status = f"error: {error}: make room there, or name another place", 2
+    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    sys.exit(status)
 
 
 class Described:

@@ -88,8 +88,8 @@ class Graphed:
         inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
         try:
-            # the outer context restores the stream, which a capture that fails at its end does not
-            # not on the warm-up's stream: the graph would go on using a cuBLAS workspace that is not in its own pool
+            # The outer context restores the stream, which a capture that fails at its end does not. The stream is torch's own, not
+            # the warm-up's: there the graph would go on using a cuBLAS workspace that is not in its pool.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
         except RuntimeError as error:

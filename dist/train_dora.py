@@ -1462,18 +1462,17 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 def run(main):
     """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        said, status = "interrupted", 130
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        said, status = f"error: {error}", 2
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}: make room, or name other folders for what is written", file=sys.stderr)
-        sys.exit(2)
+        said, status = f"error: {error}: make room there, or name another place", 2
+    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    sys.exit(status)
 
 
 class Described:
@@ -3054,8 +3053,8 @@ class Graphed:
         inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
         try:
-            # the outer context restores the stream, which a capture that fails at its end does not
-            # not on the warm-up's stream: the graph would go on using a cuBLAS workspace that is not in its own pool
+            # The outer context restores the stream, which a capture that fails at its end does not. The stream is torch's own, not
+            # the warm-up's: there the graph would go on using a cuBLAS workspace that is not in its pool.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
                 result = self.function(inputs)
         except RuntimeError as error:
@@ -3389,23 +3388,24 @@ def find_model(name, vae=None, variant="fp16", revision=None, config="stabilitya
 
 def _check_parts(name, folder):
     """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
+    named = f"--pretrained_model_name_or_path {name}"
     if not (folder / "model_index.json").exists():
-        raise UserError(f"--pretrained_model_name_or_path {name}: no model_index.json in it, so it is not a diffusers model folder")
+        raise UserError(f"{named}: no model_index.json in it, so it is not a diffusers model folder")
     for file in READ:
-        _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
+        _read_object(folder, file, named)
     for part, wanted in PARTS.items():
-        file = f"{part}/config.json"
-        config = _read_object(folder / file, f"--pretrained_model_name_or_path {name}: no readable {file} in it; SDXL has one")
+        config = _read_object(folder, f"{part}/config.json", named)
         found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
         if found != wanted:
-            raise UserError(f"--pretrained_model_name_or_path {name}: its {part} is {found}, SDXL's is {wanted}")
+            raise UserError(f"{named}: its {part} is {found}, SDXL's is {wanted}")
 
 
-def _read_object(file, refusal):
+def _read_object(folder, file, named):
+    """The JSON object in folder/file; `named` is the flag and its value, for the message where there is none."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise UserError(refusal) from None
+        raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
 
 
 def _download_pipeline(repo_id, variant, revision):
@@ -3423,7 +3423,7 @@ def _find_vae(vae):
         folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").exists():
-            _read_object(candidate / "config.json", f"--pretrained_vae_model_name_or_path {vae}: its config.json cannot be read")
+            _read_object(candidate, "config.json", f"--pretrained_vae_model_name_or_path {vae}")
             return candidate
     raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
 

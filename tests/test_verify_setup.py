@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -95,6 +96,12 @@ def test_a_full_disk_stops_a_download_and_not_a_cached_model():
     full = {**facts().disk, "HF cache": ("/root/.cache", 3.0)}
     assert "3.0 GB free, about 9 needed" in judge(facts(14.5, disk=full))["problems"][0]
     assert not judge(facts(14.5, disk=full, hub=dict.fromkeys(REPOS, "cached")))["problems"]
+
+
+def test_where_nothing_may_be_written_nothing_is_free(tmp_path, monkeypatch):
+    assert verify_setup.free_gb(tmp_path / "not yet there") > 0
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    assert verify_setup.free_gb(tmp_path / "not yet there") == 0
 
 
 def test_an_old_python_and_a_package_out_of_range_or_absent_are_problems_with_their_cure(tmp_path):

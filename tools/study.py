@@ -160,9 +160,9 @@ def train(training):
 def score(folder):
     """What a run of the demo's trained model has learnt and kept: {"style": share, "attributes": share}; nothing for the random one."""
     from demo import score as demo_score
-    from demo import settings
+    from demo.settings import is_tiny
 
-    if settings.is_tiny():
+    if is_tiny():
         return {}
     averaged = folder / "ema_unet"
     scores = demo_score.of_adapter(averaged if averaged.exists() else folder, SCORED_IMAGES)
