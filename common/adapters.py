@@ -138,7 +138,7 @@ class EMA:
     @contextlib.contextmanager
     def applied(self):
         """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
-        trained = self.flat.data.clone()
+        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
         self.flat.data.copy_(self.average)
         self.flat.publish()
         try:

@@ -27,6 +27,7 @@ from common import (
     fused_unet,
     loading,
     loops,
+    memory,
     report,
     sampling,
 )
@@ -135,7 +136,7 @@ def train(flags, engine, data):
         f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
     )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
-    draw = functools.partial(_draw_samples, flags, engine, data)
+    draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     try:
@@ -295,14 +296,21 @@ def _resume(flags, engine, recipe, plan):
 
 
 def _draw_samples(flags, engine, data, step):
-    """samples/STEP_I.png for every --validation_prompt, with the average where there is one."""
-    if not flags.validation_prompt or not engine.host.is_main:
+    """samples/STEP_I.png for every --validation_prompt, with the average where there is one; left out where memory runs out."""
+    if not engine.host.is_main:
         return
     engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
-    with engine.ema.applied() if engine.ema else contextlib.nullcontext():
-        images = sampling.draw_while_training(
-            engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
-        )
+    try:
+        with engine.ema.applied() if engine.ema else contextlib.nullcontext():
+            images = sampling.draw_while_training(
+                engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
+            )
+    except (RuntimeError, memory.OutOfMemory) as error:
+        if not memory.ran_out(error):
+            raise
+        engine.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
+        images = []
+    memory.release(engine.host.device)
     folder = Path(flags.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):

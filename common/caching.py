@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common import dataset, device, loading
+from common import dataset, device, encoding, loading
 from common.command_line import UserError
 from common.files import write_safetensors
 from common.hub import FP16_VAE
@@ -25,7 +25,6 @@ VERSION = 1  # raise it when the same inputs give other numbers: old entries are
 SHARD_ENTRIES = 64
 VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
-MAX_TOKENS = 77
 
 
 def content_key(*parts):
@@ -139,7 +138,7 @@ def _latent_key(sample, framing, flip):
 
 def _encode_images(jobs, store, model, host):
     """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of the pictures that cannot be decoded."""
-    vae, bad = loading.load_vae(model, host), []
+    encoder, bad = encoding.ImageEncoder(model, host), []
     bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
     with bar, contextlib.ExitStack() as at_exit:
         at_exit.callback(store.flush)  # an interrupted encode goes on from here
@@ -152,10 +151,10 @@ def _encode_images(jobs, store, model, host):
             batch = batches[image.shape]
             batch.append((job, image))
             if (len(batch) + 1) * image[0].numel() > VAE_PIXELS:
-                _encode_batch(batches.pop(image.shape), store, vae, host)
+                _encode_batch(batches.pop(image.shape), store, encoder, host)
         for batch in batches.values():
-            _encode_batch(batch, store, vae, host)
-    del vae
+            _encode_batch(batch, store, encoder, host)
+    del encoder
     device.free_memory(host.device)
     return bad
 
@@ -182,45 +181,19 @@ def _decoded(jobs):
             yield done, future.result()
 
 
-@torch.no_grad()
-def _encode_batch(batch, store, vae, host):
-    posterior = vae.encode(torch.stack([image for _, image in batch]).to(host.device, vae.dtype)).latent_dist
-    mean, std = _normalise(vae.config, posterior.mean.float(), posterior.std.float())
-    mean, std = mean.to("cpu", host.dtype), std.to("cpu", host.dtype)
+def _encode_batch(batch, store, encoder, host):
+    mean, std = encoder([image for _, image in batch])
+    mean, std = mean.to(host.dtype), std.to(host.dtype)
     for (job, _), m, s in zip(batch, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()):
             raise UserError(
-                f"{job[0].name}: the VAE gives non-finite latents in {str(vae.dtype).removeprefix('torch.')};"
+                f"{job[0].name}: the VAE gives non-finite latents in {encoder.dtype_name};"
                 f" use --pretrained_vae_model_name_or_path {FP16_VAE}"
             )
         store[_latent_key(*job)] = (m, s)
 
 
-def _normalise(config, mean, std):
-    """Posterior of the VAE -> posterior of the latents the UNet sees (some fine-tunes ship channel statistics)."""
-    if getattr(config, "latents_mean", None) is None:
-        return mean * config.scaling_factor, std * config.scaling_factor
-    centre = torch.tensor(config.latents_mean, device=mean.device).view(1, -1, 1, 1)
-    scale = config.scaling_factor / torch.tensor(config.latents_std, device=mean.device).view(1, -1, 1, 1)
-    return (mean - centre) * scale, std * scale
-
-
 # ---------------------------------------------------------------- captions
-
-
-def tokenize(tokenizers, captions):
-    """Token ids of both tokenizers, padded and cut to 77: [B, 2, 77]."""
-    options = dict(padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    return torch.stack([tokenizer(captions, **options).input_ids for tokenizer in tokenizers], dim=1)
-
-
-def encode_text(encoders, input_ids):
-    """SDXL's text conditioning: ids [B, 2, 77] -> (prompt_embeds [B, 77, 768 + 1280], pooled [B, 1280]).
-
-    The penultimate hidden states of both encoders side by side; `pooled` is bigG's projected end-of-text (arXiv 2307.01952, sec. 2.1).
-    """
-    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(1))]
-    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
 
 class CachedText:
@@ -248,10 +221,10 @@ class LiveText:
         self.tokenizers, self.encoders = zip(*pairs)
 
     def fields(self, caption):
-        return {"input_ids": tokenize(self.tokenizers, [caption])[0]}
+        return {"input_ids": encoding.tokenize(self.tokenizers, [caption])[0]}
 
     def __call__(self, fields):
-        return encode_text(self.encoders, fields["input_ids"])
+        return encoding.encode_text(self.encoders, fields["input_ids"])
 
 
 def cache_text(captions, model, host, mode, cache_dir):
@@ -274,19 +247,16 @@ def cache_text(captions, model, host, mode, cache_dir):
     return CachedText(store)
 
 
-@torch.no_grad()
 def _encode_captions(captions, store, model, host):
-    pairs = loading.load_text_encoders(model, host)
-    tokenizers, encoders = zip(*pairs)
-    cut = sum(len(tokenizers[0](caption).input_ids) > MAX_TOKENS for caption in captions)
-    if cut:
-        host.say(f"text: {cut} captions are longer than {MAX_TOKENS} tokens; what follows is not seen")
+    encoder = encoding.CaptionEncoder(model, host)
+    if cut := sum(len(encoder.tokenizers[0](caption).input_ids) > encoding.MAX_TOKENS for caption in captions):
+        host.say(f"text: {cut} captions are longer than {encoding.MAX_TOKENS} tokens; what follows is not seen")
     with contextlib.ExitStack() as at_exit:
         at_exit.callback(store.flush)
         for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
             batch = captions[start : start + TEXT_BATCH]
-            prompt_embeds, pooled = encode_text(encoders, tokenize(tokenizers, batch).to(host.device))
-            for caption, p, q in zip(batch, prompt_embeds.to("cpu", host.dtype), pooled.to("cpu", host.dtype)):
+            prompt_embeds, pooled = encoder(batch)
+            for caption, p, q in zip(batch, prompt_embeds.to(host.dtype), pooled.to(host.dtype)):
                 store[content_key(caption)] = (p, q)
-    del pairs, encoders
+    del encoder
     device.free_memory(host.device)

@@ -131,7 +131,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 
 
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU; Ctrl-C one line and 130."""
     try:
         return main()
     except KeyboardInterrupt:
@@ -142,6 +142,12 @@ def run(main):
         if error.errno not in DISK_ERRORS:
             raise
         said, status = f"error: {error}: make room there, or name another place", 2
+    except RuntimeError as error:
+        from common import memory
+
+        if not memory.ran_out(error):
+            raise
+        said, status = f"error: {memory.OutOfMemory('while loading')}", 2
     print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
     sys.exit(status)
 

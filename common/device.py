@@ -4,7 +4,7 @@ import gc
 import logging
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -31,6 +31,10 @@ class Host:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def on_cpu(self):
+        """The same process computing on its CPU, in fp32."""
+        return replace(self, device=torch.device("cpu"), dtype=torch.float32)
 
     def say(self, line):
         if self.is_main:

@@ -14,6 +14,7 @@ from typing import Optional
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common import memory
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
@@ -65,6 +66,13 @@ class Fit:
         else:
             return False
         return True
+
+
+def smallest_pass_too_large(checkpointing: BlockCheckpointing | None) -> memory.OutOfMemory:
+    """The one line for a card that has no room for one image a pass."""
+    if checkpointing is None:
+        return memory.OutOfMemory("with one image a pass", f"add --gradient_checkpointing, or {memory.ADVICE}")
+    return memory.OutOfMemory("with one image a pass and every block recomputed")
 
 
 def measured(engine, make_batches, share, checkpointing, budget_gib, remembered):
@@ -121,7 +129,12 @@ def _probe(engine, batch, checkpointing):
     if checkpointing:
         checkpointing.sizes = {}
     start_new_peak(engine.host.device)
-    engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    try:
+        engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    except RuntimeError as error:
+        if memory.ran_out(error):
+            raise smallest_pass_too_large(checkpointing) from None
+        raise
     lowest, sizes = torch.cuda.max_memory_allocated() - before, {}
     if checkpointing:
         sizes, checkpointing.sizes = checkpointing.sizes, None
@@ -143,15 +156,17 @@ def _seconds_per_image(engine, make_batches, checkpointing, size, kept):
     """Time one pass as it will be run; infinite when it does not fit after all."""
     if checkpointing:
         checkpointing.kept = kept
-    tensors, seconds = make_batches(size)[0].tensors, float("inf")
+    tensors, seconds = make_batches(size)[0].tensors, math.inf
     try:
         for _ in range(4):  # as it is, captured, replayed twice
             started = time.perf_counter()
             engine.run_pass(tensors)
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - started) / size
-    except torch.OutOfMemoryError:
-        seconds = float("inf")
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        seconds = math.inf
     engine.run_pass.clear()
     engine.flat.grad.zero_()
     return seconds

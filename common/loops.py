@@ -11,6 +11,7 @@ from typing import Optional
 from common import checkpoint, device
 from common.command_line import UserError
 from common.engine import PassOutOfMemory
+from common.fit import smallest_pass_too_large
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
@@ -52,10 +53,10 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
     Args:
         examples, held_out: batching.Examples; held_out may be None.
         fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
-        draw_samples: step -> None, draws the validation images.
+        draw_samples: step -> None, draws the validation images; None when there are none to draw.
         save_weights: step -> None, writes the adapter files of a checkpointed step.
     Raises:
-        UserError: the loss is not finite NON_FINITE_LIMIT times in a row (after a checkpoint).
+        UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
     """
     host, non_finite = engine.host, 0
     ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
@@ -65,12 +66,16 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
     with stopping.listening():
         while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
+
+            # One optimizer step
             batches = fetch(progress.batches)
             try:
                 result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
-            except PassOutOfMemory:
-                _step_down(fit, report)
+            except PassOutOfMemory as error:
                 fetch.forget()
+                if not _step_down(fit, error.here, host, report):
+                    save(progress)
+                    raise smallest_pass_too_large(fit.checkpointing) from None
                 continue
             if not result.applied:
                 skipped = _skip_batch(engine, result, report)
@@ -82,13 +87,21 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
                 continue
             non_finite = 0
             progress.step, progress.batches = progress.step + 1, progress.batches + 1
+
+            # What it measured
             row = _row(result, progress, plan, len(examples.latents), time.monotonic() - step_started, engine)
-            if progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps:
-                draw_samples(progress.step)
-                if held_out is not None:
-                    row["val_loss"] = _validate(engine, held_out, fit.micro_batch, progress)
+            validates = progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps
+            if validates and held_out is not None:
+                row |= _validate(engine, held_out, fit.micro_batch, progress)
             report.log(row)
+
+            # Saved first, then drawn: pictures need memory that training does not
+            if validates and draw_samples is not None:
+                save(progress)
+                draw_samples(progress.step)
             stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
+
+            # Whether to go on
             if result.stop:
                 ended = stopping.reason or "stopped by another process"
             elif _out_of_patience(plan, progress):
@@ -172,14 +185,15 @@ class _Saver:
         return time.monotonic() - started
 
 
-def _step_down(fit, report):
-    if not fit.step_down():
-        raise UserError(
-            "out of GPU memory with one image a pass and every block recomputed: lower --resolution or --lora_rank, use --use_8bit_adam,"
-            " or train_qlora.py; --resume_from_checkpoint latest goes on from the last checkpoint"
-        )
-    recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
-    report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
+def _step_down(fit, here, host, report):
+    """After a pass that did not fit on some process: the next smaller plan where it did not; False when one of them has none."""
+    has_smaller = fit.step_down() if here else True
+    if not all(host.gather([has_smaller])):
+        return False
+    if here:
+        recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
+    return True
 
 
 def _skip_batch(engine, result, report):
@@ -218,8 +232,14 @@ def _row(result, progress, plan, num_samples, seconds, engine):
 
 
 def _validate(engine, held_out, micro_batch, progress):
-    loss = engine.validate(held_out.validation_batches(micro_batch, engine.host.rank, engine.host.world))
+    """What a validation adds to the row of metrics; `progress` counts how long there was no gain."""
+    loss = engine.validate(
+        lambda size: held_out.validation_batches(size, engine.host.rank, engine.host.world),
+        micro_batch,
+    )
+    if loss is None:  # there was no memory for it, which has been said
+        return {}
     gained = loss < progress.best_val_loss
     progress.best_val_loss = min(loss, progress.best_val_loss)
     progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
-    return loss
+    return {"val_loss": loss}

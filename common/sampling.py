@@ -1,13 +1,13 @@
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
-import gc
+import functools
 import math
 
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, fused_unet, loading
+from common import adapter_loading, device, fused_unet, loading, memory
 from common.adapters import without_dropout
 from common.command_line import UserError
 from common.graphs import Graphed
@@ -34,23 +34,27 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
 
     Returns:
         list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
+    Raises:
+        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+    # The pipeline without its VAE, which would take memory while the UNet needs it
     scheduler = EulerDiscreteScheduler.from_pretrained(model.folder, subfolder="scheduler")
-    vae = loading.load_vae(model, host).to(host.dtype)  # the pipeline itself upcasts a VAE that needs it
-    no_text = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     zeros = loading.zero_unconditional(model)
     pipeline = StableDiffusionXLPipeline(
-        vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
+
+    # One prompt at a time, each to its latent
     unconditional = (None, None) if zeros else condition(text, "", host)
-    images = []
+    latents = []
     with without_dropout([unet, *text.encoders]):
         for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
             prompt_embeds, pooled = condition(text, prompt, host)
-            images += pipeline(
+            latents += pipeline(
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled,
                 negative_prompt_embeds=unconditional[0],
@@ -60,11 +64,43 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
                 generator=generator(seed + i),
+                output_type="latent",
             ).images
-    del pipeline, vae
-    gc.collect()
-    device.free_memory(host.device)
-    return images
+    del pipeline
+    memory.release(host.device)
+    return _decode(latents, model, host)
+
+
+def _decode(latents, model, host):
+    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = loading.load_vae(model, host)
+    whole = functools.partial(_to_pixels, vae=vae)
+
+    def in_tiles(latent):
+        vae.enable_tiling()
+        return whole(latent)
+
+    def on_cpu(latent):
+        vae.disable_tiling()
+        vae.to("cpu", torch.float32)
+        return whole(latent)
+
+    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
+    decode = memory.StepDown("while decoding", ways, host)
+    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
+
+
+def _to_pixels(latent, vae):
+    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
+    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
+    if config.latents_mean is None:
+        latent = latent / config.scaling_factor
+    else:
+        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        latent = latent * std / config.scaling_factor + mean
+    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +230,15 @@ class Sampler:
             return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
-        except torch.OutOfMemoryError:
-            pass  # outside of this block the failed call's tensors are free
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+        # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        gc.collect()
-        device.free_memory(self.host.device)
+        memory.release(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too

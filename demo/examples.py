@@ -6,7 +6,7 @@ import string
 import torch
 import torch.nn.functional as F
 
-from common import caching
+from common import encoding
 from demo import painting, small, world
 
 VARIANTS = 2  # captions of a picture: different words left out, in another order
@@ -30,8 +30,8 @@ def both_styles(flags, count: int, seed: int):
 
 
 def token_ids(tokenizers, captions: list[str]):
-    """`caching.tokenize` in half the time: ids [N, 2, 77], of which the second tokenizer's differ in the padding alone."""
-    first = caching.tokenize(tokenizers[:1], captions)
+    """`encoding.tokenize` in half the time: ids [N, 2, 77], of which the second tokenizer's differ in the padding alone."""
+    first = encoding.tokenize(tokenizers[:1], captions)
     padding = (first == tokenizers[0].eos_token_id).cumsum(-1) > 1
     return torch.cat([first, first.masked_fill(padding, tokenizers[1].pad_token_id)], dim=1)
 
@@ -109,6 +109,6 @@ def encode_scenes(flags):
         raise SystemExit("the VAE gives non-finite latents in half precision: train it again")
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, VARIANTS)
     encoders = [encoder.to(flags.device) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
-    texts = [caching.encode_text(encoders, some) for some in ids.flatten(0, 1).split(CHUNK)]
+    texts = [encoding.encode_text(encoders, some) for some in ids.flatten(0, 1).split(CHUNK)]
     prompt_embeds, pooled = (torch.cat([text[i].to(flags.dtype) for text in texts]).unflatten(0, ids.shape[:2]) for i in (0, 1))
     return mean, std, prompt_embeds, pooled, time_ids

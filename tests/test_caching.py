@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from common import caching, dataset, device, loading
+from common import caching, dataset, device, encoding, loading
 from common.command_line import UserError
 
 PROMPTS = ["a smiling boy with blue eyes", "", "Ünïcode 日本, and 7 more?", "a laughing cat in front of the sea " * 30]
@@ -38,7 +38,7 @@ def place(tmp_path, demo):
 def encoded(monkeypatch):
     """What has been encoded so far: the number of images and the number of captions."""
     counts = SimpleNamespace(images=0, captions=0)
-    encode, encode_text = AutoencoderKL.encode, caching.encode_text
+    encode, encode_text = AutoencoderKL.encode, encoding.encode_text
 
     def count_images(self, x, *rest, **options):
         counts.images += len(x)
@@ -49,7 +49,7 @@ def encoded(monkeypatch):
         return encode_text(encoders, input_ids)
 
     monkeypatch.setattr(AutoencoderKL, "encode", count_images)
-    monkeypatch.setattr(caching, "encode_text", count_captions)
+    monkeypatch.setattr(encoding, "encode_text", count_captions)
 
     def since():
         images, captions, counts.images, counts.captions = counts.images, counts.captions, 0, 0
@@ -334,7 +334,7 @@ def test_an_interrupted_encode_of_images_goes_on_where_it_was(place, host, encod
 
 def test_an_interrupted_encode_of_captions_goes_on_where_it_was(place, host, encoded, monkeypatch):
     monkeypatch.setattr(caching, "TEXT_BATCH", 2)
-    encode_text, calls = caching.encode_text, []
+    encode_text, calls = encoding.encode_text, []
 
     def interrupted(encoders, input_ids):
         calls.append(len(input_ids))
@@ -343,7 +343,7 @@ def test_an_interrupted_encode_of_captions_goes_on_where_it_was(place, host, enc
         return encode_text(encoders, input_ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "encode_text", interrupted)
+        patch.setattr(encoding, "encode_text", interrupted)
         with pytest.raises(KeyboardInterrupt):
             text_of(place, host)
     assert encoded() == (0, 4)

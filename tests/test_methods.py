@@ -140,7 +140,7 @@ def gain(train, method):
     seen = {}
 
     def validate(engine, data):
-        seen["start"] = engine.validate(data.held_out.validation_batches(8))
+        seen["start"] = engine.validate(data.held_out.validation_batches, 8)
 
     budget = ["--max_train_steps", 16, "--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 5e-3]
     run = train(*flags, *budget, "--validation_split", 0.25, "--validation_steps", 100, script=script, prepare=validate)

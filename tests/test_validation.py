@@ -54,7 +54,7 @@ def test_patience_counts_validations_since_the_best_one(train, monkeypatch):
     for losses, stop in (([3, 2, 2.5, 1, 1.5, 1.2], 6), ([5, 4, 3, 2, 1] + [0.5] * 9, 8), ([1, 2, float("nan")], 3)):
         scripted = iter(losses)
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "validate", lambda self, batches, scripted=scripted: next(scripted))
+            patch.setattr(Engine, "validate", lambda self, make, size, scripted=scripted: next(scripted))
             run = train(*flags)
         assert (run.result["ended"], run.result["step"]) == ("early stopping", stop)
         assert [row["val_loss"] for row in run.rows[:2]] == losses[:2]
