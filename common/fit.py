@@ -18,7 +18,7 @@ from common import memory
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
-VERSION = 2  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
+VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
 TIMED_CANDIDATES = 3
@@ -105,21 +105,36 @@ def _measure(engine, make_batches, share, checkpointing, budget_gib):
     """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
-    candidates = []
-    for size in (n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0):
-        if size * lowest <= room or size == 1:
-            candidates.append((size, _blocks_to_keep(sizes, (room - size * lowest) / size)))
-    timed = [(_seconds_per_image(engine, make_batches, checkpointing, *c), *c) for c in candidates[-TIMED_CANDIDATES:]]
+
+    # Time the largest passes that may fit, and take the fastest
+    candidates = [n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)]
+    timed = []
+    for size in candidates[-TIMED_CANDIDATES:]:
+        seconds, kept = _timed(engine, make_batches, checkpointing, size, sizes, (room - size * lowest) / size)
+        timed.append((seconds, size, kept))
     seconds, size, kept = min(timed, key=lambda row: row[0])
     if checkpointing:
         checkpointing.kept = kept
+
+    # What to say of it
     used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
     passes = share // size
+    speed = f"{seconds:.3f} s/img" if math.isfinite(seconds) else "the least there is"
     line = (
         f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
-        f" recomputed, {seconds:.3f} s/img, about {used_gib:.1f} of {budget_gib:.1f} GiB"
+        f" recomputed, {speed}, about {used_gib:.1f} of {budget_gib:.1f} GiB"
     )
     return Fit(size, checkpointing), line, seconds
+
+
+def _timed(engine, make_batches, checkpointing, size, sizes, room):
+    """(seconds per image, blocks kept) of passes of `size` images. The room is an estimate: where it is too much, half of it, then none."""
+    for part in (1.0, 0.5, 0.0):
+        kept = _blocks_to_keep(sizes, part * room)
+        seconds = _seconds_per_image(engine, make_batches, checkpointing, size, kept)
+        if math.isfinite(seconds) or not kept:
+            break
+    return seconds, kept
 
 
 def _probe(engine, batch, checkpointing):

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import pytest
 import torch
@@ -225,3 +226,20 @@ def test_the_cache_is_not_filled_by_what_failed(parts, pictures, monkeypatch):
     with pytest.raises(memory.OutOfMemory):
         caching._encode_batch([(None, pictures[0])], store, encoder, parts.engine.host)
     assert not store._pending
+
+
+@pytest.mark.parametrize(("fitting", "expected"), [(1000, (4, {"a", "b"})), (350, (4, {"b"})), (100, (4, set())), (0, (1, set()))])
+def test_a_plan_that_does_not_fit_after_all_keeps_less(monkeypatch, fitting, expected):
+    """Room for both blocks by the estimate, of which `fitting` bytes are really there; larger passes are the faster ones."""
+    sizes = {"a": 50, "b": 50}
+    monkeypatch.setattr(fit, "_probe", lambda *_: (0, 0, sizes))
+    monkeypatch.setattr(fit, "SPARE_GIB", 0)
+
+    def seconds(engine, make_batches, checkpointing, size, kept):
+        needed = size * (1 + sum(sizes[block] for block in kept))
+        return (10 - size) if needed <= fitting else math.inf
+
+    monkeypatch.setattr(fit, "_seconds_per_image", seconds)
+    checkpointing = fit.BlockCheckpointing()
+    plan, line, _ = fit._measure(None, lambda size: [None], 4, checkpointing, 400 / memory.device.GIB)
+    assert (plan.micro_batch, checkpointing.kept) == expected and "inf" not in line
