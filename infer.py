@@ -7,6 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 import itertools
 import math
 import os

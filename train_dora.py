@@ -1,10 +1,11 @@
 """DoRA, weight-decomposed LoRA (arXiv 2402.09353): the adapter also learns the length of every row of the weights.
 
-accelerate launch train_dora.py
-accelerate launch train_dora.py --quantize nf4
+python train_dora.py
+python train_dora.py --quantize nf4
 python train_dora.py --demo
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
 
 from common import hub

@@ -1,9 +1,10 @@
 """LoRA for an 8 to 12 GB card: 768 px, rank 8, Min-SNR weighting, offset noise, EMA, text embeddings on disk.
 
-accelerate launch train_opt.py --resolution 768
+python train_opt.py --resolution 768
 python train_opt.py --demo
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
 from typing import Literal, Optional
 

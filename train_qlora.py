@@ -1,10 +1,11 @@
 """QLoRA (arXiv 2305.14314): the frozen weights in 4 bits, for the least memory.
 
-accelerate launch train_qlora.py --strategy aggressive
-accelerate launch train_qlora.py --strategy normal
+python train_qlora.py --strategy aggressive
+python train_qlora.py --strategy normal
 python train_qlora.py --demo
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
 from typing import List, Literal, Optional
 

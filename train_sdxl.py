@@ -1,9 +1,10 @@
 """LoRA at SDXL's own resolution, for the best quality on a 14 GB card: 1024 px, rank 16, plain MSE.
 
-accelerate launch train_sdxl.py
+python train_sdxl.py
 python train_sdxl.py --demo
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
 from typing import Optional
 

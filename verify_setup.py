@@ -3,6 +3,7 @@
 python verify_setup.py [--json]; exit status: 0 when the recommended script can run, 1 when it lacks something, 2 for a wrong flag
 """
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 import json
 import logging
 import os

@@ -6,3 +6,21 @@ image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text,
 images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
                                                                (adapters: LoRA layers, the flat parameter buffer)
 """
+
+import os
+import sys
+
+
+def _interrupted_or(hook):
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+
+    def excepthook(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+        else:
+            hook(kind, error, traceback)
+
+    return excepthook
+
+
+sys.excepthook = _interrupted_or(sys.excepthook)

@@ -30,6 +30,7 @@ from common import (
     memory,
     report,
     sampling,
+    stopping,
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
@@ -132,6 +133,8 @@ def train(flags, engine, data):
         output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
     passes = _fit(flags, engine, data, plan)
+    if plan.effective_batch % host.world or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps:
+        host.say(_uneven_shares(flags, host.world, plan.effective_batch))
     host.say(
         f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
     )
@@ -139,22 +142,22 @@ def train(flags, engine, data):
     draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
     save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
+    request = stopping.StopRequest(plan.ends_s)
     try:
-        try:
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save)
-        finally:
-            log.close()
-        engine.run_pass.clear()
-        if host.is_main:
-            _write_results(output_dir, engine.ema, save_adapter)
-            name = f"{output_dir.resolve().name}.safetensors"
-            formats.save_kohya(output_dir / "kohya" / name, engine.unet, recipe, _trained_encoders(flags, data))
-            if flags.save_peft:
-                formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
-            report.plot_training(output_dir)
+        with request.listening():
+            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request)
+            request.doing = "writing the results"
+            engine.run_pass.clear()
+            if host.is_main:
+                _write_results(output_dir, engine.ema, save_adapter)
+                name = f"{output_dir.resolve().name}.safetensors"
+                formats.save_kohya(output_dir / "kohya" / name, engine.unet, recipe, _trained_encoders(flags, data))
+                if flags.save_peft:
+                    formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
+                report.plot_training(output_dir)
+            host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    host.barrier()
     memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
     rows = report.read_metrics(output_dir / "metrics.jsonl")
@@ -165,6 +168,18 @@ def train(flags, engine, data):
         "weights": str(output_dir / formats.WEIGHTS),
         "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
     }
+
+
+def _uneven_shares(flags, world, effective_batch):
+    """What is done where the images of a step cannot be shared out evenly."""
+    asked = flags.train_batch_size * flags.gradient_accumulation_steps
+    if asked < world:
+        return f"note: {asked} images a step cannot be shared by {world} processes: each takes one, so the effective batch is {world}"
+    least, larger = divmod(effective_batch, world)
+    return (
+        f"note: {effective_batch} images a step cannot be shared evenly by {world} processes: {larger} of them take {least + 1}, the others"
+        f" {least}; the effective batch stays {effective_batch}"
+    )
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):
@@ -203,7 +218,7 @@ def _fit(flags, engine, data, plan):
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    share = plan.effective_batch // host.world
+    share = len(range(host.rank, plan.effective_batch, host.world))  # where they do not divide, the first processes have one more
     budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
     gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
@@ -220,7 +235,8 @@ def _plan_key(flags, *measured_with):
 
 
 def _plan(flags, host, data):
-    effective_batch = flags.train_batch_size * flags.gradient_accumulation_steps * host.world
+    # the same on however many processes: they share its images out, and each has at least one
+    effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
     return loops.Plan(
         Path(flags.output_dir),
         loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples.latents), effective_batch),
@@ -282,7 +298,7 @@ def _resume(flags, engine, recipe, plan):
     if progress.effective_batch != plan.effective_batch:
         raise UserError(
             f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
-            " (batch size x accumulation x processes); resume with the same product"
+            " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
         )
     before = checkpoint.read_config(folder.parent)
     for name, value in recipe["flags"].items():

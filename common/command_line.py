@@ -10,11 +10,14 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
 
 import argparse_dataclass
+
+from common import launch, stopping
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 DEMO_ROOT = Path(CACHE_DIR) / "demo"
@@ -127,15 +130,22 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
+GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU; Ctrl-C one line and 130."""
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU.
+
+    A signal outside of the training loop is one line and exit status 128 + its number: 130 after Ctrl-C. A training that a signal or
+    the time limit has ended names as its last line the command that goes on.
+    """
+    stopping.end_in_order()
     try:
-        return main()
-    except KeyboardInterrupt:
-        said, status = "interrupted", 130
+        result = main()
+    except KeyboardInterrupt as signalled:
+        number = signalled.args[0] if signalled.args else signal.SIGINT
+        said, status = stopping.ended_by(number), 128 + number
     except UserError as error:
         said, status = f"error: {error}", 2
     except OSError as error:
@@ -148,7 +158,12 @@ def run(main):
         if not memory.ran_out(error):
             raise
         said, status = f"error: {memory.OutOfMemory('while loading')}", 2
-    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    else:
+        if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
+            print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+        return result
+    if launch.rank() == 0 or status == 2:
+        launch.say_last(said)
     sys.exit(status)
 
 

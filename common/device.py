@@ -1,10 +1,12 @@
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
+import contextlib
 import gc
 import logging
 import resource
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import psutil
 import torch
@@ -14,6 +16,7 @@ from accelerate.utils import gather_object, parse_flag_from_env
 from common.command_line import UserError
 
 GIB = 2**30
+LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
@@ -42,16 +45,35 @@ class Host:
 
     def gather(self, items):
         """The lists of all processes as one list, on every process."""
-        return gather_object(items) if self.world > 1 else items
+        with _all_processes():
+            return gather_object(items) if self.world > 1 else items
 
     def barrier(self):
-        PartialState().wait_for_everyone()
+        with _all_processes():
+            PartialState().wait_for_everyone()
 
     def sum(self, tensor):
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
         if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+            with _all_processes():
+                torch.distributed.all_reduce(tensor)
         return tensor
+
+
+@contextlib.contextmanager
+def _all_processes():
+    """Around a call that all processes make together.
+
+    Raises:
+        UserError: it failed, as it does when another process has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
 
 
 def start(mixed_precision="fp16", seed=0):
@@ -66,7 +88,8 @@ def start(mixed_precision="fp16", seed=0):
     started_s, _earlier_peak_gib = time.monotonic(), 0.0
     quieten_libraries()
     torch.manual_seed(seed)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
+    # without a GPU: gloo
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     gc.collect()  # what an earlier run in this process has left
     free_memory(where)
@@ -77,7 +100,7 @@ def start(mixed_precision="fp16", seed=0):
     processes = f", {host.world} processes" if host.world > 1 else ""
     idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
     if idle > 0:
-        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch uses all of them")
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
 

@@ -94,7 +94,9 @@ class TrainFlags(ModelFlags):
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
-    gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
+    gradient_accumulation_steps: int = flag(
+        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+    )
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch)
     return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
 
 
-def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights):
+def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights, stopping):
     """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
 
     Args:
@@ -55,17 +54,20 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
         fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
         draw_samples: step -> None, draws the validation images; None when there are none to draw.
         save_weights: step -> None, writes the adapter files of a checkpointed step.
+        report: report.Report, closed at the end.
+        stopping: stopping.StopRequest, listening.
     Raises:
         UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
     """
     host, non_finite = engine.host, 0
     ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
-    stopping = StopRequest(plan.ends_s)
     fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
     save = _Saver(engine, plan, save_weights, progress.step)
-    with stopping.listening():
+    with contextlib.closing(report):
         while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
+            # the flag of a process travels with its next step, so that all of them stop after the same one
+            stopping.doing = f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
 
             # One optimizer step
             batches = fetch(progress.batches)
@@ -102,7 +104,8 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
             stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
 
             # Whether to go on
-            if result.stop:
+            asked = result.stop or (host.world == 1 and stopping.reason is not None)
+            if asked and progress.step < plan.total_steps:
                 ended = stopping.reason or "stopped by another process"
             elif _out_of_patience(plan, progress):
                 ended = "early stopping"
@@ -114,40 +117,6 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
 
 def _out_of_patience(plan, progress):
     return plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
-
-
-class StopRequest:
-    """SIGINT, SIGTERM or the time limit: the step in flight is finished, then a checkpoint is written.
-
-    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop keeps `longest_step_s` and `longest_save_s` up to date.
-    """
-
-    def __init__(self, ends_s):
-        self._signal, self._ends_s = None, ends_s
-        self.longest_step_s, self.longest_save_s = 0.0, 0.0
-
-    @property
-    def reason(self):
-        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
-        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Inside, the first signal asks for a stop; a second one acts as usual."""
-        before = {}
-
-        def ask(number, frame):
-            self._signal = f"{signal.Signals(number).name} received"
-            signal.signal(number, before[number])
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Prefetch:
