@@ -158,8 +158,8 @@ def train(flags, engine, data):
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
-    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
+    peaks = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
     rows = report.read_metrics(output_dir / "metrics.jsonl")
     return {
         "output_dir": str(output_dir),
