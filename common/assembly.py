@@ -25,6 +25,7 @@ from common import (
     formats,
     fused,
     fused_unet,
+    kernel_check,
     loading,
     loops,
     memory,
@@ -50,6 +51,8 @@ class Data:
 
 def load_data(flags, host):
     """Image-caption pairs and a model -> Data: Samples, their latent moments and text embeddings, training and held out."""
+    if host.device.type == "cuda":
+        device.limit_memory(host.device, flags.max_vram_gb)
     if flags.demo:
         demo_assets(DEMO_ROOT)
     samples, bad = dataset.load_samples(
@@ -101,8 +104,8 @@ def build_engine(flags, host, unet, data):
     flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
-        fused.fuse([unet, *encoders], flat, dropout_seed)
-        fused_unet.fuse_unet(unet, host.device)
+        fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
+        fused_unet.fuse_unet(unet, host.device, host.say)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
     host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
     betas = (flags.adam_beta1, flags.adam_beta2)
@@ -211,9 +214,7 @@ def _fit(flags, engine, data, plan):
     host = engine.host
     if host.device.type != "cuda" or not flags.auto_fit:
         return fit.Fit(flags.train_batch_size, engine.checkpointing)
-    there_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / device.GIB
-    budget_gib = min(flags.max_vram_gb or there_gib, there_gib)
-    torch.cuda.set_per_process_memory_fraction(budget_gib * device.GIB / torch.cuda.get_device_properties(host.device).total_memory)
+    budget_gib = device.limit_memory(host.device, flags.max_vram_gb)  # anew: encoding may have left less
 
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
@@ -230,7 +231,7 @@ def _fit(flags, engine, data, plan):
 
 def _plan_key(flags, *measured_with):
     """What a remembered Fit belongs to."""
-    versions = fit.VERSION, version("torch"), version("diffusers")
+    versions = fit.VERSION, version("torch"), version("diffusers"), kernel_check.refused()
     return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
 
 

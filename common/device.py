@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
@@ -82,7 +83,7 @@ def start(mixed_precision="fp16", seed=0):
     Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
 
     Raises:
-        UserError: for bf16 on a card that only emulates it.
+        UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
     """
     global _earlier_peak_gib
     started_s, _earlier_peak_gib = time.monotonic(), 0.0
@@ -120,6 +121,8 @@ def _choose_dtype(device, mixed_precision):
     if device.type != "cuda":
         return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
+        raise UserError(fault)
     if mixed_precision == "no":
         return torch.float32, f"{name}, --mixed_precision no"
     if mixed_precision == "bf16":
@@ -128,6 +131,14 @@ def _choose_dtype(device, mixed_precision):
             raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def limit_memory(device, max_gib):
+    """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
+    free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
+    limit_gib = min(max_gib or free_gib, free_gib)
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    return limit_gib
 
 
 def peak_gib(device):

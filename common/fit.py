@@ -103,6 +103,7 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
     """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
+    engine.host.say("measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards")
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
 

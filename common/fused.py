@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from common.command_line import UserError
-from common.kernels import gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
+from common.kernel_check import adopt_kernels
+from common.operations import OF_DORA, gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
@@ -121,9 +122,12 @@ class FusedLayer:
         update_gain(self.weight(), self.A, self.B, self.m, self.scale, self.gain, self.scaled_b)
 
 
-def fuse(models, flat, seed):
+def fuse(models, flat, seed, say=print):
     """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`.
 
+    Args:
+        flat, seed: as of FusedLayer.
+        say: prints a line.
     Raises:
         UserError: a convolution has an adapter.
     """
@@ -136,4 +140,13 @@ def fuse(models, flat, seed):
         layer.forward = FusedLayer(layer, flat, seed, salt)
         if layer.forward.m is not None:
             flat.followers.append(layer.forward.update_gain)
+    _adopt_kernels([layer.forward for layer in layers], say)
     flat.publish()
+
+
+def _adopt_kernels(layers, say):
+    """The kernels that these layers will launch."""
+    first = layers[0]
+    wanted = [seeded_dropout] if any(layer._p for layer in layers) else []
+    wanted += OF_DORA if any(layer.m is not None for layer in layers) else ()
+    adopt_kernels(wanted, first.a.device, dtype=first.a.dtype, rank=len(first.A), say=say)

@@ -10,8 +10,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from common.kernels import geglu
-from common.norm_kernels import add_bias, add_norm, group_norm
+from common.kernel_check import adopt_kernels
+from common.operations import OF_THE_UNET, add_bias, add_norm, geglu, group_norm
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -119,14 +119,16 @@ def forwards():
     }
 
 
-def fuse_unet(unet, device):
+def fuse_unet(unet, device, say=print):
     """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
 
     Args:
         device: where it will compute.
+        say: prints a line.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
+    adopt_kernels(OF_THE_UNET, device, dtype=unet.conv_in.weight.dtype, say=say)
     for module in list(unet.modules()):
         forward, known = forwards().get(type(module), (None, None))
         if forward and known(module):

@@ -1,164 +1,203 @@
-"""Normalisations of frozen layers on a GPU, in one or two passes over memory, with what comes before and after them.
+"""Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
 
 GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
 Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
 All sums are in fp32 over deviations from the mean, never differences of large squares.
+
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py. GroupNorm's kernels share
+these arguments, of a batch of images whose pixels are cut into tiles of ROWS:
+    x, y, dy, dx: [images, pixels, channels]; shift: [images, channels]; weight, bias: [channels].
+    mean, deviation, sum_dz, sum_dz_u: fp32 [images, tiles, channels], of one tile each.
+    scale, centre: fp32 [images, channels], with u = x + centre and y = u scale + bias.
+    inverse, offset, slope: fp32 [images, groups], with dx = dz scale - offset - slope u. SIZE: channels of a group.
 """
 
 import torch
-import torch.nn.functional as F
-
-if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Offsets in one image, channel numbers and mask of the tile of this program."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        at = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + column
-        return at, column, (row < pixels) & (column < channels)
-
-    @triton.jit
-    def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of every tile and channel: mean, and sum of squared deviations from it."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if SHIFT:
-            value += tl.load(shift + tl.program_id(2) * channels + column, mask=column < channels, other=0.0).to(tl.float32)
-        count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
-        average = tl.sum(tl.where(inside, value, 0.0), axis=0)[None, :] / count
-        apart = tl.where(inside, value - average, 0.0)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        tl.store(mean + to, average, mask=column < channels)
-        tl.store(deviation + to, tl.sum(apart * apart, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _group_tile(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
-        """Tile numbers, offsets in per-tile sums and mask: the channels of this program's group."""
-        tile = start + tl.arange(0, TILES)[:, None]
-        inside_group = tl.arange(0, WIDTH)[None, :]
-        at = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + inside_group
-        return tile, at, (tile < tiles) & (inside_group < SIZE)
-
-    @triton.jit
-    def _merge_moments_kernel(
-        mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
-        SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
-        """Of every group: 1 / standard deviation; of every channel: y = (x + centre) scale + bias."""
-        total = pixels * SIZE
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            sums += tl.load(mean + at, mask=inside, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
-        average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            apart = tl.where(inside, tl.load(mean + at, mask=inside, other=0.0) - average, 0.0)
-            sums += tl.load(deviation + at, mask=inside, other=0.0) + apart * apart * tl.minimum(ROWS, pixels - tile * ROWS)
-        r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
-        tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
-        channel, inside = tl.program_id(0) * SIZE + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < SIZE
-        to = tl.program_id(1) * channels + channel
-        tl.store(scale + to, r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32), mask=inside)
-        added = tl.load(shift + to, mask=inside, other=0.0).to(tl.float32) if SHIFT else tl.zeros((WIDTH,), dtype=tl.float32)
-        tl.store(centre + to, added - average, mask=inside)
-
-    @triton.jit
-    def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        z = u * tl.load(scale + of_channel, mask=known, other=0.0) + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-        if SILU:
-            z = z * tl.sigmoid(z)
-        tl.store(y + at, z, mask=inside)
-
-    @triton.jit
-    def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of this program's tile: offsets, channels, mask, deviation u from the group's mean, dL/dz, scale."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        k, dz = tl.load(scale + of_channel, mask=known, other=0.0), tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if SILU:
-            z = u * k + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-            s = tl.sigmoid(z)
-            dz = dz * s * (1 + z * (1 - s))
-        return at, column, inside, u, dz, k
-
-    @triton.jit
-    def _gradient_sums_kernel(
-        x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        """Of every tile and channel: sums of dz scale and of dz scale u."""
-        _, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        dz = tl.where(inside, dz * k, 0.0)
-        tl.store(sum_dz + to, tl.sum(dz, axis=0)[None, :], mask=column < channels)
-        tl.store(sum_dz_u + to, tl.sum(dz * u, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _merge_gradient_kernel(
-        sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
-    ):
-        """Of every group: dx = dz scale - offset - slope u."""
-        first, second = tl.zeros((TILES, WIDTH), dtype=tl.float32), tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            _, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            first += tl.load(sum_dz + at, mask=inside, other=0.0)
-            second += tl.load(sum_dz_u + at, mask=inside, other=0.0)
-        to, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), pixels * SIZE
-        r = tl.load(inverse + to)
-        tl.store(offset + to, tl.sum(tl.sum(first, axis=1), axis=0) / total)
-        tl.store(slope + to, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
-
-    @triton.jit
-    def _group_norm_backward_kernel(
-        x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
-        SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        at, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        group, known = tl.program_id(2) * (channels // SIZE) + column // SIZE, column < channels
-        a, b = tl.load(offset + group, mask=known, other=0.0), tl.load(slope + group, mask=known, other=0.0)
-        tl.store(dx + at, dz * k - a - b * u, mask=inside)
-
-    @triton.jit
-    def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            value += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(total + at, value, mask=inside)
-            value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        w, b = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32), tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + at, apart * r * w + b, mask=inside)
-
-    @triton.jit
-    def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-        g = r * (g - tl.sum(g, axis=0) / width - apart * r * r * tl.sum(g * apart, axis=0) / width)
-        tl.store(dx + at, g + tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
-
-    @triton.jit
-    def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + i, mask=i < n).to(tl.float32) + tl.load(h + i, mask=i < n).to(tl.float32)
-        tl.store(y + i, value + tl.load(bias + i % channels, mask=i < n).to(tl.float32), mask=i < n)
-
+import triton
+import triton.language as tl
 
 COLUMNS, TILES, BLOCK = 64, 32, 1024
+
+
+@triton.jit
+def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile of an image: offsets [ROWS, COLUMNS], channels [1, COLUMNS], and the masks of both."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + channel
+    channel_mask = channel < channels
+    return offsets, channel, (row < pixels) & channel_mask, channel_mask
+
+
+@triton.jit
+def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of this program's group, in what is kept per tile: tile numbers [TILES, 1], offsets [TILES, WIDTH] and their mask."""
+    tile = start + tl.arange(0, TILES)[:, None]
+    in_group = tl.arange(0, WIDTH)[None, :]
+    offsets = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + in_group
+    return tile, offsets, (tile < tiles) & (in_group < SIZE)
+
+
+@triton.jit
+def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + tl.program_id(2) * channels + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+    average = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :] / count
+    residual = tl.where(mask, value - average, 0.0)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    tl.store(mean + out, average, mask=channel_mask)
+    tl.store(deviation + out, tl.sum(residual * residual, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of every group: inverse = 1 / standard deviation; of its channels: scale = inverse weight, centre = shift - mean."""
+    total = pixels * SIZE
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        sums += tl.load(mean + offsets, mask=mask, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+    average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        residual = tl.where(mask, tl.load(mean + offsets, mask=mask, other=0.0) - average, 0.0)
+        count = tl.minimum(ROWS, pixels - tile * ROWS)
+        sums += tl.load(deviation + offsets, mask=mask, other=0.0) + residual * residual * count
+    r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+    tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+
+    channel = tl.program_id(0) * SIZE + tl.arange(0, WIDTH)
+    mask = tl.arange(0, WIDTH) < SIZE
+    out = tl.program_id(1) * channels + channel
+    tl.store(scale + out, r * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    added = tl.zeros((WIDTH,), dtype=tl.float32)
+    if SHIFT:
+        added += tl.load(shift + out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(centre + out, added - average, mask=mask)
+
+
+@triton.jit
+def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y = (x + centre) scale + bias, through SiLU if asked for."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + offsets, z, mask=mask)
+
+
+@triton.jit
+def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    return offsets, channel, mask, channel_mask, u, dz, k
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Of every tile and channel: the sums of dz scale and of dz scale u."""
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    dz = tl.where(mask, dz * k, 0.0)
+    tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
+    tl.store(sum_dz_u + out, tl.sum(dz * u, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_gradient_kernel(
+    sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of every group: offset = mean of dz scale, slope = inverse^2 times the mean of dz scale u."""
+    first = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    second = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        _, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        first += tl.load(sum_dz + offsets, mask=mask, other=0.0)
+        second += tl.load(sum_dz_u + offsets, mask=mask, other=0.0)
+    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    total = pixels * SIZE
+    r = tl.load(inverse + group)
+    tl.store(offset + group, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+    tl.store(slope + group, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx = dz scale - offset - slope u."""
+    offsets, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )  # fmt: skip
+    group = tl.program_id(2) * (channels // SIZE) + channel // SIZE
+    a = tl.load(offset + group, mask=channel_mask, other=0.0)
+    b = tl.load(slope + group, mask=channel_mask, other=0.0)
+    tl.store(dx + offsets, dz * k - a - b * u, mask=mask)
+
+
+@triton.jit
+def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total = h + a, y = LayerNorm(total), one row a program. h, a, total, y: [rows, width]; weight, bias: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + offsets, value, mask=mask)
+        value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, residual * r * w + b, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+    """dx = dtotal + the gradient through LayerNorm(total). total, dy, dtotal, dx: [rows, width]; weight: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
+    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
+    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+    """y = x + h + bias. x, h, y: [n], channels last; bias: [channels]."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
 
 
 def _rows(pixels):
@@ -168,7 +207,7 @@ def _rows(pixels):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, norm, silu):
+    def forward(ctx, x, norm, silu, shift):
         x = x.contiguous(memory_format=torch.channels_last)
         (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
         pixels, rows = height * width, _rows(height * width)
@@ -202,23 +241,12 @@ class _GroupNorm(torch.autograd.Function):
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
-        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
-        return dx, dshift, None, None
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dshift
 
 
 def group_norm(x, norm, silu=False, shift=None):
-    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
-
-    Args:
-        x: [B, C, H, W]; channels-last on a GPU.
-        norm: torch.nn.GroupNorm whose parameters need no gradient.
-        shift: [B, C] or None.
-    """
-    if x.is_cuda:
-        return _GroupNorm.apply(x, shift, norm, silu)
-    x = x if shift is None else x + shift[:, :, None, None]
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(y) if silu else y
+    return _GroupNorm.apply(x, norm, silu, shift)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -244,12 +272,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx if ctx.added else None, None
 
 
-def add_norm(h, a, norm):
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
-    if h.is_cuda:
-        return _AddNorm.apply(h, a, norm)
-    total = h if a is None else a + h
-    return total, norm(total)
+add_norm = _AddNorm.apply
 
 
 class _AddBias(torch.autograd.Function):
@@ -265,6 +288,4 @@ class _AddBias(torch.autograd.Function):
         return dy, dy, None
 
 
-def add_bias(x, h, bias):
-    """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
-    return _AddBias.apply(x, h, bias) if x.is_cuda else x + (h + bias[:, None, None])
+add_bias = _AddBias.apply

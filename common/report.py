@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+# Notebooks cut the bar at 80 columns; the numbers come first and what is left belongs to the bar itself.
+BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
 
 
@@ -21,7 +23,7 @@ class Report:
 
     def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
         self.is_main = is_main
-        self.bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=not is_main)
+        self.bar = tqdm(total=total_steps, initial=resumed_step, bar_format=BAR_FORMAT, disable=not is_main)
         if not is_main:
             return
         self.path = Path(output_dir) / "metrics.jsonl"
@@ -43,8 +45,7 @@ class Report:
         """One optimizer step: to the bar, the file and the tracker."""
         if not self.is_main:
             return
-        shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix_str(shown_numbers(row), refresh=False)
         self.bar.update()
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -62,6 +63,11 @@ class Report:
             self.file.close()
             if self.tracker:
                 self.tracker.finish()
+
+
+def shown_numbers(row):
+    """What the bar says of a step: "loss 0.1234 lr 1.0e-04 2.345 s/img 13.05 GiB"."""
+    return f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['s_per_img']:.3f} s/img {row['peak_gib']:.2f} GiB"
 
 
 def read_metrics(path):

@@ -185,7 +185,7 @@ class Sampler:
         """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
         unet = self.pipeline.unet
         if self.memory in ("gpu", "offload"):
-            fused_unet.fuse_unet(unet, self.host.device)
+            fused_unet.fuse_unet(unet, self.host.device, self.host.say)
         if self.memory == "gpu":
             self._replay(unet)
         elif self.memory == "offload":

@@ -118,7 +118,7 @@ def test_losses_are_those_of_the_documented_micro_batch(train):
 
 
 def test_the_gated_activation_is_pytorchs_with_its_gradient():
-    from common.kernels import Geglu
+    from common.kernels import geglu
 
     h = torch.randn(3, 70, 2 * 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).half()
     dy = torch.randn(3, 70, 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).half()
@@ -126,9 +126,71 @@ def test_the_gated_activation_is_pytorchs_with_its_gradient():
     value, gate = exact.chunk(2, dim=-1)
     (expected := value * torch.nn.functional.gelu(gate)).backward(dy.double())
     h.requires_grad_()
-    (y := Geglu.apply(h)).backward(dy)
+    (y := geglu(h)).backward(dy)
     for got, reference in ((y, expected), (h.grad, exact.grad)):
         assert (got.double() - reference).norm() < 5e-4 * reference.norm()
+
+
+@pytest.fixture
+def unproven(monkeypatch):
+    """Operations as they are before any kernel was tried."""
+    from common import operations
+
+    for operation in operations.EVERY_OPERATION:
+        monkeypatch.setattr(operation, "faults", {})
+        monkeypatch.setattr(operation, "on_gpu", operation.plain)
+    return operations.EVERY_OPERATION
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [4, 16, 128])
+def test_every_kernel_passes_the_check_at_the_start(unproven, dtype, rank):
+    from common import kernel_check
+
+    lines = []
+    kernel_check.adopt_kernels(unproven, torch.device("cuda"), dtype=dtype, rank=rank, say=lines.append)
+    assert len(lines) == 1 and kernel_check.refused() == []
+    assert all(operation.on_gpu is not operation.plain for operation in unproven)
+
+
+OPERATIONS = ["seeded_dropout", "gain_backward", "scale_rows", "update_gain", "geglu", "group_norm", "add_norm", "add_bias"]
+DORA = ["--max_train_steps", 3, "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--lora_dropout", 0.1]
+
+
+@pytest.fixture(scope="module")
+def dora_losses(train):
+    """Of a run that launches every kernel."""
+    return train(*DORA, script="train_dora").losses
+
+
+@pytest.mark.parametrize("broken", [*map(lambda name: [name], OPERATIONS), OPERATIONS], ids=names)
+def test_kernels_that_do_not_compile_cost_speed_and_not_the_run(unproven, train, dora_losses, monkeypatch, capsys, broken):
+    """The same losses, dropout masks included, from passes that are still captured and replayed."""
+    from common import kernel_check
+
+    original, engines = kernel_check.kernel_of, []
+
+    def kernel_of(operation):
+        if operation.__name__ in broken:
+            raise RuntimeError("PassManager::run failed")
+        return original(operation)
+
+    monkeypatch.setattr(kernel_check, "kernel_of", kernel_of)
+    run = train(*DORA, script="train_dora", prepare=lambda engine, data: engines.append(engine))
+    printed = capsys.readouterr().out
+    assert run.losses == pytest.approx(dora_losses, rel=2e-3)
+    assert set(kernel_check.refused()) == set(broken) and "PassManager::run failed" in printed
+    assert engines[0].run_pass.enabled and engines[0].publish.enabled and "no CUDA graph" not in printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_auto_fit"]], ids=names)
+def test_max_vram_gb_always_holds(train, flags):
+    train("--max_train_steps", 1, "--max_vram_gb", 2, *flags)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def random(*shape, seed=0, dtype=torch.float16):
@@ -156,7 +218,8 @@ def test_the_gradients_through_a_gain_are_their_formulas(rows, columns, with_bia
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3), (640, 640, 64), (640, 640, 128)])
 def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
-    from common.kernels import row_norms, scale_rows, update_gain
+    from common.kernels import scale_rows, update_gain
+    from common.operations import row_norms
 
     w, A, B = random(rows, columns), random(rank, columns, seed=1, dtype=torch.float32), random(rows, rank, seed=2, dtype=torch.float32)
     expected = (w.double() + 0.5 * B.double() @ A.double()).norm(dim=1)

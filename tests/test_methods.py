@@ -13,7 +13,7 @@ from benchmarks import full_size
 from common import adapters, fused
 from common.command_line import UserError
 from common.flags import ATTENTION_PROJECTIONS
-from common.kernels import seeded_dropout
+from common.operations import seeded_dropout
 from demo import build
 
 METHODS = {

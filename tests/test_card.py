@@ -1,0 +1,97 @@
+"""Cards that PyTorch cannot compute on, and the memory that a run may take; torch.cuda is a stand-in here."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import assembly, command_line, dataset, device, fit
+from common.cards import unsupported_card
+
+CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "works"),
+    [
+        ((6, 0), CU128, False),
+        ((7, 5), CU128, True),
+        ((8, 9), CU128, True),  # by code for 8.6
+        ((7, 5), ["sm_80", "sm_90"], False),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 1), ["sm_90", "compute_90"], True),  # the driver compiles the intermediate code
+        ((6, 0), ["compute_70"], False),
+        ((9, 0), ["gfx90a"], True),  # another maker's, not judged
+    ],
+)
+def test_a_card_works_when_there_is_code_for_it(capability, built_for, works):
+    fault = unsupported_card("some card", capability, built_for)
+    assert (fault is None) == works
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A Tesla P100 of 16 GiB, of which 2 are in use, and the fractions that memory was held to."""
+    card = SimpleNamespace(device=torch.device("cuda", 0), process_index=0, num_processes=1)
+    fractions = []
+    stand_ins = dict(
+        get_device_name=lambda device: "Tesla P100-PCIE-16GB",
+        get_device_capability=lambda device: (6, 0),
+        get_arch_list=lambda: CU128,
+        reset_peak_memory_stats=lambda device: None,
+        empty_cache=lambda: None,
+        mem_get_info=lambda device: (14 * device_gib, 16 * device_gib),
+        memory_reserved=lambda device: 0,
+        get_device_properties=lambda device: SimpleNamespace(total_memory=16 * device_gib),
+        set_per_process_memory_fraction=lambda fraction, device: fractions.append(fraction),
+    )
+    device_gib = device.GIB
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(device, "PartialState", lambda **options: card)
+    return SimpleNamespace(fractions=fractions, host=device.Host(card.device, torch.float16, "", 0, 1, 0.0))
+
+
+@pytest.mark.parametrize("script", ["train_opt", "infer"])
+def test_a_p100_is_one_line_before_anything_is_read_or_encoded(cuda, script, tmp_path, capsys, monkeypatch):
+    for place in (dataset, assembly.loading):
+        monkeypatch.setattr(place, "load_samples" if place is dataset else "find_model", lambda *given: pytest.fail("too late"))
+    main = __import__(script).main
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(lambda: main(["--demo", "--output_dir", str(tmp_path / "out")]))
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert ended.value.code == 2 and "Tesla P100-PCIE-16GB (sm_60)" in line and "Kaggle: choose GPU T4 x2" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("max_gib", "limit_gib"), [(None, 14.0), (6.5, 6.5), (15.0, 14.0)])
+def test_memory_is_held_to_what_was_asked_for_or_is_free(cuda, max_gib, limit_gib):
+    assert device.limit_memory(cuda.host.device, max_gib) == limit_gib
+    assert cuda.fractions == [limit_gib / 16]
+
+
+@pytest.mark.parametrize("auto_fit", [True, False])
+def test_max_vram_gb_holds_from_before_the_first_picture_is_encoded(cuda, monkeypatch, auto_fit):
+    def first(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "load_samples", first)
+    flags = SimpleNamespace(demo=False, max_vram_gb=6.5, auto_fit=auto_fit, dataset_name=None, train_data_dir=None, image_column=None)
+    flags = SimpleNamespace(**vars(flags), caption_column=None, max_train_samples=None, max_bad_images=0)
+    with pytest.raises(KeyboardInterrupt):
+        assembly.load_data(flags, cuda.host)
+    assert cuda.fractions == [6.5 / 16]
+
+
+def test_measuring_says_what_it_does_and_for_how_long_before_it_starts(monkeypatch):
+    def probe(*given):
+        raise KeyboardInterrupt
+
+    lines = []
+    monkeypatch.setattr(fit, "_probe", probe)
+    engine = SimpleNamespace(host=SimpleNamespace(say=lines.append))
+    with pytest.raises(KeyboardInterrupt):
+        fit._measure(engine, lambda size: [None], 4, None, 10.0)
+    assert len(lines) == 1 and "measuring" in lines[0] and "minute" in lines[0]
