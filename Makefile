@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test test-gpu notebooks lint clean
+.PHONY: demo study test test-gpu kernels notebooks lint clean
 
 demo: $(VENV)/.ready  ## train the small demo model on ink drawings, compare and score before and after; minutes on two CPU cores
 	rm -rf outputs/demo
@@ -21,6 +21,11 @@ test: $(VENV)/.ready lint  ## every claim the suite makes that a CPU can check
 test-gpu: $(VENV)/.ready  ## the claims that need a CUDA GPU
 	GPU_TESTS=1 $(BIN)/python -m pytest tests/test_gpu.py
 
+TRITON ?= 3.6.0
+kernels: $(VENV)/.ready  ## compile every kernel for a T4 and an A100, without a GPU; brings Triton (190 MB): make kernels TRITON=3.4.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .triton/$(TRITON) triton==$(TRITON)
+	PYTHONPATH=.triton/$(TRITON) TRITON_CACHE_DIR=.triton/cache $(BIN)/python tools/compile_kernels.py
+
 notebooks:  ## every notebook of dist/, run by a Jupyter kernel in an empty folder and a fresh environment
 	$(PYTHON) -m venv .venv-notebooks
 	.venv-notebooks/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== .ci/constraints.txt)" nbclient ipykernel
@@ -30,7 +35,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 clean:
-	rm -rf $(VENV) .venv-notebooks outputs
+	rm -rf $(VENV) .venv-notebooks .triton outputs
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
