@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import assembly, command_line, dataset, device, fit
+import train_opt
+from common import assembly, command_line, dataset, device, fit, loading
 from common.cards import unsupported_card
+from common.device import GIB
 
 CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
@@ -33,7 +35,7 @@ def test_a_card_works_when_there_is_code_for_it(capability, built_for, works):
 @pytest.fixture
 def cuda(monkeypatch):
     """A Tesla P100 of 16 GiB, of which 2 are in use, and the fractions that memory was held to."""
-    card = SimpleNamespace(device=torch.device("cuda", 0), process_index=0, num_processes=1)
+    process = SimpleNamespace(device=torch.device("cuda", 0), process_index=0, num_processes=1)
     fractions = []
     stand_ins = dict(
         get_device_name=lambda device: "Tesla P100-PCIE-16GB",
@@ -41,22 +43,21 @@ def cuda(monkeypatch):
         get_arch_list=lambda: CU128,
         reset_peak_memory_stats=lambda device: None,
         empty_cache=lambda: None,
-        mem_get_info=lambda device: (14 * device_gib, 16 * device_gib),
+        mem_get_info=lambda device: (14 * GIB, 16 * GIB),
         memory_reserved=lambda device: 0,
-        get_device_properties=lambda device: SimpleNamespace(total_memory=16 * device_gib),
+        get_device_properties=lambda device: SimpleNamespace(total_memory=16 * GIB),
         set_per_process_memory_fraction=lambda fraction, device: fractions.append(fraction),
     )
-    device_gib = device.GIB
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(device, "PartialState", lambda **options: card)
-    return SimpleNamespace(fractions=fractions, host=device.Host(card.device, torch.float16, "", 0, 1, 0.0))
+    monkeypatch.setattr(device, "PartialState", lambda **options: process)
+    return SimpleNamespace(fractions=fractions, host=device.Host(process.device, torch.float16, "", 0, 1, 0.0))
 
 
 @pytest.mark.parametrize("script", ["train_opt", "infer"])
 def test_a_p100_is_one_line_before_anything_is_read_or_encoded(cuda, script, tmp_path, capsys, monkeypatch):
-    for place in (dataset, assembly.loading):
-        monkeypatch.setattr(place, "load_samples" if place is dataset else "find_model", lambda *given: pytest.fail("too late"))
+    monkeypatch.setattr(dataset, "load_samples", lambda *given: pytest.fail("pictures were read"))
+    monkeypatch.setattr(loading, "find_model", lambda *given: pytest.fail("a model was looked for"))
     main = __import__(script).main
     with pytest.raises(SystemExit) as ended:
         command_line.run(lambda: main(["--demo", "--output_dir", str(tmp_path / "out")]))
@@ -72,14 +73,13 @@ def test_memory_is_held_to_what_was_asked_for_or_is_free(cuda, max_gib, limit_gi
     assert cuda.fractions == [limit_gib / 16]
 
 
-@pytest.mark.parametrize("auto_fit", [True, False])
-def test_max_vram_gb_holds_from_before_the_first_picture_is_encoded(cuda, monkeypatch, auto_fit):
-    def first(*given):
+@pytest.mark.parametrize("typed", [[], ["--no_auto_fit"]], ids=["measured", "not measured"])
+def test_max_vram_gb_holds_from_before_the_first_picture_is_read(cuda, monkeypatch, typed):
+    def read(*given, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dataset, "load_samples", first)
-    flags = SimpleNamespace(demo=False, max_vram_gb=6.5, auto_fit=auto_fit, dataset_name=None, train_data_dir=None, image_column=None)
-    flags = SimpleNamespace(**vars(flags), caption_column=None, max_train_samples=None, max_bad_images=0)
+    monkeypatch.setattr(dataset, "load_samples", read)
+    flags = command_line.parse(train_opt.Flags, ["--max_vram_gb", "6.5", *typed])
     with pytest.raises(KeyboardInterrupt):
         assembly.load_data(flags, cuda.host)
     assert cuda.fractions == [6.5 / 16]

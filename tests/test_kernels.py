@@ -114,7 +114,7 @@ def test_memory_that_runs_out_is_not_held_against_a_kernel(adopted):
 @pytest.mark.parametrize("operation", operations.EVERY_OPERATION, ids=lambda operation: operation.__name__)
 @pytest.mark.parametrize("dtype", kernel_check.TOLERANCES, ids=str)
 def test_every_plain_form_passes_its_own_check_in_every_dtype(unproven, monkeypatch, operation, dtype):
-    """Rounding to the dtype is within the tolerance, a hundredth of the largest value is not."""
+    """Rounding to the dtype is within the tolerance."""
     monkeypatch.setattr(kernel_check, "kernel_of", lambda operation: operation.plain)
     kernel_check.try_kernels([operation], CPU, dtype=dtype, say=lambda line: None)
     assert kernel_check.refused() == []
