@@ -245,8 +245,9 @@ def listens():
     request = stopping.StopRequest()
     with request.listening():
         request.doing = "finishing step 7, then saving"
+        in_a_terminal = sys.stdout.isatty()  # a terminal that is gone is none
         print("begun", flush=True)
-        if sys.stdout.isatty():
+        if in_a_terminal:
             while request.reason is None:
                 time.sleep(0.01)
             print("saving", flush=True)
