@@ -1,6 +1,5 @@
 # @title What is here
 import os
-import shlex
 import sys
 
 # One GPU: plain python. Two, as on Kaggle's T4 x2: a process for each, with the same images a step.
