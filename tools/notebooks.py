@@ -8,6 +8,7 @@ repository and one file with all modules, which the scripts share.
 import json
 import os
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,21 @@ SESSIONS = (
 )
 
 
+TRAIN = """ARGUMENTS = ["--demo"] if DEMO else shlex.split(FLAGS)
+if TRAIN_DATA_DIR:
+    ARGUMENTS += ["--train_data_dir", TRAIN_DATA_DIR]
+ARGUMENTS += ["--output_dir", f"{OUTPUT}/SCRIPT", "--resume_from_checkpoint", "latest"]
+run(*LAUNCH, "SCRIPT.py", *ARGUMENTS)"""
+COMPARE = """ARGUMENTS = ["--demo"] if DEMO else []
+ARGUMENTS += ["--lora", f"{OUTPUT}/SCRIPT", "--output_dir", f"{OUTPUT}/compare"]
+run(*PYTHON, "infer.py", "--compare", *ARGUMENTS)"""
+DRAW = """ARGUMENTS = ["--demo", "--prompt", "a laughing boy"] if DEMO else shlex.split(FLAGS)
+RUNS = [os.path.dirname(file) for file in sorted(glob.glob(f"{OUTPUT}/*/pytorch_lora_weights.safetensors"))]
+for adapter in shlex.split(ADAPTERS) or RUNS:
+    ARGUMENTS += ["--lora", adapter]
+run(*PYTHON, "infer.py", *ARGUMENTS, "--output_dir", f"{OUTPUT}/compare")"""
+
+
 def notebook(script: str) -> str:
     """The text of dist/SCRIPT.ipynb."""
     subject = SUBJECTS[script]
@@ -75,40 +91,28 @@ def notebook(script: str) -> str:
     cells = [
         markdown(
             f"# {script}.py\n\n{subject.what} Needs {subject.needs}. Choose the GPU, look at the settings, run all cells."
+            " It loads 7 GB from the hub; without internet see the end."
         ),
         code(trainer_settings(subject) if trains else infer_settings(subject)),
         folded((CELLS / "machine.py").read_text()),
         folded((CELLS / "run.py").read_text()),
         folded(modules_cell(scripts)),
         *(folded(script_cell(name)) for name in scripts),
-        code(f"REQUIREMENTS = {json.dumps(requirements())}\n{(CELLS / 'install.py').read_text()}"),
+        code(install_cell()),
         markdown("What is this machine good for? (It says so, and stops nothing.)"),
         code('try:\n    run(*PYTHON, "verify_setup.py")\nexcept subprocess.CalledProcessError:\n    pass'),
     ]
     if trains:
         cells += [
             markdown(f"Train. All flags: `!python {script}.py --help`"),
-            code(
-                'ARGUMENTS = ["--demo"] if DEMO else shlex.split(FLAGS)\n'
-                'ARGUMENTS += ["--train_data_dir", TRAIN_DATA_DIR] if TRAIN_DATA_DIR else []\n'
-                f'run(*LAUNCH, "{script}.py", *ARGUMENTS, "--output_dir", f"{{OUTPUT}}/{script}", "--resume_from_checkpoint", "latest")'
-            ),
+            code(TRAIN.replace("SCRIPT", script)),
             markdown("Draw with the base model and with the adapter: the same prompts, the same noise."),
-            code(
-                'ARGUMENTS = ["--demo"] if DEMO else []\n'
-                f'run(*PYTHON, "infer.py", "--compare", *ARGUMENTS, "--lora", f"{{OUTPUT}}/{script}", "--output_dir", f"{{OUTPUT}}/compare")'
-            ),
+            code(COMPARE.replace("SCRIPT", script)),
         ]
     else:
-        cells += [
-            code(
-                'ARGUMENTS = ["--demo", "--prompt", "a laughing boy"] if DEMO else shlex.split(FLAGS)\n'
-                'ARGUMENTS += [argument for lora in shlex.split(ADAPTERS) for argument in ("--lora", lora)]\n'
-                'run(*PYTHON, "infer.py", *ARGUMENTS, "--output_dir", f"{OUTPUT}/compare")'
-            ),
-        ]
+        cells += [code(DRAW)]
     cells += [
-        code(f"PICTURES = {json.dumps(subject.pictures)}\n{(CELLS / 'pictures.py').read_text()}"),
+        code(pictures_cell(subject)),
         markdown(f"{SESSIONS}\n\n{OFFLINE}" if trains else OFFLINE),
     ]
     for number, cell in enumerate(cells):
@@ -131,7 +135,7 @@ def notebook(script: str) -> str:
 def trainer_settings(subject: Subject) -> str:
     return f'''# @title Settings
 FLAGS = "{subject.flags}"  # @param {{type:"string"}}
-# @markdown Your own captioned pictures: a folder with metadata.jsonl, metadata.csv or a .txt beside each. Empty: the Naruto data set.
+# @markdown Your own captioned pictures: a folder with metadata.jsonl or .csv, or a .txt beside each. Empty: Naruto.
 TRAIN_DATA_DIR = ""  # @param {{type:"string"}}
 # @markdown On Colab: write everything to your Drive, where it outlives the session.
 USE_DRIVE = True  # @param {{type:"boolean"}}'''
@@ -140,10 +144,21 @@ USE_DRIVE = True  # @param {{type:"boolean"}}'''
 def infer_settings(subject: Subject) -> str:
     return f'''# @title Settings
 FLAGS = "{subject.flags}"  # @param {{type:"string"}}
-# @markdown Adapters, for instance /kaggle/input/my-run/train_opt:0.8, separated by spaces. Empty: every run in outputs/.
+# @markdown Adapters, with spaces between, e.g. /kaggle/input/my-run/train_opt:0.8. Empty: every run in the output folder.
 ADAPTERS = ""  # @param {{type:"string"}}
 # @markdown On Colab: write everything to your Drive, where it outlives the session.
 USE_DRIVE = True  # @param {{type:"boolean"}}'''
+
+
+def install_cell() -> str:
+    title, _, rest = (CELLS / "install.py").read_text().partition("\n")
+    wanted = textwrap.fill(" ".join(requirements()), 100, break_on_hyphens=False)
+    return f'{title}\nREQUIREMENTS = """\n{wanted}\n""".split()\n{rest}'
+
+
+def pictures_cell(subject: Subject) -> str:
+    title, _, rest = (CELLS / "pictures.py").read_text().partition("\n")
+    return f"{title}\nPICTURES = {json.dumps(subject.pictures)}\n{rest}"
 
 
 def modules_cell(scripts: list[str]) -> str:
