@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from common import launch
 from common.attached import find_attached
 from common.command_line import DEMO_ROOT, UserError
 
@@ -50,7 +51,8 @@ def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
         if len(folders) > 1:
             raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
         setattr(flags, into, folders[0])
-        print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
+        if launch.rank() == 0:
+            print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
 
 
 def _require(repo_id, repo_type, flag, filename):
