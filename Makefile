@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo study test test-gpu kernels notebooks lint clean
+.PHONY: demo study test test-gpu kernels notebooks hosts newest nightly lint clean
 
 demo: $(VENV)/.ready  ## train the small demo model on ink drawings, compare and score before and after; minutes on two CPU cores
 	rm -rf outputs/demo
@@ -31,11 +31,20 @@ notebooks:  ## every notebook of dist/, run by a Jupyter kernel in an empty fold
 	.venv-notebooks/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== .ci/constraints.txt)" nbclient ipykernel
 	OMP_NUM_THREADS=1 .venv-notebooks/bin/python tools/bundle.py --execute
 
+hosts:  ## Kaggle's and Colab's packages: the install line on top, every notebook, with and without what it may upgrade
+	$(PYTHON) tools/hosts.py kaggle colab
+
+newest:  ## what requirements.txt brings today: the demo of every script
+	$(PYTHON) tools/hosts.py newest
+
+nightly:  ## the same without upper bounds: fails when what is newest anywhere breaks the suite
+	$(PYTHON) tools/hosts.py latest
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 
 clean:
-	rm -rf $(VENV) .venv-notebooks .triton outputs
+	rm -rf $(VENV) .venv-notebooks .venv-hosts .triton outputs
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,3 +24,6 @@ def _interrupted_or(hook):
 
 
 sys.excepthook = _interrupted_or(sys.excepthook)
+
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+sys.modules["torchao"] = None

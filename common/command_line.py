@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import argparse_dataclass
+from common import launch, packages, stopping
 
-from common import launch, stopping
+packages.require_parser()
+
+import argparse_dataclass  # noqa: E402
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 DEMO_ROOT = Path(CACHE_DIR) / "demo"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, List, Literal, Optional
 
+from common import packages
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -168,7 +169,9 @@ def check(flags):
 
 
 def check_model(flags):
-    """The part of `check` that every script needs: a model that is meant to be local is there, and what is written finds a place."""
+    """The part of `check` that every script needs: packages, a model that is meant to be local, and a place for what is written."""
+    if found := packages.lacking():
+        raise UserError(packages.refusal(found))
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
