@@ -16,7 +16,8 @@ from types import SimpleNamespace
 # Before torch or common.command_line are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread; `make test-cpus` has two as well
+os.environ.update(XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
 if not os.environ.get("GPU_TESTS"):  # the same numbers where there is a GPU; `make test-gpu` is for that
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ import pytest  # noqa: E402
 
 # An effective batch of 8 in two passes; checkpointing of activations costs time and is compared on its own.
 DEMO = ["--demo", "--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--no_gradient_checkpointing"]
+HEAVY = {"torch", "diffusers", "transformers", "peft", "numpy"}  # seconds to import
 CLOCKS = {"s_per_img", "peak_gib", "seconds"}  # the fields of a metrics row that may differ between equal runs
 
 
@@ -151,6 +153,21 @@ def start():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def answer(start):
+    """answer(script, *arguments): what it says -> (exit status, stdout, stderr), and it has imported nothing heavy for that."""
+
+    def answer(*arguments, **options):
+        process = start("-X", "importtime", *arguments, **options)
+        out, err = process.communicate(timeout=600)
+        lines = err.splitlines(keepends=True)
+        imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+        assert imported and not imported & HEAVY
+        return process.returncode, out, "".join(line for line in lines if not line.startswith("import time:"))
+
+    return answer
 
 
 @pytest.fixture

@@ -11,11 +11,19 @@ from common.command_line import UserError
 def test_two_runs_are_compared_and_plotted(root, start, tmp_path):
     out, picture = tmp_path / "exactness.json", tmp_path / "exactness.png"
     process = start(root / "benchmarks/exactness.py", "--out", out, "--steps", 4, "--", "--demo", "--lr_warmup_steps", 0)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=600)
     result = json.loads(said.splitlines()[-1])
-    assert process.returncode == 0 and result["steps"] == 4 and 0 < result["largest"] < 1e-3
+    assert process.returncode == 0 and result["steps"] == 4 and result["largest"] < 1e-3
+    runs = json.loads(out.read_text())["runs"]
+    assert runs.keys() == exactness.RUNS.keys() and all(len(run["loss"]) == 4 for run in runs.values())
     exactness.main(["--plot", str(out), str(picture)])
     assert picture.stat().st_size > 10_000
+
+
+def test_differences_are_relative_to_the_plain_run():
+    runs = {"as it comes": {"loss": [1.0, 0.9, 2.0], "s_per_img": 0.1}, "plainly": {"loss": [1.0, 1.0, 4.0], "s_per_img": 0.3}}
+    compared = exactness.compared(runs)
+    assert compared == dict(steps=3, median=pytest.approx(0.1), largest=pytest.approx(0.5), times_as_fast=3.0)
 
 
 @pytest.mark.parametrize(

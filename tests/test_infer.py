@@ -1,10 +1,8 @@
 """infer.py: its images are those of plain diffusers, columns differ in the adapter and in nothing else, and mistakes cost one line."""
 
 import hashlib
+import itertools
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from demo.settings import TINY_DEMO
 
 PROMPTS, STEPS = TINY_DEMO["prompts"], 3
 PROMPT = PROMPTS[0]
+ROUNDING = 1  # of 255: how far a pixel may be from the same arithmetic done in another order, on another CPU or by plain diffusers
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +78,13 @@ def test_every_column_is_what_plain_diffusers_draws(trained, draw, plain):
     manifest, images = draw("--compare", "--lora", trained, trained / "ema_unet", f"{trained}:2")
     base, lora, ema, double = (column["title"] for column in manifest["columns"])
     for prompt in PROMPTS:
-        assert same(images[base, prompt, 42], plain(None, prompt))
-        assert same(images[lora, prompt, 42], plain(trained, prompt))
-    assert same(images[ema, PROMPT, 42], plain(trained / "ema_unet"))
-    assert same(images[double, PROMPT, 42], plain(trained, prepare=lambda pipeline: pipeline.set_adapters("default_0", 2.0)))
-    assert len({image.tobytes() for (_, prompt, _), image in images.items() if prompt == PROMPT}) == 4
+        assert furthest(images[base, prompt, 42], plain(None, prompt)) <= ROUNDING
+        assert furthest(images[lora, prompt, 42], plain(trained, prompt)) <= ROUNDING
+    assert furthest(images[ema, PROMPT, 42], plain(trained / "ema_unet")) <= ROUNDING
+    doubled = plain(trained, prepare=lambda pipeline: pipeline.set_adapters("default_0", 2.0))
+    assert furthest(images[double, PROMPT, 42], doubled) <= ROUNDING
+    for one, other in itertools.combinations((base, lora, ema, double), 2):
+        assert furthest(images[one, PROMPT, 42], images[other, PROMPT, 42]) > 3 * ROUNDING, (one, other)
 
 
 def test_an_adapter_leaves_no_trace_in_what_is_drawn_after_it(sampler):
@@ -97,7 +98,7 @@ def test_an_adapter_leaves_no_trace_in_what_is_drawn_after_it(sampler):
 
 def test_ema_means_the_averaged_weights_of_the_folder(trained, draw, plain):
     _, images = draw("--ema", "--lora", trained, "--prompt", PROMPT)
-    assert same(next(iter(images.values())), plain(trained / "ema_unet"))
+    assert furthest(next(iter(images.values())), plain(trained / "ema_unet")) <= ROUNDING
 
 
 def test_without_compare_all_adapters_are_active_together_at_their_scales(trained, draw, plain):
@@ -106,7 +107,7 @@ def test_without_compare_all_adapters_are_active_together_at_their_scales(traine
         pipeline.set_adapters(["default_0", "ema"], [0.25, 1.0])
 
     _, images = draw("--lora", f"{trained}:0.5", f"{trained / 'ema_unet'}:2", "--lora_scale", 0.5, "--prompt", PROMPT)
-    assert same(next(iter(images.values())), plain(trained, prepare=both))
+    assert furthest(next(iter(images.values())), plain(trained, prepare=both)) <= ROUNDING
 
 
 def test_sampler_negative_prompt_and_guidance_are_those_of_plain_diffusers(draw, plain):
@@ -116,12 +117,12 @@ def test_sampler_negative_prompt_and_guidance_are_those_of_plain_diffusers(draw,
     flags = ["--prompt", PROMPT, "--negative_prompt", "the sea", "--guidance_scale", 3, "--scheduler", "dpmpp_2m_karras", "--seed", 7]
     _, images = draw(*flags)
     expected = plain(seed=7, negative_prompt="the sea", guidance_scale=3.0, prepare=karras)
-    assert same(images["base", PROMPT, 7], expected)
+    assert furthest(images["base", PROMPT, 7], expected) <= ROUNDING
 
 
 def test_an_empty_negative_prompt_is_the_unconditional_input_of_training(draw, plain):
     _, images = draw("--prompt", PROMPT, "--negative_prompt", "")
-    assert same(images["base", PROMPT, 42], plain())
+    assert furthest(images["base", PROMPT, 42], plain()) <= ROUNDING
 
 
 def test_img2img_starts_from_the_middle_square_of_the_image(demo, draw, plain, tmp_path):
@@ -130,7 +131,7 @@ def test_img2img_starts_from_the_middle_square_of_the_image(demo, draw, plain, t
     _, images = draw("--prompt", PROMPT, "--image", tmp_path / "photo.png", "--strength", 0.7)
     square = photo.crop((20, 0, 140, 120)).resize((64, 64), Image.Resampling.LANCZOS)
     expected = plain(kind=StableDiffusionXLImg2ImgPipeline, image=square, strength=0.7)
-    assert furthest(images["base", PROMPT, 42], expected) <= 1
+    assert furthest(images["base", PROMPT, 42], expected) <= ROUNDING
 
 
 @pytest.mark.parametrize("scheduler", ["euler_a", "ddim", "dpmpp_2m_sde_karras", "unipc", "lcm"])
@@ -140,7 +141,7 @@ def test_an_image_depends_on_its_seed_and_not_on_those_beside_it(draw, scheduler
     together = {seed: image.copy() for (_, _, seed), image in together.items()}
     _, alone = draw(*flags, "--seed", 43)
     assert sorted(together) == [42, 43, 44]
-    assert furthest(together[43], alone["base", PROMPT, 43]) <= 1 < furthest(together[42], together[43])
+    assert furthest(together[43], alone["base", PROMPT, 43]) <= ROUNDING < furthest(together[42], together[43])
 
 
 # ---------------------------------------------------------------- what it writes
@@ -342,12 +343,11 @@ def test_a_mistake_costs_one_line_and_writes_nothing(typed, tmp_path, monkeypatc
     assert files_in(tmp_path) == before
 
 
-def test_help_and_mistakes_are_answered_within_a_second_with_status_2(root):
-    for arguments, status in ((["--help"], 0), (["--compare", "--lora", "absent"], 2)):
-        start_s = time.monotonic()
-        done = subprocess.run([sys.executable, root / "infer.py", *arguments], capture_output=True, text=True)
-        assert done.returncode == status and time.monotonic() - start_s < 1
-    assert done.stderr == "infer.py: error: --lora absent: no such file or folder (PATH or PATH:SCALE)\n"
+def test_help_and_mistakes_are_answered_without_torch(root, answer):
+    status, said, errors = answer(root / "infer.py", "--help")
+    assert (status, errors) == (0, "") and "--compare" in said
+    refusal = "infer.py: error: --lora absent: no such file or folder (PATH or PATH:SCALE)\n"
+    assert answer(root / "infer.py", "--compare", "--lora", "absent") == (2, "", refusal)
 
 
 def test_the_documented_defaults():
