@@ -15,7 +15,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, NamedTuple, Optional
+from typing import List, Literal, NamedTuple, Optional
 
 from common import hub, manifest
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
@@ -30,7 +30,6 @@ EMA_FOLDER = "ema_unet"
 class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
-    DEMO: ClassVar[dict] = dict(output_dir="outputs/demo")
     # what to draw
     compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
     lora: List[str] = flag(
@@ -59,7 +58,7 @@ class Flags(ModelFlags):
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
-    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path)
+    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path, demo="outputs/demo")
 
 
 class Adapter(NamedTuple):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import get_args
 
 from common import launch, packages, stopping
+from common.places import CACHE_DIR
 
 packages.require_parser()
 
 import argparse_dataclass  # noqa: E402
 
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 DEMO_ROOT = Path(CACHE_DIR) / "demo"
 
 
@@ -30,7 +30,10 @@ class UserError(Exception):
 
 
 def flag(default, help, **metadata):
-    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same.
+
+    Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
+    """
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -110,21 +113,23 @@ def parse(cls, argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
     parser = Parser(cls)
-    if "demo" in typed:
+    names = {field.name for field in dataclasses.fields(cls)}
+    if "demo" in typed & names:
         # a typed list would be added to a default one
         parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
-    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+    if "num_train_epochs" in typed and "max_train_steps" in names - typed:
         parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
     return parser.parse_args(argv)
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
+    """What `--demo` changes: see demo/settings.py, and the flags' own metadata."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
     from demo.settings import demo_settings
 
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **own}.items() if name in fields}
 
 
 def print_config(flags):

@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, Optional
+from typing import List, Literal, Optional
 
 from common import packages
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
@@ -19,8 +19,6 @@ ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 @dataclass
 class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
-
-    DEMO: ClassVar[dict] = {}  # what a script's own --demo changes beside the settings of all
 
     pretrained_model_name_or_path: str = flag(
         "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path

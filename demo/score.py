@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Optional
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,7 +27,6 @@ READ = ("hair", "eyes", "clothing", "background")
 class Flags(ModelFlags):
     """Score an adapter of the demo's model."""
 
-    DEMO: ClassVar[dict] = dict(output_dir="outputs/demo")
     lora: Optional[str] = flag(None, "the adapter: a run's folder or a .safetensors file", type=local_path)
     images: int = flag(32, "held-out captions to draw, each with and without the adapter; at most 32")
     resolution: int = flag(128, "pixels: side of the square image")

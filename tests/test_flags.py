@@ -10,7 +10,7 @@ import pytest
 
 import train_opt
 import train_sdxl
-from common.command_line import Parser, UserError, parse
+from common.command_line import Parser, UserError, flag, parse
 from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_opt.Flags)}
@@ -293,6 +293,33 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(flag, tmp_path):
     (tmp_path / "file").write_text("")
     assert f"{flag} {tmp_path / 'file/sub'}: {tmp_path / 'file'} is a file" in refusal([flag, str(tmp_path / "file/sub")])
+
+
+@dataclass
+class WithoutDemo:
+    """A flag class that knows nothing of the trainers."""
+
+    steps: int = flag(3, "how many")
+    num_train_epochs: int = flag(1, "passes")
+
+
+@dataclass
+class WithDemo(WithoutDemo):
+    demo: bool = flag(False, "the small one")
+    steps: int = flag(3, "how many", demo=2)
+
+
+@pytest.mark.parametrize("typed", ["--demo", "--no_demo", "--demo=1", "--max_train_steps 3"])
+def test_a_flag_that_a_class_does_not_have_is_unknown_to_it(typed):
+    with pytest.raises(UserError, match=typed.split()[0]):
+        parse(WithoutDemo, typed.split())
+
+
+def test_any_flag_class_works_with_the_parser():
+    assert parse(WithoutDemo, ["--num_train_epochs", "4"]) == WithoutDemo(3, 4)
+    assert parse(WithDemo, ["--demo"]).steps == 2
+    assert parse(WithDemo, ["--demo", "--steps", "5"]).steps == 5
+    assert parse(WithDemo, []).steps == 3
 
 
 def test_a_home_folder_is_meant_by_a_tilde(monkeypatch):

@@ -1,153 +1,302 @@
-"""verify_setup.py: verdicts follow from facts, and the facts of this machine are there in seconds."""
+"""verify_setup.py: verdicts follow from facts, figures are those that were measured, and a bare Python is enough to be told what is missing."""
 
 import dataclasses
 import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
+import train_dora
+import train_opt
+import train_qlora
+import train_sdxl
 import verify_setup
-from common.command_line import UserError
-from verify_setup import DATA, DISK_GB, MODEL, REPOS, Facts, judge, kaggle_inputs, probe_packages, table
+from benchmarks.train_step import FORWARD_TFLOP
+from common import hub, loops, machine, packages, verdict
+from common.attached import Attached
+from common.command_line import CACHE_DIR, parse
+from common.machine import DATA, MODEL, OPTIONAL, REPOS, VAE, Disk, Facts, Gpu
+from common.verdict import SCRIPTS, judge
 
-OFFLINE = dict.fromkeys(REPOS, "unreachable (ConnectError)")
+OFFLINE = dict.fromkeys(REPOS, "unreachable (URLError)")
+NOTHING_ATTACHED = Attached([], [], [])
+ALL_OK = {"matrix product": "ok", "attention": "ok", "4-bit weights": "ok"}
+P100 = Gpu("Tesla P100-PCIE-16GB", (6, 0), 15.9, 15.8, fault="Tesla P100: no code for it (Kaggle: choose GPU T4 x2)")
 
 
-def facts(*gpus_free_gib, capability="7.5", rate=25.0, **changes):
-    """A healthy machine with GPUs of these free GiB."""
-    card = dict(name="Tesla T4", capability=capability, bf16=float(capability) >= 8)
-    gpus = [dict(card, total_gib=free + 0.4, free_gib=free) for free in gpus_free_gib]
-    packages, disk = {"torch": ("2.6.0", "", True)}, {name: ("/kaggle/working", 60.0) for name in DISK_GB}
-    healthy = Facts("3.11.7", packages, "Kaggle", 4, 29.0, disk, dict.fromkeys(REPOS, "reachable"))
-    return dataclasses.replace(healthy, gpus=gpus, matmul_tflops=rate if gpus else None, **changes)
+def facts(*gpus_free_gib, name="Tesla T4", capability=(7, 5), rate=24.0, **changes) -> Facts:
+    """Kaggle's machine with everything in place and GPUs of these free GiB."""
+    gpus = [Gpu(name, capability, free + 0.1, free) for free in gpus_free_gib]
+    versions = dict.fromkeys(packages.REQUIREMENTS, "1.0") | dict.fromkeys((*OPTIONAL, "torchao"))
+    healthy = Facts(
+        python=(3, 12, 3),
+        host="Kaggle",
+        cores=4,
+        ram_gib=29.3,
+        packages=versions,
+        lacking={},
+        requirements=False,
+        disks={what: Disk(f"/disk/{what}", 60.0) for what in verdict.DISK_GB},
+        hub=dict.fromkeys(REPOS, "reachable"),
+        attached=NOTHING_ATTACHED,
+        gpus=gpus,
+        smoke=ALL_OK,
+        matmul_tflops=rate if gpus else None,
+    )
+    return dataclasses.replace(healthy, **changes)
+
+
+def wide(text):
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- which script
 
 
 @pytest.mark.parametrize(
-    ("free_gib", "recommended"),
+    ("free_gib", "expected"),
     [
-        (14.5, "train_sdxl.py"),
-        (13.0, "train_sdxl.py"),
-        (12.9, "train_opt.py"),
-        (7.6, "train_opt.py"),
-        (6.2, "train_qlora.py"),
-        (3.9, "train_qlora.py"),
-        (3.5, "--demo"),
+        (14.5, "python train_sdxl.py"),
+        (11.5, "python train_sdxl.py"),  # an RTX 4070 Ti
+        (7.6, "python train_sdxl.py"),  # cards of 8, 6 and 4 GB: measured with these caps
+        (5.6, "python train_qlora.py"),
+        (3.7, "python train_qlora.py --strategy normal"),
+        (6.6, "python train_opt.py"),
+        (3.5, "python train_opt.py --demo"),
     ],
 )
-def test_the_recommended_script_suits_the_memory(free_gib, recommended):
-    verdict = judge(facts(free_gib))
-    assert verdict["recommended"] == recommended and not verdict["problems"]
-    assert verdict["command"] == f"python {'train_opt.py --demo' if recommended == '--demo' else recommended}"
+def test_the_command_suits_the_free_memory(free_gib, expected):
+    found = judge(facts(free_gib))
+    assert found.command == expected and not found.problems
 
 
 def test_a_machine_without_a_gpu_runs_the_demo_whatever_the_hub_and_the_disk_say():
-    verdict = judge(facts(hub=OFFLINE, disk={name: ("/", 0.2) for name in DISK_GB}, driver=True))
-    assert verdict["recommended"] == "--demo" and not verdict["problems"]
-    assert all("needs a GPU" in script["line"] and not script["fits"] for script in verdict["scripts"].values())
-    assert "torch sees no GPU" in " ".join(verdict["notes"])
+    found = judge(facts(hub=OFFLINE, disks={what: Disk("/", 0.2) for what in verdict.DISK_GB}, driver=True))
+    assert found.command == verdict.DEMO and not found.problems and not any(entry.fits for entry in found.estimates.values())
+    assert "torch sees no GPU" in found.notes[0] and "Accelerator > GPU T4 x2" in found.notes[1]
 
 
-def test_time_comes_from_the_measured_rate():
-    """8,000 images of 2 x 6.761 TFLOP at 39 % of 25 TFLOP/s."""
-    found = judge(facts(14.5))["scripts"]["train_sdxl.py"]
-    assert found["s_per_img"] == pytest.approx(2 * 6.761 / (25 * 0.39)) and "estimate 1.4 s an image, 3.1 h" in found["line"]
-    assert judge(facts(14.5, rate=50.0))["scripts"]["train_sdxl.py"]["hours"] == pytest.approx(found["hours"] / 2)
-    assert judge(facts(14.5, rate=None))["scripts"]["train_sdxl.py"]["line"] == "fits: 6.5 GiB needed"
+def test_every_gpu_is_put_to_use():
+    found = judge(facts(14.5, 14.5))
+    assert found.command == "accelerate launch --num_processes 2 train_sdxl.py" and "1.9 times" in " ".join(found.notes)
 
 
-def test_a_script_that_does_not_fit_says_what_is_lacking():
-    assert judge(facts(4.0))["scripts"]["train_sdxl.py"]["line"] == "does not fit: 6.5 GiB needed, 4.0 free"
+# ---------------------------------------------------------------- figures
 
 
-def test_the_second_gpu_is_put_to_use():
-    verdict = judge(facts(14.5, 14.5))
-    assert verdict["command"] == "accelerate launch --num_processes 2 train_sdxl.py" and "would idle" in " ".join(verdict["notes"])
+def trainer_of(script):
+    """(flags of its default run, name of its row in the benchmarks)."""
+    name, *typed = script.command.split()
+    module = {"train_sdxl.py": train_sdxl, "train_opt.py": train_opt, "train_qlora.py": train_qlora, "train_dora.py": train_dora}[name]
+    return parse(module.Flags, typed), name.removeprefix("train_").removesuffix(".py")
 
 
-def test_bf16_is_for_capability_8_and_up():
-    assert "no bf16" in " ".join(judge(facts(14.5))["notes"]) and not judge(facts(14.5, capability="8.0"))["notes"]
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.command)
+def test_lengths_sizes_and_packages_are_those_of_the_trainers_flags(script):
+    flags, _ = trainer_of(script)
+    effective = flags.train_batch_size * flags.gradient_accumulation_steps
+    assert script.images == effective * loops.total_steps(flags.max_train_steps, flags.num_train_epochs, 1221, effective)
+    assert script.forward_tflop == FORWARD_TFLOP[flags.resolution]
+    assert script.needs_bitsandbytes == (flags.use_8bit_adam or flags.quantize == "nf4")
+    assert (flags.pretrained_model_name_or_path, flags.dataset_name, hub.FP16_VAE) == (MODEL, DATA, VAE)
 
 
-def test_a_hub_out_of_reach_is_a_problem_unless_a_folder_is_attached():
-    first, second = judge(facts(14.5, hub=OFFLINE))["problems"]
-    assert MODEL in first and "--pretrained_model_name_or_path" in first and DATA in second and "--train_data_dir" in second
-    attached = judge(facts(14.5, hub=OFFLINE, kaggle_models=["/kaggle/input/sdxl"], kaggle_data=["/kaggle/input/ink"]))
-    assert not attached["problems"]
-    assert attached["command"].endswith("--pretrained_model_name_or_path /kaggle/input/sdxl --train_data_dir /kaggle/input/ink")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.command)
+def test_memory_and_speed_are_those_that_were_measured(script, root):
+    flags, row = trainer_of(script)
+    row += "_normal" if "normal" in script.command else ""
+    measured = json.loads((root / "docs/benchmarks.json").read_text())
+
+    def newest(label, key, name):
+        return [r[key] for run in measured if run["label"] == label for r in run["rows"] if r["row"] == name][-1]
+
+    at = f"{row}@{flags.resolution}"
+    assert script.share == pytest.approx(newest("matrix", "matmul_share", at), abs=1e-3)
+    assert script.share_t4 == pytest.approx(newest("as_t4", "matmul_share", at), abs=1e-3)
+    # One strategy was measured at 1024 px, which bounds what it takes at 512.
+    fixed = "qlora_normal@1024" if row == "qlora_normal" else at
+    assert script.peak_gib == pytest.approx(newest("fixed", "peak_reserved_gib", fixed))
 
 
-def test_attached_folders_are_found_and_not_entered(tmp_path):
-    for name in (
-        "models/sdxl/1/model_index.json",
-        "models/sdxl/1/unet/metadata.jsonl",
-        "ink/metadata.jsonl",
-        "a/b/c/d/e/f/g/metadata.jsonl",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert kaggle_inputs(str(tmp_path)) == ([str(tmp_path / "models/sdxl/1")], [str(tmp_path / "ink")])
-    assert kaggle_inputs(str(tmp_path / "absent")) == ([], [])
+def test_time_follows_from_the_measured_rate_and_the_kernels_of_the_card():
+    """8,000 images of 2 x 6.761 TFLOP, at 25.7 % of the matrix rate without flash attention and at 39 % with it."""
+    slow, fast = (judge(facts(14.5, name="a card", capability=capability)).estimates["train_sdxl.py"] for capability in ((7, 5), (8, 0)))
+    assert slow.s_per_img == pytest.approx(2 * 6.761 / (24 * 0.257)) and slow.hours == pytest.approx(8000 * slow.s_per_img / 3600)
+    assert fast.s_per_img == pytest.approx(2 * 6.761 / (24 * 0.39))
+    assert judge(facts(14.5, rate=None)).estimates["train_sdxl.py"][1:] == (True, None, None)
+
+
+def test_a_t4_is_not_taken_at_its_first_half_second():
+    """Its power limit leaves 24 TFLOP/s of what a short burst shows; another card of the same generation is believed."""
+    burst, sustained = (judge(facts(14.5, rate=rate)).estimates["train_sdxl.py"].hours for rate in (45.0, 24.0))
+    assert burst == sustained > judge(facts(14.5, rate=45.0, name="NVIDIA GeForce RTX 2080")).estimates["train_sdxl.py"].hours
+
+
+# ---------------------------------------------------------------- what stands in the way
+
+
+def test_everything_missing_is_one_problem_with_one_command():
+    lacking = {"torch": "2.5.1", "argparse-dataclass": None, "bitsandbytes": None}
+    (problem,) = judge(facts(14.5, lacking=lacking)).problems
+    sentence, command = problem.split("\n")
+    assert sentence == "missing: argparse-dataclass, bitsandbytes; too old: torch 2.5.1"
+    assert command == 'pip install "torch>=2.6" "argparse-dataclass>=2.0,<3" "bitsandbytes>=0.50.2,<0.51"'
+    assert judge(facts(14.5, lacking=lacking, requirements=True)).problems[0].endswith("\npip install -r requirements.txt")
+    assert judge(facts(lacking={"torch": None})).command == verdict.AGAIN  # no GPU can be seen yet
+
+
+def test_without_internet_packages_come_from_attached_wheels():
+    attached = Attached(["/kaggle/input/sdxl"], ["/kaggle/input/ink"], ["/kaggle/input/wheels"])
+    found = judge(facts(14.5, lacking={"argparse-dataclass": None}, hub=OFFLINE, attached=attached))
+    (problem,) = found.problems
+    assert problem.endswith('pip install --no-index --find-links /kaggle/input/wheels "argparse-dataclass>=2.0,<3"')
+    assert found.command.endswith("--pretrained_model_name_or_path /kaggle/input/sdxl --train_data_dir /kaggle/input/ink")
+
+
+def test_bitsandbytes_stops_only_what_uses_it():
+    large, small = (judge(facts(free, lacking={"bitsandbytes": None})) for free in (14.5, 4.0))
+    assert not large.problems and "train_qlora.py and train_dora.py need bitsandbytes" in large.notes[0]
+    assert "missing: bitsandbytes" in small.problems[0] and not any("bitsandbytes" in note for note in small.notes)
+    broken = ALL_OK | {"4-bit weights": "RuntimeError: no kernel image"}
+    large, small = (judge(facts(free, smoke=broken)) for free in (14.5, 4.0))
+    assert not large.problems and "no kernel image" in large.notes[0]
+    assert small.problems == ["4-bit weights: RuntimeError: no kernel image"]
+
+
+def test_a_failed_test_of_the_gpu_is_a_problem():
+    assert judge(facts(14.5, smoke=ALL_OK | {"attention": "RuntimeError: no kernel"})).problems == ["attention: RuntimeError: no kernel"]
+
+
+def test_a_card_that_torch_has_no_code_for_is_one_line_and_no_estimate():
+    found = judge(facts(gpus=[P100], smoke={}))
+    assert found.problems == [P100.fault] and found.command == verdict.AGAIN and not any(entry.fits for entry in found.estimates.values())
+
+
+def test_without_the_hub_what_is_neither_cached_nor_attached_is_a_problem():
+    first, second = judge(facts(14.5, hub=OFFLINE)).problems
+    assert f"{MODEL} and {VAE}: unreachable" in first and "switch Internet on" in first and "docs/hosts.md" in first and DATA in second
+    first, second = judge(facts(14.5, hub=OFFLINE, host="own machine")).problems
+    assert "--pretrained_model_name_or_path" in first and "--train_data_dir" in second
+    assert not judge(facts(14.5, hub=dict.fromkeys(REPOS, "cached"))).problems
 
 
 def test_a_full_disk_stops_a_download_and_not_a_cached_model():
-    full = {**facts().disk, "HF cache": ("/root/.cache", 3.0)}
-    assert "3.0 GB free, about 9 needed" in judge(facts(14.5, disk=full))["problems"][0]
-    assert not judge(facts(14.5, disk=full, hub=dict.fromkeys(REPOS, "cached")))["problems"]
+    full = facts().disks | {"model": Disk("/root/.cache", 3.0)}
+    assert "/root/.cache: 3.0 GB free, about 9 needed; name another with HF_HOME" in judge(facts(14.5, disks=full)).problems[0]
+    assert not judge(facts(14.5, disks=full, hub=dict.fromkeys(REPOS, "cached"))).problems
+
+
+@pytest.mark.parametrize(
+    ("python", "problems", "notes"),
+    [((3, 10, 12), ["Python 3.10.12 is too old: 3.11 or newer is needed"], 0), ((3, 13, 9), [], 0), ((3, 14, 0), [], 1)],
+)
+def test_pythons_that_were_not_tried_are_named(python, problems, notes):
+    found = judge(facts(14.5, python=python))
+    assert found.problems == problems and sum("was not tried" in note for note in found.notes) == notes
+
+
+def test_torchao_and_little_ram_are_only_mentioned():
+    found = judge(facts(14.5, packages=facts().packages | {"torchao": "0.10.0"}, ram_gib=3.9))
+    assert not found.problems and "torchao 0.10.0 is harmless" in found.notes[0] and "3.9 GiB of RAM is little" in found.notes[1]
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_the_hubs_cache_is_where_its_own_library_looks(monkeypatch, tmp_path):
+    constants = "import huggingface_hub; print(huggingface_hub.constants.HF_HUB_CACHE)"
+    for changes in ({}, {"HF_HOME": "~/hf"}, {"HF_HUB_CACHE": "$HOME/x"}, {"XDG_CACHE_HOME": str(tmp_path)}):
+        for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in changes.items():
+            monkeypatch.setenv(name, value)
+        expected = subprocess.run([sys.executable, "-c", constants], capture_output=True, text=True, check=True).stdout.strip()
+        assert str(machine.hub_cache()) == expected, changes
+    assert machine.CACHE_DIR == CACHE_DIR
+
+
+def test_a_downloaded_repo_is_cached_and_an_empty_folder_is_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snapshot = tmp_path / "models--madebyollin--sdxl-vae-fp16-fix/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    assert machine.hub_state(VAE) == "HF_HUB_OFFLINE is set"
+    (snapshot / "diffusion_pytorch_model.safetensors").touch()
+    assert machine.hub_state(VAE) == "cached"
 
 
 def test_where_nothing_may_be_written_nothing_is_free(tmp_path, monkeypatch):
-    assert verify_setup.free_gb(tmp_path / "not yet there") > 0
+    assert machine.free_gb(tmp_path / "not yet there") > 0
     monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
-    assert verify_setup.free_gb(tmp_path / "not yet there") == 0
+    assert machine.free_gb(tmp_path / "not yet there") == 0
 
 
-def test_an_old_python_and_a_package_out_of_range_or_absent_are_problems_with_their_cure(tmp_path):
-    (tmp_path / "requirements.txt").write_text("# comment\ntorch>=99\nnobody-makes-this>=1\npillow\n")
-    found = probe_packages(tmp_path / "requirements.txt")
-    assert not found["torch"][2] and found["nobody-makes-this"] == (None, ">=1", False) and found["pillow"][2] and found["xformers"][2]
-    problems = judge(facts(14.5, packages=found, python="3.9.1"))["problems"]
-    assert "3.11 or newer" in problems[0] and "pip install 'torch>=99'" in problems[1] and "nobody-makes-this is missing" in problems[2]
+def test_a_silent_hub_is_not_waited_for(monkeypatch):
+    """As where the name server gives no answer: the threads are left behind."""
+    import threading
+
+    released = threading.Event()
+    monkeypatch.setattr(machine, "PATIENCE_S", 0)
+    monkeypatch.setattr(machine, "hub_state", lambda repo_id: released.wait() and "reachable")
+    assert machine.HubAnswers().wait() == dict.fromkeys(REPOS, "no answer")
+    released.set()
 
 
-def test_a_failed_smoke_test_stops_only_what_needs_it():
-    broken = {"NF4 weights": "RuntimeError: no kernel image"}
-    assert judge(facts(4.0, smoke=broken))["problems"] == ["NF4 weights: RuntimeError: no kernel image"]
-    assert not judge(facts(14.5, smoke=broken))["problems"] and "no kernel image" in judge(facts(14.5, smoke=broken))["notes"][0]
-    assert judge(facts(14.5, smoke={"attention": "RuntimeError: no kernel"}))["problems"]
+# ---------------------------------------------------------------- the script
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_this_machine_is_judged_within_ten_seconds(root, start, offline):
+def test_this_machine_is_judged(root, start, offline):
     """Also where the hub's address leads nowhere."""
-    started = time.monotonic()
     process = start(root / "verify_setup.py", "--json", HF_HUB_OFFLINE=offline, HF_ENDPOINT="http://127.0.0.1:9", CUDA_VISIBLE_DEVICES="")
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=600)
     found = json.loads(output)
-    assert time.monotonic() - started < 10 and process.returncode == 0 and not found["problems"], errors
-    assert found["smoke"] == {"matmul": "ok", "NF4 weights": "ok"} and found["recommended"] == "--demo"
+    assert (process.returncode, errors, found["problems"]) == (0, "", [])
+    assert found["smoke"] == {"matrix product": "ok", "4-bit weights": "ok"} and found["command"] == verdict.DEMO
     assert all(("HF_HUB_OFFLINE" if offline == "1" else "unreachable") in state for state in found["hub"].values())
+    assert found["estimates"].keys() == {script.command for script in SCRIPTS}
+
+
+def test_a_python_without_any_package_is_told_what_to_install(root, tmp_path):
+    """-S leaves site-packages out: the standard library is all there is."""
+    command = [sys.executable, "-S", root / "verify_setup.py"]
+    process = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600)
+    assert (process.returncode, process.stderr) == (1, "")
+    said = wide(process.stdout)
+    assert all(name in said for name in packages.REQUIREMENTS) and said.count("pip install ") == 1
+    assert said.endswith(f"when that is mended: {verdict.AGAIN}")
 
 
 def test_the_exit_status_is_that_of_the_problems(monkeypatch, capsys):
-    monkeypatch.setattr(verify_setup, "probe", lambda: facts(14.5, packages={"torch": (None, ">=2", False)}))
-    assert verify_setup.main([]) == 1 and "torch is missing" in capsys.readouterr().out
+    monkeypatch.setattr(verify_setup, "probe", lambda: facts(14.5, lacking={"torch": None}))
+    assert verify_setup.main([]) == 1 and "missing: torch" in capsys.readouterr().out
     monkeypatch.setattr(verify_setup, "probe", lambda: facts(14.5))
-    assert verify_setup.main(["--json"]) == 0 and json.loads(capsys.readouterr().out)["recommended"] == "train_sdxl.py"
-    with pytest.raises(UserError, match="--jsonn"):
-        verify_setup.main(["--jsonn"])
+    assert verify_setup.main(["--json"]) == 0 and json.loads(capsys.readouterr().out)["command"] == "python train_sdxl.py"
 
 
-def test_a_wrong_flag_is_one_line_and_2(root):
-    process = subprocess.run([sys.executable, root / "verify_setup.py", "--jsonn"], capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "did you mean --json?" in process.stderr
+@pytest.mark.parametrize("typed", ["--demo", "--jsonn", "--json=1"])
+def test_a_wrong_flag_is_one_line_and_2(root, answer, typed):
+    status, out, errors = answer(root / "verify_setup.py", typed)
+    assert (status, out) == (2, "") and errors.count("\n") == 1 and "the flags are --json and --help" in errors
 
 
-def test_the_table_names_everything():
-    found = facts(14.5, kaggle_data=["/kaggle/input/ink"])
-    text = table(found, {**judge(found), "seconds": 1.0})
-    for part in ("Tesla T4", "torch 2.6.0", "/kaggle/working", "/kaggle/input/ink", MODEL, "\nrecommended (ready): python train_sdxl.py"):
-        assert part in text
-    assert max(map(len, text.splitlines())) <= 132
+def test_the_screen_shows_everything_in_80_columns():
+    attached = Attached([], ["/kaggle/input/ink"], [])
+    found = facts(14.5, 14.5, attached=attached, lacking={"argparse-dataclass": None}, python=(3, 14, 1))
+    text = verify_setup.screen(found, judge(found))
+    for part in (
+        "GPU 1 Tesla T4 (sm_75), 14.5 of 14.6 GiB free",
+        "14 of 15 ok",
+        f"reachable: {MODEL}",
+        "data: /kaggle/input/ink",
+        "train_sdxl.py 6.9 GiB 4.9 h (8,000 images of 2.2 s)",
+        "PROBLEM missing: argparse-dataclass",
+        "when that is mended: accelerate launch --num_processes 2 train_sdxl.py",
+    ):
+        assert part in wide(text)
+    assert max(map(len, text.splitlines())) <= 80
+    ready = facts(3.7)
+    text = verify_setup.screen(ready, judge(ready))
+    assert "does not fit" in text and text.endswith("ready:\n    python train_qlora.py --strategy normal")

@@ -17,7 +17,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -55,13 +55,12 @@ FINISHED = "finished.json"  # marks a run's folder; final weights alone do not, 
 class Flags:
     """Compare the four methods, or train_opt with and without its options, at equal budget. Flags after -- go to every trainer."""
 
-    DEMO: ClassVar[dict] = dict(validation_split=0.25)
     of: Literal["methods", "options"] = flag(
         "methods", "LoRA, two QLoRA strategies and DoRA; or train_opt without EMA, Min-SNR, offset noise"
     )
     output_dir: str = flag("outputs/study", "where study.md, study.json, compare.png and the runs go")
     seeds: int = flag(3, f"runs of each method, with seeds {FIRST_SEED}, {FIRST_SEED + 1}, ...; the grid shows the first")
-    validation_split: float = flag(0.1, "share of the data held out; every run holds out the same samples")
+    validation_split: float = flag(0.1, "share of the data held out; every run holds out the same samples", demo=0.25)
     dry_run: bool = flag(False, "print the commands this would run and stop")
     demo: bool = flag(False, "the tiny model and data set that come with the suite, on a CPU")
 

@@ -1,0 +1,208 @@
+"""Which script suits a machine, how long it would take there, what stands in the way: judged from `machine.Facts` alone.
+
+What the trainers' defaults need was measured on an H100 (docs/benchmarks.json); a test compares the figures here with that file and with
+the trainers' own flags.
+"""
+
+from typing import NamedTuple
+
+from common import packages
+from common.machine import DATA, MODEL, VAE, Facts
+
+PYTHONS = ((3, 11), (3, 13))  # first and last that were tried
+WITHIN_REACH = ("cached", "reachable")
+DISK_GB = {"model": 9.0, "encoded data": 1.0, "results": 1.0}  # model 7, data 1.4; latents and text; adapters and checkpoints
+SPARE_GIB = 0.5  # beside the peak: fragments, and what others take meanwhile
+LITTLE_RAM_GIB = 6  # of RAM 2.8 were measured, loading included; the rest is the system's share
+ROOMY_GIB = 13.0  # the speeds were measured with this much; on less, more is recomputed
+FLASH_CAPABILITY = (8, 0)  # from here on attention has the fast kernels
+SUSTAINED_TFLOPS = {"T4": 24.0}  # under its 70 W cap; half a second measures more
+
+
+class Script(NamedTuple):
+    """A trainer's defaults on one GPU."""
+
+    command: str
+    peak_gib: float  # all that torch takes from the card: one image a pass, every block recomputed
+    images: int  # of the default run
+    forward_tflop: float  # of the UNet, per image; a step is two
+    share: float  # of the GPU's fp16 matrix rate that a step reaches
+    share_t4: float  # the same with the attention kernels of a T4
+    needs_bitsandbytes: bool = False  # for 4-bit weights or 8-bit AdamW
+
+
+SCRIPTS = (  # in the order in which they are recommended
+    Script("train_sdxl.py", 6.39, 8000, 6.761, 0.390, 0.257),
+    Script("train_opt.py", 5.95, 24000, 3.641, 0.371, 0.298),
+    Script("train_qlora.py", 3.35, 3664, 1.589, 0.202, 0.190, needs_bitsandbytes=True),
+    Script("train_qlora.py --strategy normal", 3.13, 3664, 1.589, 0.228, 0.212, needs_bitsandbytes=True),
+    Script("train_dora.py", 5.83, 3664, 1.589, 0.255, 0.233, needs_bitsandbytes=True),
+)
+DEMO, AGAIN = "python train_opt.py --demo", "python verify_setup.py"
+
+
+class Estimate(NamedTuple):
+    """One script on one GPU of this machine."""
+
+    needs_gib: float
+    fits: bool
+    s_per_img: float | None  # None where it does not fit, or the GPU's rate is unknown
+    hours: float | None
+
+
+class Verdict(NamedTuple):
+    """`problems` and `notes` are sentences; a command that mends a problem stands on a line of its own."""
+
+    command: str  # what to run on this machine
+    estimates: dict  # command of a script -> Estimate
+    problems: list  # what keeps `command` from running
+    notes: list  # what is good to know
+
+
+def judge(facts: Facts) -> Verdict:
+    estimates = {script.command: estimate(script, facts) for script in SCRIPTS}
+    chosen = next((script for script in SCRIPTS if estimates[script.command].fits), None)
+
+    # The command: every GPU, and what is attached where the hub is out of reach. Without torch no GPU can be seen yet.
+    unseen = "torch" in facts.lacking or any(gpu.fault for gpu in facts.gpus[:1])
+    command, unreachable = AGAIN if unseen else DEMO, []
+    if chosen:
+        count = len(facts.gpus)
+        launcher = f"accelerate launch --num_processes {count}" if count > 1 else "python"
+        options, unreachable = instead_of_the_hub(facts)
+        command = " ".join([launcher, chosen.command, *options])
+
+    problems = [
+        *python_problems(facts),
+        *package_problems(facts, chosen),
+        *gpu_problems(facts),
+        *smoke_problems(facts, chosen),
+        *unreachable,
+    ]
+    problems += disk_problems(facts) if chosen else []
+    return Verdict(command, estimates, problems, notes(facts, chosen, unseen))
+
+
+def estimate(script: Script, facts: Facts) -> Estimate:
+    needs_gib = script.peak_gib + SPARE_GIB
+    gpu = facts.gpus[0] if facts.gpus else None
+    fits = gpu is not None and not gpu.fault and gpu.free_gib >= needs_gib
+    if not fits or facts.matmul_tflops is None:
+        return Estimate(needs_gib, fits, None, None)
+
+    share = script.share if gpu.capability >= FLASH_CAPABILITY else script.share_t4
+    sustained = [rate for name, rate in SUSTAINED_TFLOPS.items() if name in gpu.name.split()]
+    s_per_img = 2 * script.forward_tflop / (min([facts.matmul_tflops, *sustained]) * share)
+    return Estimate(needs_gib, fits, s_per_img, s_per_img * script.images / 3600)
+
+
+# ---------------------------------------------------------------- what stands in the way
+
+
+def python_problems(facts):
+    if facts.python >= PYTHONS[0]:
+        return []
+    return [f"Python {dotted(facts.python)} is too old: {dotted(PYTHONS[0])} or newer is needed"]
+
+
+def package_problems(facts, chosen):
+    """One sentence and one command for all of them, if the chosen script uses any."""
+    unused = () if chosen and chosen.needs_bitsandbytes else packages.WHERE_USED
+    if facts.lacking.keys() <= set(unused):
+        return []
+    missing = [name for name, version in facts.lacking.items() if version is None]
+    too_old = [f"{name} {version}" for name, version in facts.lacking.items() if version is not None]
+    named = [f"missing: {', '.join(missing)}"] if missing else []
+    named += [f"too old: {', '.join(too_old)}"] if too_old else []
+    return [f"{'; '.join(named)}\n{pip_command(facts)}"]
+
+
+def pip_command(facts):
+    """Installs all that is lacking; without internet, from attached wheels."""
+    wanted = " ".join(f'"{name}{packages.REQUIREMENTS[name]}"' for name in facts.lacking)
+    if facts.attached.wheels and "reachable" not in facts.hub.values():
+        return f"pip install --no-index --find-links {facts.attached.wheels[0]} {wanted}"
+    return "pip install -r requirements.txt" if facts.requirements else f"pip install {wanted}"
+
+
+def gpu_problems(facts):
+    return [gpu.fault for gpu in facts.gpus[:1] if gpu.fault]
+
+
+def smoke_problems(facts, chosen):
+    """A package that is too old explains its own failure; 4-bit weights stop only what uses them."""
+    for test, result in facts.smoke.items():
+        stops = test != "4-bit weights" or (chosen is not None and chosen.needs_bitsandbytes)
+        if result != "ok" and stops and "torch" not in facts.lacking:
+            yield f"{test}: {result}"
+
+
+def instead_of_the_hub(facts):
+    """(flags that name attached folders, sentences on what is neither attached nor within reach)."""
+    wanted = (
+        ("--pretrained_model_name_or_path", facts.attached.models, (MODEL, VAE)),
+        ("--train_data_dir", facts.attached.data, (DATA,)),
+    )
+    options, problems = [], []
+    for flag, folders, repo_ids in wanted:
+        absent = [repo_id for repo_id in repo_ids if facts.hub[repo_id] not in WITHIN_REACH]
+        if absent and folders:
+            options += [flag, folders[0]]
+        elif absent:
+            states = ", ".join(dict.fromkeys(facts.hub[repo_id] for repo_id in absent))
+            problems.append(f"{' and '.join(absent)}: {states}, and not in the cache; {offline_ways(facts, flag)}")
+    return options, problems
+
+
+def offline_ways(facts, flag):
+    if facts.host == "Kaggle":
+        return "switch Internet on in the notebook's settings, or attach it as an input (docs/hosts.md)"
+    return f"connect to the internet, or name a local folder with {flag}"
+
+
+def disk_problems(facts):
+    cures = {"model": "HF_HOME", "encoded data": "--cache_dir", "results": "--output_dir"}
+    for name, disk in facts.disks.items():
+        is_needed = name != "model" or facts.hub[MODEL] == "reachable"
+        if is_needed and disk.free_gb < DISK_GB[name]:
+            yield (
+                f"disk for the {name}, {disk.folder}: {disk.free_gb:.1f} GB free, about {DISK_GB[name]:.0f} needed; "
+                f"name another with {cures[name]}"
+            )
+
+
+# ---------------------------------------------------------------- what is good to know
+
+
+def notes(facts, chosen, unseen):
+    gpu = facts.gpus[0] if chosen else None
+    said = {
+        f"Python {dotted(facts.python)} was not tried; {dotted(PYTHONS[0])} to {dotted(PYTHONS[1])} were": facts.python[:2] > PYTHONS[1],
+        f"torchao {facts.packages['torchao']} is harmless: the scripts hide it from PEFT": facts.packages["torchao"],
+        "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and not facts.gpus and not unseen,
+        f"the trainers need a GPU with 4 GB; --demo runs without{choose_gpu(facts)}": not facts.gpus and not unseen,
+        "no default run fits this GPU; --demo runs on it": facts.gpus and not chosen and not unseen,
+        f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3": facts.ram_gib < LITTLE_RAM_GIB,
+        f"{len(facts.gpus)} GPUs: times are those of one; two are about 1.9 times as fast": chosen and len(facts.gpus) > 1,
+        "with this much memory more is recomputed: runs take up to half longer": chosen and gpu.free_gib < ROOMY_GIB,
+        without_bitsandbytes(facts): not (chosen and chosen.needs_bitsandbytes) and facts.lacking.keys() <= set(packages.WHERE_USED),
+    }
+    return [note for note, is_so in said.items() if note and is_so]
+
+
+def choose_gpu(facts):
+    """Where a host's GPU is switched on."""
+    return {"Kaggle": "; Settings > Accelerator > GPU T4 x2", "Colab": "; Runtime > Change runtime type > T4 GPU"}.get(facts.host, "")
+
+
+def without_bitsandbytes(facts):
+    """The note on the scripts that cannot run, or None."""
+    users = "train_qlora.py and train_dora.py"
+    if "bitsandbytes" in facts.lacking:
+        return f"{users} need bitsandbytes\n{pip_command(facts)}"
+    result = facts.smoke.get("4-bit weights", "ok")
+    return None if result == "ok" else f"4-bit weights: {result}; {users} cannot run"
+
+
+def dotted(version):
+    return ".".join(map(str, version))
