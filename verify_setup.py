@@ -1,8 +1,9 @@
-"""Can this machine run the suite, and which script? Packages, GPU, memory, disk, hub and data in a minute's reading, and what to type next.
+"""Can this machine run the suite, and which script? What is there, what is in the way, and what to type next.
 
 python verify_setup.py [--json]
 
-Needs nothing but Python. Exit status: 0 when the command it names can run, 1 when something is in the way, 2 for a wrong flag.
+Needs nothing but Python. Exit status: 0 when the command it names can run, 1 when something is in the way, 2 for a
+wrong flag.
 """
 
 import argparse
@@ -72,14 +73,17 @@ def screen(facts: Facts, verdict: Verdict) -> str:
 
 def rows(facts):
     """(label, text) of what was found."""
-    yield "machine", f"{facts.host}, Python {dotted(facts.python)}, {facts.cores} CPU cores, {facts.ram_gib:.1f} GiB of RAM"
+    python = f"Python {dotted(facts.python)}"
+    yield "machine", f"{facts.host}, {python}, {facts.cores} CPU cores, {facts.ram_gib:.1f} GiB of RAM"
     for i, gpu in enumerate(facts.gpus):
-        yield f"GPU {i}", f"{gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]}), {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
+        major, minor = gpu.capability
+        yield f"GPU {i}", f"{gpu.name} (sm_{major}{minor}), {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
     if not facts.gpus:
         yield "GPU", "none"
     yield "packages", package_row(facts)
     if facts.smoke:
-        yield "tried", ", ".join(f"{test} {'ok' if result == 'ok' else 'FAILED'}" for test, result in facts.smoke.items())
+        results = {test: "ok" if result == "ok" else "FAILED" for test, result in facts.smoke.items()}
+        yield "tried", ", ".join(f"{test} {result}" for test, result in results.items())
     if facts.matmul_tflops:
         yield "speed", f"{facts.matmul_tflops:.0f} TFLOP/s of fp16 matrix products"
     yield "disk", "free: " + ", ".join(f"{disk.free_gb:.0f} GB ({name})" for name, disk in facts.disks.items())
@@ -119,7 +123,8 @@ def wrapped(label, text):
     """A labelled sentence in lines of 80 columns; a command after a line break stays in one piece."""
     sentence, _, command = text.partition("\n")
     indent = " " * LABEL
-    yield from textwrap.wrap(f"{label:<{LABEL}}{sentence}", WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    whole = dict(break_on_hyphens=False, break_long_words=False)
+    yield from textwrap.wrap(f"{label:<{LABEL}}{sentence}", WIDTH, subsequent_indent=indent, **whole)
     if command:
         yield f"{indent}{command}"
 

@@ -1,6 +1,7 @@
 """What this machine has: host, packages, memory, disks, GPUs, and what of the hub is within reach.
 
-Needs nothing but Python, so that it can be asked before anything is installed; torch and bitsandbytes are imported to be tried.
+Needs nothing but Python, so that it can be asked before anything is installed. Torch and bitsandbytes are imported to
+be tried.
 """
 
 import logging
@@ -21,6 +22,7 @@ from common.places import CACHE_DIR
 
 GIB = 2**30
 OPTIONAL = ("xformers", "tensorboard", "wandb")
+NAMED = (*packages.REQUIREMENTS, *OPTIONAL, "torchao")
 MODEL, VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"
 DATA = "lambdalabs/naruto-blip-captions"
 REPOS = {  # id -> type, and a file that is in the cache only when the repo was downloaded for use
@@ -80,7 +82,7 @@ def probe() -> Facts:
         host=host(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         ram_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
-        packages={name: packages.installed_version(name) for name in (*packages.REQUIREMENTS, *OPTIONAL, "torchao")},
+        packages={name: packages.installed_version(name) for name in NAMED},
         lacking=lacking(),
         requirements=Path("requirements.txt").exists(),
         disks={name: Disk(str(folder), free_gb(folder)) for name, folder in places().items()},
@@ -100,7 +102,7 @@ def host() -> str:
 
 
 def lacking() -> dict:
-    """What every script needs, and what only some of them use: name -> None where absent, or the version that is too old."""
+    """Of all packages, name -> None where it is absent, or its version where that is too old."""
     absent = {name: None for name in packages.WHERE_USED if packages.is_absent(name)}
     return packages.lacking() | absent
 

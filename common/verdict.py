@@ -1,7 +1,7 @@
-"""Which script suits a machine, how long it would take there, what stands in the way: judged from `machine.Facts` alone.
+"""Which script suits a machine, how long it takes there, what stands in the way: judged from `machine.Facts` alone.
 
-What the trainers' defaults need was measured on an H100 (docs/benchmarks.json); a test compares the figures here with that file and with
-the trainers' own flags.
+What the trainers' defaults need was measured on an H100 (docs/benchmarks.json). A test compares the figures here with
+that file and with the trainers' own flags.
 """
 
 from typing import NamedTuple
@@ -9,9 +9,10 @@ from typing import NamedTuple
 from common import packages
 from common.machine import DATA, MODEL, VAE, Facts
 
-PYTHONS = ((3, 11), (3, 13))  # first and last that were tried
+NEWEST_PYTHON = (3, 13)  # that was tried; one that is too old is refused at once
 WITHIN_REACH = ("cached", "reachable")
-DISK_GB = {"model": 9.0, "encoded data": 1.0, "results": 1.0}  # model 7, data 1.4; latents and text; adapters and checkpoints
+# Model 7 and data 1.4; latents and text; adapters and checkpoints.
+DISK_GB = {"model": 9.0, "encoded data": 1.0, "results": 1.0}
 SPARE_GIB = 0.5  # beside the peak: fragments, and what others take meanwhile
 LITTLE_RAM_GIB = 6  # of RAM 2.8 were measured, loading included; the rest is the system's share
 ROOMY_GIB = 13.0  # the speeds were measured with this much; on less, more is recomputed
@@ -73,7 +74,6 @@ def judge(facts: Facts) -> Verdict:
         command = " ".join([launcher, chosen.command, *options])
 
     problems = [
-        *python_problems(facts),
         *package_problems(facts, chosen),
         *gpu_problems(facts),
         *smoke_problems(facts, chosen),
@@ -97,12 +97,6 @@ def estimate(script: Script, facts: Facts) -> Estimate:
 
 
 # ---------------------------------------------------------------- what stands in the way
-
-
-def python_problems(facts):
-    if facts.python >= PYTHONS[0]:
-        return []
-    return [f"Python {dotted(facts.python)} is too old: {dotted(PYTHONS[0])} or newer is needed"]
 
 
 def package_problems(facts, chosen):
@@ -175,33 +169,40 @@ def disk_problems(facts):
 
 
 def notes(facts, chosen, unseen):
-    gpu = facts.gpus[0] if chosen else None
+    """Sentences, each beside whether it holds here."""
+    is_small = chosen and facts.gpus[0].free_gib < ROOMY_GIB
+    is_new = facts.python[:2] > NEWEST_PYTHON
+    has_none = not facts.gpus and not unseen
+    torchao, count = facts.packages["torchao"], len(facts.gpus)
     said = {
-        f"Python {dotted(facts.python)} was not tried; {dotted(PYTHONS[0])} to {dotted(PYTHONS[1])} were": facts.python[:2] > PYTHONS[1],
-        f"torchao {facts.packages['torchao']} is harmless: the scripts hide it from PEFT": facts.packages["torchao"],
-        "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and not facts.gpus and not unseen,
-        f"the trainers need a GPU with 4 GB; --demo runs without{choose_gpu(facts)}": not facts.gpus and not unseen,
+        f"Python {dotted(facts.python)} was not tried, up to {dotted(NEWEST_PYTHON)} were": is_new,
+        f"torchao {torchao} is harmless: the scripts hide it from PEFT": torchao,
+        "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and has_none,
+        f"the trainers need a GPU with 4 GB; --demo runs without{choose_gpu(facts)}": has_none,
         "no default run fits this GPU; --demo runs on it": facts.gpus and not chosen and not unseen,
         f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3": facts.ram_gib < LITTLE_RAM_GIB,
-        f"{len(facts.gpus)} GPUs: times are those of one; two are about 1.9 times as fast": chosen and len(facts.gpus) > 1,
-        "with this much memory more is recomputed: runs take up to half longer": chosen and gpu.free_gib < ROOMY_GIB,
-        without_bitsandbytes(facts): not (chosen and chosen.needs_bitsandbytes) and facts.lacking.keys() <= set(packages.WHERE_USED),
+        f"{count} GPUs: times are those of one; two are about 1.9 times as fast": chosen and count > 1,
+        "with this much memory more is recomputed: runs take up to half longer": is_small,
     }
-    return [note for note, is_so in said.items() if note and is_so]
+    return [*(note for note, holds in said.items() if holds), *without_bitsandbytes(facts, chosen)]
 
 
 def choose_gpu(facts):
     """Where a host's GPU is switched on."""
-    return {"Kaggle": "; Settings > Accelerator > GPU T4 x2", "Colab": "; Runtime > Change runtime type > T4 GPU"}.get(facts.host, "")
+    places = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}
+    return f"; {places[facts.host]}" if facts.host in places else ""
 
 
-def without_bitsandbytes(facts):
-    """The note on the scripts that cannot run, or None."""
+def without_bitsandbytes(facts, chosen):
+    """The scripts that cannot run without it, where they are not what stands in the way."""
     users = "train_qlora.py and train_dora.py"
-    if "bitsandbytes" in facts.lacking:
-        return f"{users} need bitsandbytes\n{pip_command(facts)}"
+    if chosen and chosen.needs_bitsandbytes:
+        return
+    if facts.lacking.keys() == {"bitsandbytes"}:
+        yield f"{users} need bitsandbytes\n{pip_command(facts)}"
     result = facts.smoke.get("4-bit weights", "ok")
-    return None if result == "ok" else f"4-bit weights: {result}; {users} cannot run"
+    if result != "ok":
+        yield f"4-bit weights: {result}; {users} cannot run"
 
 
 def dotted(version):
