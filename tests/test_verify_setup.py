@@ -127,6 +127,12 @@ def test_memory_and_speed_are_those_that_were_measured(script, root):
     assert script.peak_gib == pytest.approx(newest("fixed", "peak_reserved_gib", fixed))
 
 
+def test_the_readme_names_the_memory_that_each_script_needs(root):
+    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith("| smallest card"))
+    assert all(f"{script.peak_gib + verdict.SPARE_GIB:.1f} GiB" in row for script in SCRIPTS)
+
+
 def test_time_follows_from_the_measured_rate_and_the_kernels_of_the_card():
     """8,000 images of 2 x 6.761 TFLOP, at 25.7 % of the matrix rate without flash attention and at 39 % with it."""
     cards = [facts(14.5, name="a card", capability=capability) for capability in ((7, 5), (8, 0))]
