@@ -130,4 +130,8 @@ def wrapped(label, text):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("verify_setup.py: interrupted", file=sys.stderr)
+        sys.exit(130)
