@@ -161,7 +161,7 @@ def answer(start):
 
     def answer(*arguments, **options):
         process = start("-X", "importtime", *arguments, **options)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=3600)
         lines = err.splitlines(keepends=True)
         imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
         assert imported and not imported & HEAVY

@@ -18,7 +18,7 @@ def alone(folder, script, *arguments, **environment):
     (folder / f"{script}.py").write_text(bundle.bundle(script))
     command = [sys.executable, "-I", f"{script}.py", *map(str, arguments)]
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=3600
     )
 
 

@@ -11,7 +11,7 @@ from common.command_line import UserError
 def test_two_runs_are_compared_and_plotted(root, start, tmp_path):
     out, picture = tmp_path / "exactness.json", tmp_path / "exactness.png"
     process = start(root / "benchmarks/exactness.py", "--out", out, "--steps", 4, "--", "--demo", "--lr_warmup_steps", 0)
-    said, _ = process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=3600)
     result = json.loads(said.splitlines()[-1])
     assert process.returncode == 0 and result["steps"] == 4 and result["largest"] < 1e-3
     runs = json.loads(out.read_text())["runs"]

@@ -48,7 +48,7 @@ def assert_equal_runs(run, other):
         assert run.same_weights(other, name), name
 
 
-def wait_for_row(process, folder, step, rows_of, timeout_s=600):
+def wait_for_row(process, folder, step, rows_of, timeout_s=3600):
     """Return when metrics.jsonl of a running process holds `step`."""
     ends = time.monotonic() + timeout_s
     while time.monotonic() < ends and process.poll() is None:
@@ -98,7 +98,7 @@ def test_sigterm_ends_with_a_checkpoint_that_resumes_exactly(start, root, train,
     process = launch(start, root, tmp_path, *STEPS, "--checkpointing_steps", 0)
     wait_for_row(process, tmp_path, 3, rows_of)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 0 and "SIGTERM" in out and "Traceback" not in err
     step = rows_of(tmp_path)[-1]["step"]
     assert 3 <= step < 12 and complete(tmp_path) == [f"checkpoint-{step:06d}"]
