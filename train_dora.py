@@ -51,11 +51,8 @@ def main(argv=None):
     adapters.add_lora(unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, use_dora=True)
     engine = assembly.build_engine(flags, host, unet, data)  # flat buffer, optimizer, schedule, EMA
     result = assembly.train(flags, engine, data)  # steps, validation, checkpoints, results
-    rank = flags.export_dora_as_lora
-    if rank and host.is_main:
-        host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
-        share = assembly.save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
-        host.say(f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm")
+    if flags.export_dora_as_lora:
+        assembly.export_dora_as_lora(flags, engine, data)
     return result
 
 

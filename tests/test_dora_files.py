@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_foreign_adapters import UNET, merged_weights
@@ -12,12 +11,6 @@ from test_formats import ATTENTION, RESIDUAL, shake
 
 from common import adapter_names, adapters, dora, formats
 from common.command_line import UserError
-
-
-@pytest.fixture(scope="module")
-def fresh(demo):
-    """fresh(): the demo's pipeline as plain diffusers loads it."""
-    return lambda: StableDiffusionXLPipeline.from_pretrained(demo.model)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,18 +29,6 @@ ORIGINAL = {
     "output_blocks_4_1": "up_blocks.1.attentions.1",
     "output_blocks_5_1": "up_blocks.1.attentions.2",
 }
-
-
-@pytest.fixture
-def fresh(demo):
-    """fresh(): the demo's pipeline as plain diffusers loads it."""
-
-    def fresh():
-        pipeline = StableDiffusionXLPipeline.from_pretrained(demo.model)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return fresh
 
 
 @pytest.fixture
