@@ -181,13 +181,15 @@ PAIRS = [
 
 @pytest.mark.parametrize("kinds", PAIRS, ids=[down for down, _ in PAIRS])
 def test_halves_are_known_by_all_of_their_names_in_the_unet_and_in_text_encoders(fresh, base, file, kinds):
-    pipeline = fresh()
+    pipeline, name = fresh(), "encoder.layers.0.self_attn.out_proj"
+    encoder = next(layer for full, layer in pipeline.text_encoder_2.named_modules() if full.endswith(name))
+    side = len(encoder.weight)
     up, down = random(32, 4, seed=8), random(4, 32, seed=9)
-    text = "text_encoder_2.text_model.encoder.layers.0.self_attn.out_proj"
-    tensors = {f"{layer}.{kind}": half.clone() for layer in (f"unet.{Q}", text) for kind, half in zip(kinds, (down, up))}
-    save_file({**tensors, f"unet.{Q}.alpha": torch.tensor(8.0)}, file)
-    encoder = next(layer for name, layer in pipeline.text_encoder_2.named_modules() if name.endswith("encoder.layers.0.self_attn.out_proj"))
-    expected = encoder.weight.data + up @ down
+    text_up, text_down = random(side, 4, seed=10), random(4, side, seed=11)
+    tensors = {f"unet.{Q}.{kind}": half for kind, half in zip(kinds, (down, up))} | {f"unet.{Q}.alpha": torch.tensor(8.0)}
+    tensors |= {f"text_encoder_2.text_model.{name}.{kind}": half for kind, half in zip(kinds, (text_down, text_up))}
+    save_file(tensors, file)
+    expected = encoder.weight.data + text_up @ text_down
     now = merged_weights(pipeline, file)
     assert torch.allclose(now[f"{Q}.weight"], base[f"{Q}.weight"] + 8 / 4 * up @ down, atol=1e-6)
     assert torch.allclose(encoder.weight.data, expected, atol=1e-6)
