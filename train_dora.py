@@ -7,9 +7,10 @@ python train_dora.py --demo
 
 import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
+from typing import Optional
 
 from common import hub
-from common.command_line import parse, print_config, run
+from common.command_line import UserError, flag, parse, print_config, run
 from common.flags import TrainFlags, check
 
 
@@ -26,12 +27,18 @@ class Flags(TrainFlags):
     num_train_epochs: int = 3
     lr_warmup_steps: int = 10
     use_8bit_adam: bool = True
+    export_dora_as_lora: Optional[int] = flag(
+        None,
+        "write kohya/NAME_as_lora.safetensors too: the nearest plain LoRA of this rank, for tools that draw DoRA wrong (A1111, sd-scripts)",
+    )
 
 
 def main(argv=None):
     """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
     check(flags)
+    if flags.export_dora_as_lora is not None and flags.export_dora_as_lora < 1:
+        raise UserError(f"--export_dora_as_lora {flags.export_dora_as_lora}: must be at least 1; 64 holds most of a rank-16 DoRA")
     if flags.dry_run:
         return print_config(flags)
     hub.check(flags)
@@ -43,7 +50,10 @@ def main(argv=None):
     unet = loading.load_unet(data.model, host, flags.quantize)  # frozen
     adapters.add_lora(unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, use_dora=True)
     engine = assembly.build_engine(flags, host, unet, data)  # flat buffer, optimizer, schedule, EMA
-    return assembly.train(flags, engine, data)  # steps, validation, checkpoints, results
+    result = assembly.train(flags, engine, data)  # steps, validation, checkpoints, results
+    if flags.export_dora_as_lora:
+        assembly.export_dora_as_lora(flags, engine, data)
+    return result
 
 
 if __name__ == "__main__":

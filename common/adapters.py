@@ -33,12 +33,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
 
 
 def add_text_lora(encoders, rank, alpha, dropout=0.0):
-    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there."""
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
+
+    Through PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
+    """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     for encoder in encoders:
-        encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS))
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
+        inject_adapter_in_model(config, encoder)
         cast_training_params(encoder, torch.float32)
         encoder.train()
 

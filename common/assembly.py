@@ -20,6 +20,7 @@ from common import (
     checkpoint,
     dataset,
     device,
+    dora,
     files,
     fit,
     formats,
@@ -152,9 +153,7 @@ def train(flags, engine, data):
             request.doing = "writing the results"
             engine.run_pass.clear()
             if host.is_main:
-                _write_results(output_dir, engine.ema, save_adapter)
-                name = f"{output_dir.resolve().name}.safetensors"
-                formats.save_kohya(output_dir / "kohya" / name, engine.unet, recipe, _trained_encoders(flags, data))
+                _write_results(output_dir, engine.ema, save_adapter, functools.partial(save_kohya, flags, engine, data))
                 if flags.save_peft:
                     formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
                 report.plot_training(output_dir)
@@ -163,6 +162,8 @@ def train(flags, engine, data):
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
     peaks = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
+    name = output_dir.resolve().name
+    host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
     rows = report.read_metrics(output_dir / "metrics.jsonl")
     return {
         "output_dir": str(output_dir),
@@ -171,6 +172,29 @@ def train(flags, engine, data):
         "weights": str(output_dir / formats.WEIGHTS),
         "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
     }
+
+
+def save_kohya(flags, engine, data, ending="", **options):
+    """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+    output_dir = Path(flags.output_dir)
+    weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
+    path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
+    return formats.save_kohya(path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options)
+
+
+def export_dora_as_lora(flags, engine, data):
+    """Write the plain LoRA that is nearest to a DoRA, and say how near."""
+    host, rank = engine.host, flags.export_dora_as_lora
+    if host.is_main:
+        host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
+        share = save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
+        host.say(f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm")
+
+
+def _readers(unet):
+    if not unet.peft_config["default"].use_dora:
+        return "ComfyUI, Forge, A1111 and kohya's scripts"
+    return "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so: --export_dora_as_lora RANK)"
 
 
 def _uneven_shares(flags, world, effective_batch):
@@ -271,6 +295,7 @@ _FREE_TO_CHANGE = {
     "max_train_minutes",
     "output_dir",
     "save_peft",
+    "export_dora_as_lora",
     "cache_dir",
     "report_to",
     "train_batch_size",
@@ -334,8 +359,10 @@ def _draw_samples(flags, engine, data, step):
         image.save(folder / f"{step:06d}_{i}.png")
 
 
-def _write_results(output_dir, ema, save_adapter):
+def _write_results(output_dir, ema, save_adapter, save_kohya):
     save_adapter(output_dir / formats.WEIGHTS)
+    save_kohya()
     if ema is not None:
         with ema.applied():
             save_adapter(output_dir / "ema_unet" / formats.WEIGHTS)
+            save_kohya(ending="_ema")

@@ -177,7 +177,7 @@ class Sampler:
     def load(self, file):
         """Load an adapter file; returns the name to activate it by. Before `place`."""
         name = f"adapter{len(self.adapters):02d}"
-        adapter_loading.load_adapter(self.pipeline, file, name)
+        adapter_loading.load_adapter(self.pipeline, file, name, say=self.host.say)
         self.adapters.append(name)
         return name
 

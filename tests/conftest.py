@@ -122,6 +122,25 @@ def demo():
 
 
 @pytest.fixture(scope="session")
+def fresh(demo):
+    """fresh(): the demo's pipeline as plain diffusers loads it, read once and copied."""
+    import copy
+
+    import torch
+    from diffusers import StableDiffusionXLPipeline
+
+    loaded = StableDiffusionXLPipeline.from_pretrained(demo.model)
+
+    def fresh():
+        parts = {name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part for name, part in loaded.components.items()}
+        pipeline = StableDiffusionXLPipeline(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return fresh
+
+
+@pytest.fixture(scope="session")
 def plain(train):
     """train_opt as it is, for 4 steps: what other runs are compared with."""
     return train("--max_train_steps", 4)

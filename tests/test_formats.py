@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common import adapter_loading, adapter_reading, adapters, formats
+from common.adapter_names import COMPONENTS, kohya_key
 from common.command_line import UserError
 
 ATTENTION, FEED_FORWARD = ["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.0.proj", "ff.net.2"]
@@ -29,18 +29,6 @@ ORIGINAL = {
     "output_blocks_4_1": "up_blocks.1.attentions.1",
     "output_blocks_5_1": "up_blocks.1.attentions.2",
 }
-
-
-@pytest.fixture
-def fresh(demo):
-    """fresh(): the demo's pipeline as plain diffusers loads it."""
-
-    def fresh():
-        pipeline = StableDiffusionXLPipeline.from_pretrained(demo.model)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return fresh
 
 
 @pytest.fixture
@@ -173,13 +161,13 @@ def test_a_run_writes_on_request_what_peft_reads_for_each_part_of_the_model(trai
     run = train("--max_train_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--train_text_encoder", "--save_peft")
     by_diffusers, by_peft = fresh(), fresh()
     by_diffusers.load_lora_weights(run.dir)
-    for component, folder in zip(formats.COMPONENTS, ("", "text_encoder", "text_encoder_2")):
+    for component, folder in zip(COMPONENTS, ("", "text_encoder", "text_encoder_2")):
         peft = PeftModel.from_pretrained(getattr(by_peft, component), run.dir / "peft" / folder)
         assert peft.active_peft_config.base_model_name_or_path == json.loads((run.dir / "config.json").read_text())["base_model"]
     assert gap(drawn(by_diffusers), drawn(by_peft)) < 1e-3 < gap(drawn(fresh()), drawn(by_peft))
     assert gap(drawn(by_diffusers), drawn(loaded(fresh(), run.dir / "peft"))) < 1e-3
     alone = loaded(fresh(), run.dir / "peft" / "text_encoder_2")
-    assert [component for component in formats.COMPONENTS if hasattr(getattr(alone, component), "peft_config")] == ["text_encoder_2"]
+    assert [component for component in COMPONENTS if hasattr(getattr(alone, component), "peft_config")] == ["text_encoder_2"]
 
 
 # ---------------------------------------------------------------- what load_adapter reads
@@ -274,58 +262,13 @@ def test_a_lycoris_dora_scale_goes_with_the_norm_of_the_merged_weight(tuned, fre
     magnitudes = {key: tensor for key, tensor in get_peft_model_state_dict(trained.unet).items() if "magnitude" in key}
     tensors = load_file(written_kohya(trained, tmp_path))
     for key, magnitude in magnitudes.items():
-        name = formats.kohya_key("unet", key.removesuffix(".lora_magnitude_vector"), layers_per_block=2)
+        name = kohya_key("unet", key.removesuffix(".lora_magnitude_vector"), layers_per_block=2)
         tensors[f"{name}.dora_scale"] = magnitude.view(-1, 1)
     save_file(tensors, tmp_path / "lycoris.safetensors")
     assert gap(drawn(trained), drawn(loaded(fresh(), tmp_path / "lycoris.safetensors"))) < 1e-3
 
 
 # ---------------------------------------------------------------- what is refused
-
-Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-def pair(layer=f"unet.{Q}", inside=32, outside=32, names=("lora.down.weight", "lora.up.weight")):
-    return {f"{layer}.{names[0]}": torch.ones(4, inside), f"{layer}.{names[1]}": torch.ones(outside, 4)}
-
-
-KOHYA = ("lora_down.weight", "lora_up.weight")
-LAYER = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-REFUSED = {
-    "SD 1.5, diffusers": (pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320), "2 of 2 keys fit nothing"),
-    "SD 1.5, kohya": (pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768, KOHYA), "2 of 2 keys fit nothing"),
-    "right names, wrong shapes": (pair(inside=320, outside=320), f"fit nothing in this SDXL, e.g. {Q}"),
-    "LoHa": ({f"{LAYER}.hada_w1_a": torch.ones(32, 4)}, f"e.g. {LAYER}.hada_w1_a"),
-    "half of a pair": (pair() | {f"unet.{Q.replace('to_q', 'to_k')}.lora.down.weight": torch.ones(4, 32)}, "1 of 3 keys"),
-    "a checkpoint": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4)}, "1 of 1 keys"),
-    "untrained": ({key: tensor * ("up" not in key) for key, tensor in pair().items()}, "would change nothing"),
-    "diverged": ({key: tensor * float("nan") for key, tensor in pair().items()}, "2 tensors hold NaN"),
-    "column DoRA": (
-        pair(LAYER, names=KOHYA) | {f"{LAYER}.alpha": torch.tensor(4.0), f"{LAYER}.dora_scale": torch.ones(1, 32)},
-        "input columns",
-    ),
-    "nothing in it": ({}, "has no tensors"),
-}
-
-
-@pytest.mark.parametrize("tensors, complaint", REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line_that_names_the_file(fresh, tmp_path, tensors, complaint):
-    file = tmp_path / "foreign.safetensors"
-    save_file(tensors, file)
-    pipeline = fresh()
-    with pytest.raises(UserError) as refusal:
-        loaded(pipeline, file)
-    assert f"--lora {file}: " in str(refusal.value) and complaint in str(refusal.value) and "\n" not in str(refusal.value)
-    assert not pipeline.get_list_adapters()
-
-
-def test_a_magnitude_that_the_loader_drops_is_an_error(fresh, tmp_path):
-    """transformers fills the DoRA magnitudes of text encoders with random numbers and says so in a warning."""
-    name, pairs = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", {}
-    pairs |= pair(name, names=KOHYA) | {f"{name}.alpha": torch.tensor(4.0), f"{name}.dora_scale": torch.ones(32, 1)}
-    save_file(pairs, tmp_path / "dora.safetensors")
-    with pytest.raises(UserError, match="1 of 3 keys were not used by the loader, e.g. .*lora_magnitude_vector"):
-        loaded(fresh(), tmp_path / "dora.safetensors")
 
 
 def test_pickles_are_not_opened(tmp_path):
@@ -350,19 +293,3 @@ def test_damaged_and_missing_files_are_named(tuned, tmp_path):
             adapter_reading.find_adapter(file)
     with pytest.raises(UserError, match="no such file or folder"):
         adapter_reading.find_adapter(tmp_path / "absent")
-
-
-def test_a_peft_adapter_of_another_kind_is_named(tuned, fresh, tmp_path):
-    folder = peft_folder(tuned(), tmp_path / "peft")
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "LOHA"}))
-    with pytest.raises(UserError, match="of type LOHA"):
-        loaded(fresh(), folder)
-
-
-def test_peft_rank_stabilised_scaling_is_kept(fresh, tmp_path):
-    """alpha / sqrt(rank): only the config knows, so reading the tensors alone would be wrong."""
-    trained = fresh()
-    trained.unet.add_adapter(LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=ATTENTION))
-    shake(trained.unet)
-    assert gap(drawn(trained), drawn(loaded(fresh(), peft_folder(trained, tmp_path / "peft")))) == 0

@@ -26,6 +26,7 @@ def test_a_run_writes_the_documented_files(train, few_steps, tmp_path):
             "pytorch_lora_weights_000002.safetensors",
             "pytorch_lora_weights_000004.safetensors",
             "kohya/style.safetensors",
+            "kohya/style_ema.safetensors",
             *(f"checkpoint-{step}/state.{kind}" for step in ("000002", "000004") for kind in ("json", "safetensors")),
             "config.json",
             "metrics.jsonl",
@@ -54,7 +55,7 @@ def test_config_json_is_what_was_trained_with(train, demo):
         assert json.loads(file.metadata()["recipe"]) == config
 
 
-@pytest.mark.parametrize("kind", ["final", "ema", "kohya"])
+@pytest.mark.parametrize("kind", ["final", "ema", "kohya", "kohya_ema"])
 def test_the_files_load_in_plain_diffusers_at_full_strength(train, demo, kind):
     """alpha 4 at rank 8: a loader that is not told would take alpha = rank. The UNet's answer is W + alpha / r * B A."""
     from diffusers import StableDiffusionXLPipeline
@@ -70,17 +71,18 @@ def test_the_files_load_in_plain_diffusers_at_full_strength(train, demo, kind):
         return unet(x, 500, text, added_cond_kwargs=conditions).sample
 
     base, state = answer(), {name: values.clone() for name, values in unet.state_dict().items()}
-    weights = run.weights(f"ema_unet/{WEIGHTS}" if kind == "ema" else WEIGHTS)
+    weights = run.weights(f"ema_unet/{WEIGHTS}" if "ema" in kind else WEIGHTS)
     for name in {name.partition(".lora.")[0] for name in weights}:
         down, up = weights[f"{name}.lora.down.weight"], weights[f"{name}.lora.up.weight"]
         unet.get_submodule(name.removeprefix("unet.")).weight.data += 4 / 8 * (up @ down)
     expected = answer()
     unet.load_state_dict(state)
-    where = {"final": run.dir, "ema": run.dir / "ema_unet", "kohya": next((run.dir / "kohya").glob("*.safetensors"))}[kind]
+    kohya = {f"kohya{ending}": run.dir / "kohya" / f"{run.dir.name}{ending}.safetensors" for ending in ("", "_ema")}
+    where = {"final": run.dir, "ema": run.dir / "ema_unet", **kohya}[kind]
     pipeline.load_lora_weights(where)
     change = (expected - base).abs().max()
     assert change > 1e-3
-    assert (answer() - expected).abs().max() < (1e-2 if kind == "kohya" else 1e-4) * change  # kohya's file is fp16
+    assert (answer() - expected).abs().max() < (1e-2 if kind in kohya else 1e-4) * change  # kohya's file is fp16
 
 
 def test_every_metrics_row_has_the_documented_fields(train):
