@@ -53,6 +53,17 @@ class Host:
         with _all_processes():
             PartialState().wait_for_everyone()
 
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process does what follows alone, then the others do it: they find what it has made. If it fails, each fails for itself."""
+        if not self.is_main:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                self.barrier()
+
     def sum(self, tensor):
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
         if self.world > 1:
