@@ -61,8 +61,7 @@ def load_data(flags, host):
     )
     empty = sum(not sample.caption for sample in samples)
     host.say(f"data: {len(samples)} images, {bad} unreadable, {empty} with an empty caption (trained as the empty prompt)")
-    with host.main_first():
-        model = loading.model_of(flags, host.say)
+    model = host.main_first(lambda: loading.model_of(flags, host.say))
     framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)

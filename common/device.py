@@ -1,6 +1,5 @@
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
-import contextlib
 import gc
 import logging
 import resource
@@ -53,16 +52,19 @@ class Host:
         with _all_processes():
             PartialState().wait_for_everyone()
 
-    @contextlib.contextmanager
-    def main_first(self):
-        """The main process does what follows alone, then the others do it: they find what it has made. If it fails, each fails for itself."""
+    def main_first(self, make):
+        """`make()` on the main process, then on the others, which find what it left on the disk. Where it fails there, they end without a word."""
         if not self.is_main:
-            self.barrier()
+            if self.gather([]) != [True]:
+                raise SystemExit(0)  # the launcher then reports the main process, not this one
+            return make()
+        done = False
         try:
-            yield
+            made = make()
+            done = True
+            return made
         finally:
-            if self.is_main:
-                self.barrier()
+            self.gather([done])
 
     def sum(self, tensor):
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""

@@ -99,7 +99,7 @@ def _find_vae(vae, folder, named):
             folder = hub.download_files(vae, VAE_FILES + [f"vae/{name}" for name in VAE_FILES])
     for candidate in (folder, folder / "vae") if vae is not None else (folder / "vae",):
         if (candidate / "config.json").exists():
-            config = model_kind.read_object(candidate, "config.json", named)
+            config = model_kind.read_object(candidate, "config.json", f"{named}: its vae")
             if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels", 4) != 4:
                 raise UserError(
                     f"{named}: its vae is {config.get('_class_name')} of {config.get('latent_channels', 4)} channels,"

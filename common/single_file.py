@@ -5,10 +5,10 @@ Part by part: RAM holds one part at a time. Names are converted by diffusers; wh
 
 import hashlib
 import shutil
+import time
 import uuid
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 
 from common import hub, model_kind, weights
@@ -22,6 +22,8 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
     "vae": "first_stage_model.",
 }
+CLASSES = {**model_kind.PARTS, "vae": "AutoencoderKL"}
+DEAD_S = 3600  # a conversion takes minutes
 _OF_EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # by which ComfyUI knows such models
 _OF_ADAPTERS = ("lora_", "lora.", "lokr_", "hada_", "dora_scale")
 _COPIED = ("model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", "*/config.json")
@@ -78,17 +80,16 @@ def _refuse_foreign(names, named):
 
 def _write(folder, path, names, copied):
     """Convert into a folder of its own name, then rename: other processes see it whole, and whoever comes second drops his own."""
+    _remove_dead(folder.parent)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
         for file, content in copied.items():
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
             (partial / file).write_bytes(content)
-        for part, class_name in {**model_kind.PARTS, "vae": "AutoencoderKL"}.items():
-            own = [name for name in names if name.startswith(PREFIXES[part])]
-            if own:
-                _convert_part(path, own, part, weights.empty_part(class_name, partial / part), partial / part)
-            else:
-                shutil.rmtree(partial / part, ignore_errors=True)
+        # Every part is checked before the first is written.
+        parts = {part: _read_part(path, names, part, partial / part) for part in PREFIXES}
+        for part, tensors in parts.items():
+            _write_part(tensors, part, partial / part)
         try:
             partial.rename(folder)
         except OSError:
@@ -98,20 +99,42 @@ def _write(folder, path, names, copied):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _convert_part(path, names, part, empty, folder):
+def _remove_dead(place):
+    """Remove what killed processes have left: conversions that were begun more than DEAD_S ago."""
+    for partial in place.glob("*.partial"):
+        if time.time() - partial.stat().st_mtime > DEAD_S:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_part(path, names, part, folder):
+    """{name in diffusers: tensor} of a part, mapped rather than read; none of them where the file has no VAE.
+
+    Raises:
+        UserError: it does not fit folder/config.json.
+    """
+    own = [name for name in names if name.startswith(PREFIXES[part])]
+    if not own:
+        return {}
+    empty = weights.empty_part(CLASSES[part], folder)
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in names}  # mapped, not read
+        tensors = {name: file.get_tensor(name) for name in own}
     try:
         tensors = _respell(part, tensors, empty)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its {part} is incomplete, or of another architecture ({error})") from None
     try:
-        own = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
-        weights.refuse_missing(empty, set(own.values()), path)
+        matched = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+        weights.refuse_missing(empty, set(matched.values()), path)
     except UserError as error:
         raise UserError(f"{error}; is it complete, and is --config_name_or_path of its architecture?") from None
+    return {name: tensors[name] for name in matched}
+
+
+def _write_part(tensors, part, folder):
+    if not tensors:
+        return shutil.rmtree(folder, ignore_errors=True)  # a configuration without weights
     stem = weights.TRANSFORMERS_STEM if part.startswith("text_encoder") else weights.DIFFUSERS_STEM
-    shards = _shards(tensors, own)
+    shards = _shards(tensors)
     for i, shard in enumerate(shards, 1):
         halves = {name: tensors[name].half() for name in shard}
         write_safetensors(folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors", halves, {"format": "pt"})
@@ -134,13 +157,13 @@ def _respell(part, tensors, empty):
     return {name.removeprefix(PREFIXES[part]): tensor for name, tensor in tensors.items()}
 
 
-def _shards(tensors, names):
-    """`names` in lists of at most CHUNK_BYTES in fp16 (or one tensor): no more than that is copied at a time."""
+def _shards(tensors):
+    """Names in lists of at most CHUNK_BYTES in fp16 (or one tensor): no more than that is copied at a time."""
     shards, size = [[]], 0
-    for name in names:
-        size += 2 * torch.Size(tensors[name].shape).numel()
+    for name, tensor in tensors.items():
+        size += 2 * tensor.numel()
         if shards[-1] and size > weights.CHUNK_BYTES:
             shards.append([])
-            size = 2 * tensors[name].numel()
+            size = 2 * tensor.numel()
         shards[-1].append(name)
     return shards
