@@ -39,7 +39,8 @@ _OPEN_CLIP = [
 def original_layout(folder):
     """{name: tensor} of the UNet, the VAE and both text encoders in `folder`, with the leftovers that real files have."""
     unet, vae, clip, open_clip = (
-        load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "vae", "text_encoder", "text_encoder_2")
+        load_file(next((folder / part).glob("*.safetensors")))
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2")
     )
     tensors = {f"model.diffusion_model.{_unet_name(name)}": tensor for name, tensor in unet.items()}
     tensors |= {f"first_stage_model.{_vae_name(name)}": _convolution(name, tensor) for name, tensor in vae.items()}

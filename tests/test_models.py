@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from common import device, loading, model_kind, noise, prediction, schedulers, weights
 from common.command_line import UserError
 
-V_SCHEDULER = dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"
 
 
@@ -42,10 +41,6 @@ def rewrite(folder, change):
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
 
 
-def only(tensors, name):
-    return {key: tensor for key, tensor in tensors.items() if name in key}
-
-
 # ---------------------------------------------------------------- strict parts
 
 
@@ -73,7 +68,10 @@ def test_a_weight_that_is_missing_unknown_or_of_another_shape_is_one_line_that_n
     file = next((folder / part).glob("*.safetensors"))
     first = sorted(load_file(file))[0]
     faults = [
-        (lambda tensors: {name: tensor for name, tensor in tensors.items() if name != first}, "1 of its weights are missing"),
+        (
+            lambda tensors: {name: tensor for name, tensor in tensors.items() if name != first},
+            "1 of its weights are missing",
+        ),
         (lambda tensors: {**tensors, "more.weight": torch.zeros(1)}, "more.weight does not belong"),
         (lambda tensors: {**tensors, first: torch.zeros(1, 2, 3)}, r"has the shape \[1, 2, 3\]"),
     ]
@@ -96,13 +94,15 @@ def test_old_spellings_leftovers_and_shards_are_the_same_model(altered, host):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def deprecated(tensors):
-        spell = lambda name: next((name.replace(f".{new}.", f".{was}.") for new, was in old.items() if f".{new}." in name), name)  # noqa: E731
+        spell = lambda name: next(
+            (name.replace(f".{new}.", f".{was}.") for new, was in old.items() if f".{new}." in name), name
+        )  # noqa: E731
         assert sum(spell(name) != name for name in tensors) == 16
         return {spell(name): tensor for name, tensor in tensors.items()}
 
     rewrite(folder / "vae", deprecated)
+    ids = {"embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.tensor(4.6)}
     for spelt in (prefixed, bare):
-        ids = {"embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.tensor(4.6)}
         rewrite(folder / "text_encoder", lambda tensors, spelt=spelt: {**spelt(tensors), **ids})
         now = loading.load_text_encoders(loading.find_model(str(folder)), host)[0][1]
         assert all(torch.equal(now.state_dict()[name], tensor) for name, tensor in encoder.state_dict().items())
@@ -113,7 +113,11 @@ def test_old_spellings_leftovers_and_shards_are_the_same_model(altered, host):
     whole.unlink()
     for spelling in ("diffusion_pytorch_model.fp16-0000{}-of-00002", "diffusion_pytorch_model-0000{}-of-00002.fp16"):
         for i, half in enumerate((names[::2], names[1::2]), 1):
-            save_file({name: tensors[name] for name in half}, folder / "unet" / f"{spelling.format(i)}.safetensors", {"format": "pt"})
+            save_file(
+                {name: tensors[name] for name in half},
+                folder / "unet" / f"{spelling.format(i)}.safetensors",
+                {"format": "pt"},
+            )
         assert len(weights.weight_files(folder / "unet", "fp16")) == 2
         loading.find_model(str(folder))
         (folder / "unet" / f"{spelling.format(2)}.safetensors").unlink()
@@ -143,16 +147,20 @@ def test_old_spellings_leftovers_and_shards_are_the_same_model(altered, host):
         (VAE, dict(_class_name="AutoencoderTiny"), "AutoencoderTiny"),
     ],
 )
-def test_what_is_not_supported_is_refused_in_one_line_before_a_folder_is_made(altered, train, tmp_path, capsys, file, changes, said):
+def test_what_is_not_supported_is_refused_in_one_line_before_a_folder_is_made(
+    altered, train, tmp_path, capsys, file, changes, said
+):
     folder = altered(file, **changes)
     with pytest.raises(UserError, match=said) as caught:
         train("--pretrained_model_name_or_path", folder, into=tmp_path / "run")
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists() and "latents:" not in capsys.readouterr().out
+    assert (
+        "\n" not in str(caught.value) and not (tmp_path / "run").exists() and "latents:" not in capsys.readouterr().out
+    )
 
 
 # ---------------------------------------------------------------- marks and flags
 
-V, EPS, ZERO = model_kind.V_PREDICTION, model_kind.EPSILON, True
+V, EPS = model_kind.V_PREDICTION, model_kind.EPSILON
 MARKED = {
     "NoobAI's keys": (["v_pred", "ztsnr"], {}, (V, True)),
     "its key alone": (["v_pred"], {}, (V, False)),
@@ -166,7 +174,9 @@ MARKED = {
 
 def marked(tmp_path, keys=(), metadata=None):
     """The marks of a file with these keys and this metadata, beside those of a default scheduler."""
-    save_file({"weight": torch.zeros(1), **{key: torch.tensor([]) for key in keys}}, tmp_path / "m.safetensors", metadata)
+    save_file(
+        {"weight": torch.zeros(1), **{key: torch.tensor([]) for key in keys}}, tmp_path / "m.safetensors", metadata
+    )
     return model_kind.marks_in_file(tmp_path / "m.safetensors", "m")
 
 
@@ -181,7 +191,10 @@ def test_a_flag_speaks_where_the_files_are_silent_and_may_not_contradict_them(tm
     assert model_kind.decide("m", silent, prediction_type=V, zero_terminal_snr=True)[:2] == (V, True)
     assert model_kind.decide("m", spoken, prediction_type=V, zero_terminal_snr=True)[:2] == (V, True)
     # trainers write epsilon when nobody told them anything
-    assert model_kind.decide("m", marked(tmp_path, [], {"modelspec.prediction_type": "epsilon"}), prediction_type=V)[0] == V
+    assert (
+        model_kind.decide("m", marked(tmp_path, [], {"modelspec.prediction_type": "epsilon"}), prediction_type=V)[0]
+        == V
+    )
     with pytest.raises(UserError, match="--prediction_type epsilon: contradicts its key v_pred"):
         model_kind.decide("m", spoken, prediction_type=EPS)
     with pytest.raises(UserError, match="--zero_terminal_snr False: contradicts its key ztsnr"):
@@ -229,6 +242,7 @@ def parts(assemble):
 
 def predicting(engine, kind, share=0.7):
     """A UNet that knows `share` of z and predicts `kind`, in place of the real one: what check() has to tell apart."""
+
     def predict(fields):
         z = fields["mean"].float() + fields["std"].float() * fields["posterior_eps"]
         a = engine.schedule.alphas_cumprod[fields["t"]].view(-1, 1, 1, 1)
@@ -245,7 +259,9 @@ def test_a_unet_that_predicts_the_other_target_stops_the_run_and_others_pass(par
 
     def checked(does, read, said_by="its scheduler configuration"):
         monkeypatch.setattr(engine, "predict", predicting(engine, does, share))
-        data = SimpleNamespace(model=SimpleNamespace(name="m", kind=model_kind.Kind(read, False, said_by)), examples=parts.data.examples)
+        data = SimpleNamespace(
+            model=SimpleNamespace(name="m", kind=model_kind.Kind(read, False, said_by)), examples=parts.data.examples
+        )
         prediction.check(engine, data)
 
     for kind in (EPS, V):
