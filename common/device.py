@@ -1,5 +1,6 @@
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
+import contextlib
 import gc
 import logging
 import resource

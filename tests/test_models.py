@@ -94,9 +94,9 @@ def test_old_spellings_leftovers_and_shards_are_the_same_model(altered, host):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def deprecated(tensors):
-        spell = lambda name: next(
-            (name.replace(f".{new}.", f".{was}.") for new, was in old.items() if f".{new}." in name), name
-        )  # noqa: E731
+        def spell(name):
+            return next((name.replace(f".{new}.", f".{was}.") for new, was in old.items() if f".{new}." in name), name)
+
         assert sum(spell(name) != name for name in tensors) == 16
         return {spell(name): tensor for name, tensor in tensors.items()}
 
