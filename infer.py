@@ -20,7 +20,7 @@ from typing import List, Literal, NamedTuple, Optional
 from common import hub, manifest
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
 from common.flags import ModelFlags, check_model
-from common.schedulers import SCHEDULERS
+from common.schedulers import SCHEDULERS, default_guidance_rescale
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 EMA_FOLDER = "ema_unet"
@@ -49,6 +49,9 @@ class Flags(ModelFlags):
     resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
     steps: int = flag(30, "denoising steps")
     guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    guidance_rescale: Optional[float] = flag(
+        None, "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0"
+    )
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
@@ -94,19 +97,16 @@ def main(argv=None):
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
     files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
-    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
-    settings = sampling.Settings(flags.resolution, image=load_image(flags.image, flags.resolution), **options)
+    image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
         return None  # under `accelerate launch` one process draws
-    model = loading.find_model(
-        flags.pretrained_model_name_or_path,
-        flags.pretrained_vae_model_name_or_path,
-        flags.variant,
-        flags.revision,
-        flags.config_name_or_path,
-        flags.cache_dir,
-    )
+    model = loading.model_of(flags, host.say)
+    if flags.guidance_rescale is None:
+        flags.guidance_rescale = default_guidance_rescale(model.kind)
+    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, guidance_rescale=flags.guidance_rescale)
+    options |= dict(negative_prompt=flags.negative_prompt, image=image, strength=flags.strength)
+    settings = sampling.Settings(flags.resolution, **options)
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
     sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
@@ -134,6 +134,8 @@ def check(flags):
     for name in ("guidance_scale", "lora_scale"):
         if not math.isfinite(getattr(flags, name)):
             raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
+    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
     if flags.guidance_scale < 0:
         raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
     if flags.resolution < 64 or flags.resolution % 8:

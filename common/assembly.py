@@ -30,6 +30,7 @@ from common import (
     loading,
     loops,
     memory,
+    prediction,
     report,
     sampling,
     stopping,
@@ -61,14 +62,7 @@ def load_data(flags, host):
     )
     empty = sum(not sample.caption for sample in samples)
     host.say(f"data: {len(samples)} images, {bad} unreadable, {empty} with an empty caption (trained as the empty prompt)")
-    model = loading.find_model(
-        flags.pretrained_model_name_or_path,
-        flags.pretrained_vae_model_name_or_path,
-        flags.variant,
-        flags.revision,
-        flags.config_name_or_path,
-        flags.cache_dir,
-    )
+    model = host.main_first(lambda: loading.model_of(flags, host.say))
     framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
@@ -131,6 +125,7 @@ def build_engine(flags, host, unet, data):
 def train(flags, engine, data):
     """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}."""
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
+    prediction.check(engine, data)
     recipe = _recipe(flags, data)
     progress = _resume(flags, engine, recipe, plan)
     if host.is_main:
@@ -284,6 +279,8 @@ def _recipe(flags, data):
         "revision": flags.revision,
         "license_note": "a derivative of base_model, under its licence (SDXL base 1.0: CreativeML Open RAIL++-M); the images have theirs",
         "vae": str(data.model.vae),
+        "prediction_type": data.model.kind.prediction_type,
+        "zero_terminal_snr": data.model.kind.zero_terminal_snr,
         "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
         "versions": {package: version(package) for package in packages},
     }

@@ -65,6 +65,16 @@ class Examples:
         rows = [self._validation_row(number) for number in range(rank, len(self.latents) * VALIDATION_DRAWS, world)]
         return _group(rows, micro_size)
 
+    def probes(self, timesteps):
+        """One sample after the other at the `timesteps` given, with fixed noise, caption kept, not flipped: Batches of one example."""
+        rows = []
+        for number, t in enumerate(timesteps):
+            index = number % len(self.latents)
+            generator = noise.generator_for("probe", self.latents.samples[index].key, number)
+            draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
+            rows.append(self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0))
+        return _group(rows, 1)
+
     def name_at(self, position):
         """Name of the sample at `position` of the run, for messages."""
         return self.latents.samples[sample_at(position, len(self.latents), self.seed)].name

@@ -70,11 +70,12 @@ class Parser(argparse_dataclass.ArgumentParser):
         if names[0] == "-h":
             return super().add_argument(*names, **kwargs)
         dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
-        if str(kwargs.get("action")).startswith("store_"):
+        if str(kwargs.get("action")).startswith("store_") or kwargs.get("type") is bool:
             kwargs["action"] = Switch
+            kwargs.pop("type", None)
         elif "nargs" in kwargs:
             kwargs["action"] = "extend"
-        if dest in self._optional:
+        if dest in self._optional and "type" in kwargs:
             kwargs["type"] = _or_none(kwargs["type"])
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")

@@ -53,6 +53,20 @@ class Host:
         with _all_processes():
             PartialState().wait_for_everyone()
 
+    def main_first(self, make):
+        """`make()` on the main process, then on the others, which find what it left on the disk. Where it fails there, they end without a word."""
+        if not self.is_main:
+            if self.gather([]) != [True]:
+                raise SystemExit(0)  # the launcher then reports the main process, not this one
+            return make()
+        done = False
+        try:
+            made = make()
+            done = True
+            return made
+        finally:
+            self.gather([done])
+
     def sum(self, tensor):
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
         if self.world > 1:

@@ -25,7 +25,7 @@ class ModelFlags(Described):
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
-        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one",
+        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model with SDXL's original VAE, else the model's own",
         type=local_path,
     )
     config_name_or_path: str = flag(
@@ -35,6 +35,12 @@ class ModelFlags(Described):
     )
     variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    prediction_type: Optional[str] = flag(
+        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+    )
+    zero_terminal_snr: Optional[bool] = flag(
+        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
     cache_dir: str = flag(
         CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path

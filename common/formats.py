@@ -112,12 +112,23 @@ def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_ran
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
     metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    metadata |= _kind_metadata(recipe)
     if dora_rank:
         metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
     elif config.use_dora:
         metadata |= dora.METADATA
     write_safetensors(path, tensors, {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
     return share
+
+
+def _kind_metadata(recipe):
+    """What the base model predicts, as modelspec (https://github.com/Stability-AI/ModelSpec) and kohya's scripts write it."""
+    velocity = recipe.get("prediction_type") == "v_prediction"
+    return {
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "ss_v_parameterization": str(velocity),
+        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
+    }
 
 
 def _by_layer(module):

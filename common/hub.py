@@ -1,5 +1,6 @@
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,8 +10,17 @@ from common.command_line import DEMO_ROOT, UserError
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
-
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+# What makes a VAE the original one, of which FP16_VAE is a drop-in replacement.
+ORIGINAL_VAE = dict(
+    scaling_factor=0.13025,
+    latent_channels=4,
+    block_out_channels=[128, 256, 512, 512],
+    latents_mean=None,
+    latents_std=None,
+)
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+CONFIGS = ("model_index.json", "scheduler/", "tokenizer/", "tokenizer_2/")
 
 
 def check(flags):
@@ -29,7 +39,7 @@ def check(flags):
     if model.is_file() and not os.path.isdir(flags.config_name_or_path):
         _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
     if not model.exists() and not _in_demo(model):
-        vae = vae or FP16_VAE
+        vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
     if vae and not Path(vae).is_dir():
         _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
 
@@ -73,3 +83,115 @@ def _require(repo_id, repo_type, flag, filename):
         ) from None
     except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
         raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def default_vae(repo_id, revision):
+    """FP16_VAE where the model's own VAE is SDXL's original one; None where it is another, and the model's UNet knows only that."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        config = json.loads(
+            Path(hf_hub_download(repo_id, "vae/config.json", revision=revision)).read_text(encoding="utf-8")
+        )
+    except LocalEntryNotFoundError:
+        return FP16_VAE  # a cached model whose VAE was never needed
+    except EntryNotFoundError:
+        return None  # a repo that holds a single file
+    return FP16_VAE if all(config.get(name) == value for name, value in ORIGINAL_VAE.items()) else None
+
+
+def download_model(repo_id, variant, revision, *, with_vae, say):
+    """The model's files that are used, and no others (fp16: about 7 GB, not 14) -> its local folder, or its single file.
+
+    Args:
+        variant: weight files to prefer; parts without it come as plain ones, with a line.
+    Raises:
+        UserError: no such revision, no access, or no safetensors files of a model.
+    """
+    files = _files_of(repo_id, revision)
+    if files is None:
+        return _model_in(download_files(repo_id, None, revision), repo_id)
+    if "model_index.json" not in files:
+        file = _single_file(files, repo_id)
+        say(f"model: {repo_id} holds the single file {file}, and no diffusers folder: taking that")
+        return download_files(repo_id, [file], revision) / file
+    parts = {part: _weights_of(part, files, variant, repo_id) for part in PARTS if part != "vae" or with_vae}
+    plain = [part for part, chosen in parts.items() if variant and not any(f".{variant}" in file for file in chosen)]
+    if plain:
+        say(f"model: {repo_id} has no {variant} files of {', '.join(plain)}: taking the plain ones")
+    configs = [file for file in files if file.startswith(CONFIGS) or file.partition("/")[2] == "config.json"]
+    return download_files(repo_id, configs + sum(parts.values(), []), revision)
+
+
+def download_files(repo_id, patterns, revision=None):
+    """The local folder with the files of `repo_id` that match; with None, what an earlier download has left there.
+
+    Raises:
+        UserError: no access, or nothing there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=patterns is None)
+        )
+    except GatedRepoError:
+        raise UserError(f"{repo_id}: accept its terms on the hub, then log in (hf auth login)") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo_id}: not in the local cache, and the hub cannot be reached; give a local path instead"
+        ) from None
+
+
+def _files_of(repo_id, revision):
+    """Names of all files of a repo, None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
+    except Exception:  # whatever the HTTP stack of the day raises for a dead network
+        return None
+
+
+def _model_in(folder, repo_id):
+    if (folder / "model_index.json").exists():
+        return folder
+    return folder / _single_file([path.name for path in folder.iterdir()], repo_id)
+
+
+def _single_file(files, repo_id):
+    """The one model file among `files`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    if len(found) == 1:
+        return found[0]
+    what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
+    raise UserError(
+        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what}; download one file and give its path"
+    )
+
+
+def _weights_of(part, files, variant, repo_id):
+    """The weight files of a part: those of the variant when there are any, else the plain ones."""
+    names = [
+        file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors") and file.count("/") == 1
+    ]
+    chosen = [file for file in names if variant and f".{variant}" in file] or [
+        file for file in names if file.count(".") == 1
+    ]
+    if not chosen:
+        raise UserError(
+            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part} (only those are read; pickles can run code)"
+        )
+    return chosen

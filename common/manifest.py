@@ -13,7 +13,7 @@ def save_image(flags, column, index, prompt, seed, image):
     """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
     from common import report
 
-    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    names = ("steps", "guidance_scale", "guidance_rescale", "scheduler", "resolution", "image", "strength")
     settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
     settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
     record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
@@ -85,7 +85,14 @@ def provenance(flags, model):
     """What was loaded, by which packages: for manifest.json and merge.json."""
     packages = ("torch", "diffusers", "transformers", "peft")
     return {
-        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "model": {
+            "name": model.name,
+            "vae": str(model.vae),
+            "revision": flags.revision,
+            "variant": model.variant,
+            "prediction_type": model.kind.prediction_type,
+            "zero_terminal_snr": model.kind.zero_terminal_snr,
+        },
         "versions": {package: version(package) for package in packages},
     }
 

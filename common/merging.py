@@ -1,5 +1,6 @@
 """Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
 
+import json
 import os
 import shutil
 from itertools import chain
@@ -8,6 +9,7 @@ from safetensors import SafetensorError
 
 from common.command_line import UserError
 from common.files import write_json
+from common.model_kind import SCHEDULER
 
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
 COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
@@ -63,6 +65,8 @@ def _write(pipeline, model, folder, record):
     for name in COPIED:
         shutil.copytree(model.folder / name, folder / name)
     shutil.copy(model.folder / "model_index.json", folder)
+    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:  # what the model is was said by a flag, or by its single file
+        write_json(folder / SCHEDULER, model.scheduler)
     write_json(folder / "merge.json", record)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes its files unreadable for others

@@ -11,7 +11,7 @@ from common import adapter_loading, device, fused_unet, loading, memory
 from common.adapters import without_dropout
 from common.command_line import UserError
 from common.graphs import Graphed
-from common.schedulers import make_scheduler
+from common.schedulers import default_guidance_rescale, make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
 # GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
@@ -37,10 +37,10 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
     Raises:
         torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
     """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     # The pipeline without its VAE, which would take memory while the UNet needs it
-    scheduler = EulerDiscreteScheduler.from_pretrained(model.folder, subfolder="scheduler")
+    scheduler = make_scheduler("euler", model.scheduler)
     absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     zeros = loading.zero_unconditional(model)
     pipeline = StableDiffusionXLPipeline(
@@ -63,6 +63,7 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 width=resolution,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
+                guidance_rescale=default_guidance_rescale(model.kind),
                 generator=generator(seed + i),
                 output_type="latent",
             ).images
@@ -110,6 +111,7 @@ class Settings:
     resolution: int = 1024
     steps: int = STEPS
     guidance_scale: float = GUIDANCE
+    guidance_rescale: float = 0.0
     negative_prompt: str | None = None
     image: object = None
     strength: float = 0.6
@@ -167,7 +169,7 @@ class Sampler:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=loading.load_unet(model, home).eval(),
-            scheduler=make_scheduler(scheduler, model.folder),
+            scheduler=make_scheduler(scheduler, model.scheduler),
             force_zeros_for_empty_prompt=loading.zero_unconditional(model),
             add_watermarker=False,
         )
@@ -260,6 +262,7 @@ class Sampler:
             negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             generator=[generator(seed) for seed in seeds],
             callback_on_step_end=after_step,
             **framing,

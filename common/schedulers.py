@@ -14,10 +14,14 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, folder):
-    """The scheduler `name` of SCHEDULERS with the noise schedule of the model in `folder`."""
+def make_scheduler(name, config):
+    """The scheduler `name` of SCHEDULERS with the noise schedule of a model's scheduler configuration, see loading.Model."""
     import diffusers
 
     class_name, options = SCHEDULERS[name]
-    scheduler = getattr(diffusers, class_name)
-    return scheduler.from_config(scheduler.load_config(folder, subfolder="scheduler"), **options)
+    return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def default_guidance_rescale(kind):
+    """What guidance is rescaled by where the user says nothing: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else not at all."""
+    return 0.7 if kind.zero_terminal_snr else 0.0

@@ -63,7 +63,7 @@ def samples_in(place):
 
 
 def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, variant="fp16", **framing):
-    model = loading.find_model(str(place.model), vae, variant, cache_dir=place.cache)
+    model = loading.find_model(str(place.model), vae, variant=variant, cache_dir=place.cache)
     framing = {"resolution": 64, "center_crop": True, "aspect_ratio_buckets": False, **framing}
     return caching.cache_latents(samples or samples_in(place), model, host, place.cache, max_bad, flips, **framing)
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, get_args
 
 import pytest
 
@@ -137,12 +137,14 @@ def values_for(field):
     default, kind = default_of(field), str(field.type)
     if isinstance(default, list):
         return ["a"]
+    if "choices" in field.metadata:
+        return [field.metadata["choices"][-1]]
     if "Literal" in kind:
         return [re.findall(r"'([^']+)'", kind)[-1]]
     return ["3"] if "int" in kind else ["0.5"] if "float" in kind else ["words"]
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type is not bool])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if bool not in (field.type, *get_args(field.type))])
 def test_underscores_and_hyphens_are_the_same_flag(name):
     value = values_for(FIELDS[name])
     underscored, hyphened = (parse(train_opt.Flags, [f"--{spelling}", *value]) for spelling in (name, name.replace("_", "-")))
@@ -150,7 +152,7 @@ def test_underscores_and_hyphens_are_the_same_flag(name):
     assert getattr(underscored, name) != default_of(FIELDS[name]) or str(default_of(FIELDS[name])) == value[0]
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type is bool and name != "demo"])
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if bool in (field.type, *get_args(field.type)) and name != "demo"])
 def test_every_switch_can_be_set_and_cleared_in_both_spellings(name):
     hyphened = name.replace("_", "-")
     for on in (f"--{name}", f"--{hyphened}"):

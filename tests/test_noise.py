@@ -30,7 +30,7 @@ def latents():
 
 
 def test_the_schedule_of_the_demo_model_is_sdxls(demo):
-    loaded = loading.load_noise_schedule(loading.Model("demo", demo.model, demo.model / "vae", None), torch.device("cpu"))
+    loaded = loading.load_noise_schedule(loading.find_model(str(demo.model)), torch.device("cpu"))
     assert loaded.prediction_type == "epsilon" and loaded.alphas_cumprod.dtype == torch.float32
     np.testing.assert_allclose(loaded.alphas_cumprod, A, rtol=1e-5)
 

@@ -198,11 +198,10 @@ def count(file):
 
 def unet_parameters(flags):
     """Parameters of the frozen UNet that a trainer's flags name."""
-    from common import loading
+    from common import loading, weights
 
-    places = (flags.pretrained_model_name_or_path, flags.pretrained_vae_model_name_or_path, flags.variant, flags.revision)
-    model = loading.find_model(*places, flags.config_name_or_path, flags.cache_dir)
-    return sum(count(file) for file in loading.weight_files(model.folder / "unet", model.variant))
+    model = loading.model_of(flags)
+    return sum(count(file) for file in weights.weight_files(model.folder / "unet", model.variant))
 
 
 # ---------------------------------------------------------------- what the numbers say
