@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from common import formats
 from common.command_line import UserError
+from common.files import read_safetensors
 
 KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
 
@@ -40,6 +40,9 @@ def find_adapter(place):
 
 
 def _weights_in(folder):
+    of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
+    if folder.name.startswith("checkpoint-") and of_step.exists():
+        return of_step  # a checkpoint itself holds what training needs, and no adapter file
     for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
@@ -59,8 +62,7 @@ def read_adapter(file, modules):
     Raises:
         UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing.
     """
-    with safe_open(file, "pt") as opened:
-        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
+    tensors, metadata = read_safetensors(file, from_anywhere=True)
     read = _reader_for(tensors)
     weights, configs = read(file, tensors, metadata, modules)
     _check_values(file, weights)
@@ -152,7 +154,7 @@ def _read_peft(file, tensors, metadata, modules):
     nested = [file.parent / component for component in formats.COMPONENTS[1:]]
     files = [find_adapter(folder) for folder in nested if (folder / formats.PEFT_CONFIG).exists()]
     weights, configs = {}, {}
-    for part, content in [(file, tensors), *((file, load_file(file)) for file in files)]:
+    for part, content in [(file, tensors), *((file, read_safetensors(file, from_anywhere=True)[0]) for file in files)]:
         config = _peft_config(part)
         component, named = _peft_component(modules, {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in content.items()})
         weights[component], configs[component] = named, config
