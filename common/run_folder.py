@@ -45,7 +45,7 @@ def owned(folder: Path, host) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            lock.release()
+            _give_back(lock)
             if is_new:
                 with contextlib.suppress(OSError):  # not empty
                     folder.rmdir()
@@ -61,7 +61,7 @@ def check_free(folder: Path) -> None:
         lock = _take_lock(folder)
         if lock is None:
             raise _in_use(folder)
-        lock.release()
+        _give_back(lock)
 
 
 def _take_lock(folder: Path):
@@ -78,6 +78,13 @@ def _take_lock(folder: Path):
         if error.errno not in NO_LOCKS:
             raise
     return lock
+
+
+def _give_back(lock) -> None:
+    """Release a lock, and remove its file while nobody else can have it."""
+    with contextlib.suppress(OSError):  # Windows removes it at the release
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _in_use(folder: Path) -> UserError:

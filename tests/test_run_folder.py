@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,11 @@ def flip(file: Path, position: int = -100) -> None:
 # ---------------------------------------------------------------- one run at a time
 
 
-def hold(folder, taken, leave):
-    """In another process: own the folder until told to leave."""
+def hold(folder, taken):
+    """In another process: own the folder until killed."""
     with run_folder.owned(Path(folder), alone()):
         taken.set()
-        leave.wait(60)
+        time.sleep(60)
 
 
 def alone():
@@ -58,19 +59,19 @@ def alone():
 
 @pytest.fixture
 def elsewhere():
-    """elsewhere(folder): another process owns the folder, until the test ends or kills it -> that process."""
+    """elsewhere(folder): another process owns the folder, until it is killed -> that process."""
     context, started = multiprocessing.get_context("fork"), []
 
     def elsewhere(folder):
-        taken, leave = context.Event(), context.Event()
-        started.append((context.Process(target=hold, args=(folder, taken, leave)), leave))
-        started[-1][0].start()
+        taken = context.Event()
+        started.append(context.Process(target=hold, args=(folder, taken)))
+        started[-1].start()
         assert taken.wait(60)
-        return started[-1][0]
+        return started[-1]
 
     yield elsewhere
-    for process, leave in started:
-        leave.set()
+    for process in started:
+        process.kill()
         process.join()
 
 
