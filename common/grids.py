@@ -11,7 +11,7 @@ PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
 def grid(rows, column_titles, row_labels, footer):
     """PIL images in rows and columns: titles on top, labels at the left, `footer` in small print below.
 
-    A row grows with its label. Letters that no font of this machine has are written as their code.
+    A row grows with a long label. Letters that no font of this machine has are written as their code.
 
     Args:
         rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
@@ -22,7 +22,7 @@ def grid(rows, column_titles, row_labels, footer):
     side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
     left = side * 2 // 3
     titles = [_Text(title, side / 14, side) for title in column_titles]
-    labels = [_Text(label, side / 14, left - GAP_PX) for label in row_labels]
+    labels = [_label(label, side, left - GAP_PX) for label in row_labels]
     top = max(title.height for title in titles) + 2 * GAP_PX
     width = left + len(titles) * (side + GAP_PX) + GAP_PX
     small_print = _Text(footer, side / 20, width - 2 * GAP_PX)
@@ -44,6 +44,12 @@ def grid(rows, column_titles, row_labels, footer):
         y += row_height
     small_print.write(pen, (GAP_PX, height - GAP_PX), PALE_INK, anchor="ld")
     return sheet
+
+
+def _label(text, side, width_px):
+    """A row's label: in small print where it would be taller than its pictures."""
+    usual = _Text(text, side / 14, width_px)
+    return usual if usual.height <= side else _Text(text, side / 20, width_px)
 
 
 class _Text:
