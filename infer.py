@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, NamedTuple, Optional
 
-from common import hub, manifest
+from common import hub, manifest, run_folder
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
 from common.flags import ModelFlags, check_model
 from common.schedulers import SCHEDULERS, default_guidance_rescale
@@ -61,7 +61,12 @@ class Flags(ModelFlags):
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
-    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path, demo="outputs/demo")
+    output_dir: str = flag(
+        "outputs/infer",
+        "where compare.png, manifest.json and images/ go; those of earlier drawings are kept",
+        type=local_path,
+        demo="outputs/demo",
+    )
 
 
 class Adapter(NamedTuple):
@@ -115,8 +120,9 @@ def main(argv=None):
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
-    records = draw(flags, sampler, columns, settings)  # images/*.png
-    return manifest.write_results(flags, sampler, model, columns, records, load_s)
+    with run_folder.owned(Path(flags.output_dir), host):
+        records = draw(flags, sampler, columns, settings)  # images/*.png
+        return manifest.write_results(flags, sampler, model, columns, records, load_s)
 
 
 # ---------------------------------------------------------------- flags
@@ -151,6 +157,7 @@ def check(flags):
         raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
     if flags.merge is not None:
         check_merge(flags)
+    run_folder.check_free(Path(flags.output_dir))
     check_model(flags)
 
 
@@ -201,8 +208,9 @@ def chosen_adapters(flags):
                 raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
         chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
     if flags.compare and not chosen:
-        pattern = f"*/{EMA_FOLDER}/pytorch_lora_weights.safetensors" if flags.ema else "*/pytorch_lora_weights.safetensors"
-        chosen = [Adapter(path.parent, 1.0) for path in sorted(Path("outputs").glob(pattern))]
+        pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
+        places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
+        chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
         if not chosen:
             raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
         print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")

@@ -21,7 +21,6 @@ class Flags(TrainFlags):
     resolution: int = 768
     text_cache: Literal["ram", "disk", "none"] = "disk"
     lora_rank: int = 8
-    lora_alpha: int = 8
     gradient_accumulation_steps: int = 8
     num_train_epochs: int = 15
     max_train_steps: Optional[int] = 3000

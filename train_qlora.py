@@ -36,13 +36,15 @@ class Flags(TrainFlags):
     lr_warmup_steps: int = 10
     use_8bit_adam: bool = True
 
+    def __post_init__(self):
+        for name, value in STRATEGIES[self.strategy].items():
+            if not getattr(self, name) and getattr(self, name) != 0:
+                setattr(self, name, value)
+
 
 def main(argv=None):
     """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
-    for name, value in STRATEGIES[flags.strategy].items():
-        if not getattr(flags, name) and getattr(flags, name) != 0:
-            setattr(flags, name, value)
     check(flags)
     if flags.dry_run:
         return print_config(flags)

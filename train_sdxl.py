@@ -20,7 +20,6 @@ class Flags(TrainFlags):
     output_dir: str = "outputs/train_sdxl"
     resolution: int = 1024
     lora_rank: int = 16
-    lora_alpha: int = 16
     gradient_accumulation_steps: int = 4
     num_train_epochs: int = 10
     max_train_steps: Optional[int] = 2000

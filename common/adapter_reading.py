@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from common import formats, layer_reading, peft_reading
 from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
+from common.files import read_safetensors
 
 
 def find_adapter(place):
@@ -37,6 +38,9 @@ def find_adapter(place):
 
 
 def _weights_in(folder):
+    of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
+    if folder.name.startswith("checkpoint-") and of_step.exists():
+        return of_step  # a checkpoint itself holds what training needs, and no adapter file
     for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
@@ -56,8 +60,7 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
         UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing, a
             configuration that the installed PEFT does not know.
     """
-    with safe_open(file, "pt") as opened:
-        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
+    tensors, metadata = read_safetensors(file, from_anywhere=True)
     if bundled := {key for key in tensors if key.startswith(layer_reading.EMBEDDINGS)}:
         words = ", ".join(sorted({key.removeprefix(layer_reading.EMBEDDINGS).partition(".")[0] for key in bundled}))
         say(f"{file}: the text embeddings in it ({words}) are left out, its layers are used")

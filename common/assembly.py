@@ -32,6 +32,8 @@ from common import (
     memory,
     prediction,
     report,
+    resuming,
+    run_folder,
     sampling,
     stopping,
 )
@@ -102,7 +104,8 @@ def build_engine(flags, host, unet, data):
         fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
         fused_unet.fuse_unet(unet, host.device, host.say)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
-    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
+    scale = f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}" if flags.lora_alpha != flags.lora_rank else ""
+    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}")
     betas = (flags.adam_beta1, flags.adam_beta2)
     return Engine(
         unet,
@@ -123,13 +126,21 @@ def build_engine(flags, host, unet, data):
 
 
 def train(flags, engine, data):
-    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}."""
+    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}.
+
+    Raises:
+        UserError: another run is writing to the output folder; what `resume` and the loop refuse.
+    """
+    with run_folder.owned(Path(flags.output_dir), engine.host):
+        return _train(flags, engine, data)
+
+
+def _train(flags, engine, data):
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
     prediction.check(engine, data)
     recipe = _recipe(flags, data)
-    progress = _resume(flags, engine, recipe, plan)
+    progress = resuming.resume(flags, engine, recipe, plan)
     if host.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
     passes = _fit(flags, engine, data, plan)
     if plan.effective_batch % host.world or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps:
@@ -140,8 +151,12 @@ def train(flags, engine, data):
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
-    save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
     request = stopping.StopRequest(plan.ends_s)
+
+    def save(step):
+        save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")
+        log.plot()
+
     try:
         with request.listening():
             progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request)
@@ -151,7 +166,6 @@ def train(flags, engine, data):
                 _write_results(output_dir, engine.ema, save_adapter, functools.partial(save_kohya, flags, engine, data))
                 if flags.save_peft:
                     formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
-                report.plot_training(output_dir)
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
@@ -213,7 +227,7 @@ def _rescued(engine, output_dir, progress, save_adapter, error):
     return UserError(
         f"the run ended on a file error ({what}): perhaps --output_dir {output_dir} is full or gone, or a file of the model is; adapter and"
         f" checkpoint of step {progress.step} are in {place}: go on with --output_dir elsewhere"
-        f" --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
+        f" --resume_from_checkpoint {run_folder.find_checkpoints(place)[-1]}"
     )
 
 
@@ -284,54 +298,6 @@ def _recipe(flags, data):
         "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
         "versions": {package: version(package) for package in packages},
     }
-
-
-# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
-_FREE_TO_CHANGE = {
-    "resume_from_checkpoint",
-    "max_train_minutes",
-    "output_dir",
-    "save_peft",
-    "export_dora_as_lora",
-    "cache_dir",
-    "report_to",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-}
-
-
-def _resume(flags, engine, recipe, plan):
-    """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
-
-    Raises:
-        UserError: a damaged or foreign checkpoint, another effective batch, newer checkpoints beside it.
-    """
-    host, folder = engine.host, checkpoint.find_resume(flags.resume_from_checkpoint, flags.output_dir)
-    if folder is None:
-        if flags.resume_from_checkpoint:
-            host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
-        return loops.Progress(effective_batch=plan.effective_batch)
-    newest = max([*checkpoint.find_checkpoints(flags.output_dir), folder], key=checkpoint.step_of)
-    if checkpoint.step_of(newest) > checkpoint.step_of(folder):
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: {newest} is newer and would be mixed up with what follows;"
-            " resume with 'latest', move the newer ones away, or name another --output_dir"
-        )
-    progress = loops.Progress(**checkpoint.load_checkpoint(folder, engine))
-    if progress.effective_batch != plan.effective_batch:
-        raise UserError(
-            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
-            " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
-        )
-    before = checkpoint.read_config(folder.parent)
-    for name, value in recipe["flags"].items():
-        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
-            host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
-    if before["data"] not in ({}, recipe["data"]):
-        was, now = before["data"]["images"], recipe["data"]["images"]
-        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
-    host.say(f"resumed from {folder}")
-    return progress
 
 
 def _draw_samples(flags, engine, data, step):

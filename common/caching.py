@@ -8,21 +8,17 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import dataset, device, encoding, loading
 from common.command_line import UserError
-from common.files import write_safetensors
 from common.hub import FP16_VAE
+from common.store import Store
 
 VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
-SHARD_ENTRIES = 64
 VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
 
@@ -30,52 +26,6 @@ TEXT_BATCH = 32
 def content_key(*parts):
     """Hash of the repr of `parts`, as 32 hex digits."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-class Store:
-    """key -> tuple of tensors, in memory-mapped safetensors shards in one folder, or in RAM when `folder` is None.
-
-    Shards are written whole under a new name and never changed, so any number of processes may share a folder.
-    """
-
-    def __init__(self, folder=None):
-        self.folder = folder
-        self._pending, self._shards, self._shard_of = {}, {}, {}
-        self.reload()
-
-    def reload(self):
-        """Find the shards that other processes have written since."""
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
-            if path not in self._shards:
-                try:
-                    self._shards[path] = safe_open(path, "pt")
-                    self._shard_of.update((name.rpartition(".")[0], self._shards[path]) for name in self._shards[path].keys())
-                except SafetensorError as error:
-                    path.unlink(missing_ok=True)  # another process may have seen it too
-                    print(f"cache: {path} is damaged ({error}) and was removed; its entries are encoded again")
-
-    def __contains__(self, key):
-        return key in self._pending or key in self._shard_of
-
-    def __getitem__(self, key):
-        if key in self._pending:
-            return self._pending[key]
-        shard = self._shard_of[key]
-        return shard.get_tensor(f"{key}.0"), shard.get_tensor(f"{key}.1")
-
-    def __setitem__(self, key, pair):
-        self._pending[key] = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair)
-        if self.folder and len(self._pending) >= SHARD_ENTRIES:
-            self.flush()
-
-    def flush(self):
-        """Write what is pending as one more shard: complete or absent, never half."""
-        if not self.folder or not self._pending:
-            return
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
-        self._pending = {}
-        self.reload()
 
 
 # ---------------------------------------------------------------- images
@@ -95,6 +45,7 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     store = Store(Path(cache_dir) / "latents" / made_by)
     framings = [dataset.frame(sample, **framing) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
+    store.drop_damaged(wanted)
     missing = [job for key, job in wanted.items() if key not in store]
     host.barrier()  # every process shares out the same list, before any of them adds to the store
     bad = dict(host.gather(_encode_images(missing[host.rank :: host.world], store, model, host) if missing else []))
@@ -234,6 +185,7 @@ def cache_text(captions, model, host, mode, cache_dir):
     parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
     made_by = content_key("text", VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
     store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
+    store.drop_damaged(content_key(caption) for caption in captions)
     missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
     host.barrier()  # as for the images
     mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import logging
-import resource
+import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -169,7 +169,12 @@ def start_new_peak(device):
 
 def peak_ram_gib():
     """Highest resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource  # not there on Windows
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
 
 
 def seconds_since_start():

@@ -4,6 +4,7 @@ Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) t
 memory, block by block; a larger pass uses the GPU better. `measured` times what fits and takes the fastest.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -86,19 +87,28 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
     Returns:
         (Fit, the line that says what was chosen).
     """
-    try:
-        plan = json.loads(remembered.read_text())
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError
+    ):  # there is none, or it is damaged or of another UNet
+        micro_batch, kept, line = _read_plan(remembered, engine.unet)
         if checkpointing:
-            checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
-        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (as an earlier run measured, {remembered})"
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # there is none, or it is damaged or of another UNet
+            checkpointing.kept = kept
+        return Fit(micro_batch, checkpointing, remembered), f"{line} (as an earlier run measured, {remembered})"
     fit, line, seconds = _measure(engine, make_batches, share, checkpointing, budget_gib)
     if math.isfinite(seconds):
         kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
         remembered.parent.mkdir(parents=True, exist_ok=True)
         write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
     return replace(fit, remembered=remembered), line
+
+
+def _read_plan(remembered, unet):
+    """(images a pass, blocks that are not recomputed, the line that says it) of a plan's file; an error where it cannot be such a plan."""
+    plan = json.loads(remembered.read_text())
+    micro_batch, line = plan["micro_batch"], plan["line"]
+    if not (isinstance(micro_batch, int) and 1 <= micro_batch <= LARGEST_PASS and isinstance(line, str)):
+        raise ValueError(f"{remembered}: {micro_batch} images a pass")
+    return micro_batch, {unet.get_submodule(name) for name in plan["kept"] if name}, line
 
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):

@@ -3,14 +3,17 @@
 Nothing here imports torch: a wrong value is answered at once.
 """
 
+import contextlib
 import importlib.util
 import math
+import netrc
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
+from urllib.parse import urlsplit
 
-from common import packages
+from common import packages, run_folder
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -81,7 +84,7 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
+    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
     lora_dropout: float = flag(
         0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
@@ -139,6 +142,10 @@ class TrainFlags(ModelFlags):
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
     early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
 
+    def __post_init__(self):
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_rank
+
 
 def check(flags):
     """Refuse values that cannot work, before anything heavy is imported or anything is written.
@@ -183,7 +190,7 @@ def check_model(flags):
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
-        if looks_local and not os.path.exists(place) and not _of_the_demo(place):
+        if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
@@ -207,10 +214,16 @@ def _check_places(flags):
     output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
     if resume not in (None, "latest") and not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
+    run_folder.check_free(output)
     continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
-    if not continues and any((output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")):
+    if not continues and any((output / name).exists() for name in ("metrics.jsonl", run_folder.WEIGHTS)):
         raise UserError(
             f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+        )
+    if resume == "latest" and (output / run_folder.WEIGHTS).exists() and not run_folder.find_checkpoints(output):
+        raise UserError(
+            f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over, and no checkpoint to go on from;"
+            " name another --output_dir"
         )
 
 
@@ -222,6 +235,21 @@ def _check_packages(flags):
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
+    if flags.report_to == "wandb":
+        _check_wandb_login()
+
+
+def _check_wandb_login():
+    """wandb itself would ask for a key, or fail, when everything is loaded; it reads the same three places."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    for place in filter(os.path.isfile, places):
+        with contextlib.suppress(netrc.NetrcParseError, OSError):
+            if netrc.netrc(place).authenticators(server):
+                return
+    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
 
 
 def find_data_dir(name):

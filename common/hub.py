@@ -7,6 +7,7 @@ from pathlib import Path
 from common import launch
 from common.attached import find_attached
 from common.command_line import DEMO_ROOT, UserError
+from common.hub_ids import check_id
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
@@ -70,6 +71,7 @@ def _require(repo_id, repo_type, flag, filename):
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    check_id(repo_id, flag)
     if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
         return
     offline = "offline, give a local path instead, or try --demo"

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
-from common import checkpoint, device
+from common import checkpoint, device, run_folder
 from common.command_line import UserError
 from common.engine import PassOutOfMemory
 from common.fit import smallest_pass_too_large
@@ -138,13 +138,19 @@ class _Prefetch:
 
 
 class _Saver:
-    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took."""
+    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took.
+
+    Raises:
+        UserError: the run has diverged; what is not finite is not saved, so the newest checkpoint is one to go on from.
+    """
 
     def __init__(self, engine, plan, save_weights, step):
         self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
 
     def __call__(self, progress):
         started = time.monotonic()
+        if what := checkpoint.not_finite(self._engine):
+            raise UserError(_diverged_message(what, progress, self._plan))
         if self._engine.host.is_main and progress.step != self._saved:
             self._save_weights(progress.step)  # first: from the checkpoint on, a killed run would not come back to write it
             limit = self._plan.checkpoints_total_limit
@@ -180,6 +186,16 @@ def _non_finite_message(examples, progress, plan):
     return (
         f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these images,"
         f" lower --learning_rate, or use --mixed_precision no{'; a checkpoint was saved' if progress.step else ''}"
+    )
+
+
+def _diverged_message(what, progress, plan):
+    """The weights themselves are at fault, whatever images the last batches held."""
+    saved = run_folder.find_checkpoints(plan.output_dir)
+    cure = f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    return (
+        f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
+        f" Lower --learning_rate, or use --mixed_precision no; {cure}"
     )
 
 

@@ -3,7 +3,9 @@
 Heavy libraries are imported where they are used: infer.py answers --help without them.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +23,16 @@ def save_image(flags, column, index, prompt, seed, image):
     facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
     facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{column.stem}_{index:02d}_{seed}.png"
+    path = _unused(Path(flags.output_dir) / f"images/{column.stem}_{index:02d}_{seed}.png")
     parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
-    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+    report.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": f"images/{path.name}", "sha256": sha256(path), **record}
+
+
+def _unused(path):
+    """`path`, or where an earlier drawing has that name, the first of path_2, path_3, ... that is free."""
+    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def write_results(flags, sampler, model, columns, records, load_s):
@@ -41,6 +49,7 @@ def write_results(flags, sampler, model, columns, records, load_s):
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
     }
+    keep_earlier(output_dir)
     if flags.compare:
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
@@ -49,11 +58,33 @@ def write_results(flags, sampler, model, columns, records, load_s):
     return manifest
 
 
+def keep_earlier(output_dir):
+    """compare.png and manifest.json are of the last drawing: those of the one before get a number, the same for both."""
+    from common import files
+
+    grid, manifest = output_dir / "compare.png", output_dir / "manifest.json"
+    if not (grid.exists() or manifest.exists()):
+        return
+    number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
+    grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
+    if grid.exists():
+        grid.rename(grid_kept)
+    if manifest.exists():
+        manifest.rename(manifest_kept)
+        with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
+            earlier = dict(json.loads(manifest_kept.read_text()))
+            files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
+
+
+def _numbered(number):
+    return f"compare_{number}.png", f"manifest_{number}.json"
+
+
 def write_comparison(flags, host, manifest):
     """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
     from PIL import Image
 
-    from common import report
+    from common import grids, report
 
     output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
     rows = {}  # (prompt, seed) -> one image per column
@@ -69,9 +100,14 @@ def write_comparison(flags, host, manifest):
     footer = (
         f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
     )
-    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    for text in [*titles, *labels]:
+        if grids.legible(text)[1] != text:
+            host.say(
+                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK; until then their codes stand there"
+            )
+    sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
     manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+    report.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
 
 
 def difference(image, other):

@@ -3,12 +3,11 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from common import formats
 from common.adapter_checks import drawing_config, misfitting_keys
 from common.adapter_names import COMPONENTS
 from common.command_line import UserError
+from common.files import read_safetensors
 
 
 def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
@@ -17,7 +16,7 @@ def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
     weights, configs = {}, {}
     for part in (file, *(part for part in nested if part.exists())):
         config = _config(part)
-        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in load_file(part).items()}
+        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
         component, named = _component(modules, named)
         weights[component], configs[component] = named, config
     return weights, configs

@@ -353,7 +353,7 @@ def test_an_interrupted_encode_of_captions_goes_on_where_it_was(place, host, enc
 
 def test_a_killed_encode_loses_no_more_than_the_shard_it_was_filling(place, host, encoded, monkeypatch):
     """kill -9 runs no cleanup: what was flushed is there, and a half-written shard is not taken for one."""
-    monkeypatch.setattr(caching, "SHARD_ENTRIES", 2)
+    monkeypatch.setattr("common.store.SHARD_ENTRIES", 2)
     monkeypatch.setattr(caching, "VAE_PIXELS", 4 * 64 * 64)
     encode, calls = AutoencoderKL.encode, []
 

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipel
 from PIL import Image, ImageChops
 
 import infer
-from common import device, loading, report, sampling
+from common import device, grids, loading, report, sampling
 from common.command_line import UserError, parse
 from demo.settings import TINY_DEMO
 
@@ -168,7 +168,7 @@ def test_manifest_and_png_say_how_each_image_was_made(trained, draw, tmp_path):
 
 def test_the_grid_holds_every_image_in_its_place(trained, draw, tmp_path):
     manifest, images = draw("--compare", "--lora", trained, "--num_images", 2)
-    grid, side, step = Image.open(tmp_path / "compare.png"), report.CELL_PX[0], report.CELL_PX[0] + report.GAP_PX
+    grid, side, step = Image.open(tmp_path / "compare.png"), grids.CELL_PX[0], grids.CELL_PX[0] + grids.GAP_PX
     rows = [(prompt, seed) for prompt in PROMPTS for seed in (42, 43)]
     top, left = find(grid, images["base", *rows[0]], side)
     for i, row in enumerate(rows):
@@ -188,8 +188,8 @@ def find(grid, image, side):
 
 def test_large_images_are_shrunk_and_long_words_cut_so_that_the_grid_stays_readable():
     image = Image.new("RGB", (1024, 1024), "#804020")
-    grid = report.grid([[image, image]], ["base", "a_very_long_name_without_any_space_" * 4], ["prompt " * 40], "small print " * 40)
-    assert grid.width < 3 * report.CELL_PX[1] and grid.height < 2 * report.CELL_PX[1]
+    grid = grids.grid([[image, image]], ["base", "a_very_long_name_without_any_space_" * 4], ["prompt " * 40], "small print " * 40)
+    assert grid.width < 3 * grids.CELL_PX[1] and grid.height < 2 * grids.CELL_PX[1]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -364,3 +364,41 @@ def test_columns_of_equal_names_have_files_of_their_own():
         stems.append(infer.stem_of(used[-1], stems))
     assert used == ["base", "a b", "a_b", "a/b", "日本", "base (2)"]
     assert stems == ["base", "a_b", "a_b_2", "a_b_3", "日本", "base_2"]
+
+
+# ---------------------------------------------------------------- what was drawn before
+
+
+def test_nothing_that_was_drawn_before_is_written_over(draw, trained, tmp_path, files_in):
+    """Three drawings into one folder, the second without a grid: every picture, grid and manifest stays as it was and is found."""
+    first, _ = draw("--prompt", PROMPT, "--compare", "--lora", trained)
+    before = {name: data for name, data in files_in(tmp_path).items() if not name.endswith(".json")}
+    second, _ = draw("--prompt", "another prompt")
+    third, _ = draw("--prompt", PROMPT, "--compare", "--lora", trained, "--guidance_scale", 2)
+    after = files_in(tmp_path)
+    assert set(before.values()) <= set(after.values()) and len([name for name in after if name.startswith("images/")]) == 5
+    assert after["compare_1.png"] == before["compare.png"] != after["compare.png"]
+    kept = [json.loads(after[f"manifest{suffix}.json"]) for suffix in ("_1", "_2", "")]
+    assert kept == [first | {"grid": "compare_1.png"}, second, third] and third["grid"] == "compare.png"
+    for manifest in kept:
+        for record in manifest["images"]:
+            assert record["sha256"] == hashlib.sha256(after[record["file"]]).hexdigest()
+    assert [record["file"] for record in third["images"]] == ["images/base_00_42_3.png", f"images/{trained.name}_00_42_2.png"]
+
+
+def test_after_make_demo_the_run_is_found(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("outputs/demo").mkdir(parents=True)
+    Path("outputs/demo/train_opt").symlink_to(trained)
+    found = infer.chosen_adapters(parse(infer.Flags, ["--demo", "--compare"]))
+    assert [str(adapter.path) for adapter in found] == ["outputs/demo/train_opt"]
+    with pytest.raises(UserError, match="no adapter given"):  # it would not fit another model
+        infer.chosen_adapters(parse(infer.Flags, ["--compare"]))
+
+
+def test_a_checkpoint_means_the_adapter_of_its_step(trained):
+    from common.adapter_reading import find_adapter
+
+    (checkpoint,) = trained.glob("checkpoint-*")
+    assert find_adapter(checkpoint) == trained / "pytorch_lora_weights_000003.safetensors"
+    assert infer.title_of(find_adapter(checkpoint), 1) == f"{trained.name} step 3"

@@ -307,9 +307,9 @@ def test_a_damaged_config_does_not_stop_a_run_from_going_on(train, whole, copy):
 
 def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whole, stopped, tmp_path, monkeypatch, capsys):
     """Attached as input, read-only, below a folder that is named after the notebook; the new output folder is empty."""
-    from common import checkpoint
+    from common import run_folder
 
-    monkeypatch.setattr(checkpoint, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr(run_folder, "KAGGLE_INPUT", tmp_path / "input")
     shutil.copytree(stopped.dir, tmp_path / "input/my-notebook/outputs/run")
     shutil.copytree(stopped.dir, tmp_path / "input/my-notebook/outputs/another")
     run = resume(train, tmp_path / "working/run")
@@ -319,12 +319,12 @@ def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whol
 
 def test_where_there_are_checkpoints_already_nothing_else_is_searched(copy, tmp_path, monkeypatch):
     """/kaggle/input may hold a whole data set, through which a search takes long."""
-    from common import checkpoint
+    from common import run_folder
 
-    monkeypatch.setattr(checkpoint, "KAGGLE_INPUT", SimpleNamespace(glob=lambda pattern: pytest.fail("searched")))
-    assert checkpoint.find_resume("latest", copy) == checkpoint.find_checkpoints(copy)[-1]
+    monkeypatch.setattr(run_folder, "KAGGLE_INPUT", SimpleNamespace(glob=lambda pattern: pytest.fail("searched")))
+    assert run_folder.find_resume("latest", copy) == run_folder.find_checkpoints(copy)[::-1]
     with pytest.raises(pytest.fail.Exception, match="searched"):
-        checkpoint.find_resume("latest", tmp_path / "empty")
+        run_folder.find_resume("latest", tmp_path / "empty")
 
 
 @pytest.mark.parametrize("number", [errno.ENOTCONN, errno.ENOSPC])

@@ -124,10 +124,19 @@ def check_training(training):
     """The trainer's flags as it will see them. UserError: it would refuse them, or its folder holds a run made with others."""
     flags = parse(importlib.import_module(training.script).Flags, training.argv)
     check(flags)
-    marker = training.folder / FINISHED
-    if marker.exists() and json.loads(marker.read_text())["recipe"] != training.recipe:
+    if (training.folder / FINISHED).exists() and read_finished(training)["recipe"] != training.recipe:
         raise UserError(f"--output_dir: {training.folder} was trained with other flags (see its {FINISHED}); name another folder")
     return flags
+
+
+def read_finished(training):
+    """What marks a run as finished. UserError: it cannot be read."""
+    marker = training.folder / FINISHED
+    try:
+        finished = dict(json.loads(marker.read_text()))
+        return {**finished, "recipe": list(finished["recipe"]), "device": str(finished["device"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--output_dir: {marker} is damaged; remove the run's folder to train it again") from None
 
 
 def grid_argv(flags, resolved, folders):
@@ -173,7 +182,7 @@ def measure(training):
     from common import formats, report
 
     steps, weights = report.read_metrics(training.folder / "metrics.jsonl"), training.folder / formats.WEIGHTS
-    finished = json.loads((training.folder / FINISHED).read_text())
+    finished = read_finished(training)
     return dict(
         **{key: finished[key] for key in SCORES if key in finished},
         method=training.method,

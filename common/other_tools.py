@@ -1,0 +1,51 @@
+"""What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr unet_lr",
+    "lora_rank": "rank r lora_r network_dim dim",
+    "lora_alpha": "alpha network_alpha",
+    "lora_dropout": "dropout network_dropout",
+    "lora_target_modules": "target_modules",
+    "train_batch_size": "batch_size train_batch bs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
+    "num_train_epochs": "epochs num_epochs max_train_epochs",
+    "max_train_steps": "steps max_steps num_steps train_steps",
+    "lr_warmup_steps": "warmup_steps warmup",
+    "offset_noise_strength": "noise_offset offset_noise",
+    "min_snr_gamma": "snr_gamma",
+    "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "random_flip": "flip_aug",
+    "use_ema": "ema",
+    "use_8bit_adam": "adam8bit optimizer_type optimizer",
+    "enable_xformers_memory_efficient_attention": "xformers",
+    "mixed_precision": "fp16 bf16 precision dtype",
+    "train_data_dir": "data_dir data train_dir image_dir instance_data_dir",
+    "dataset_name": "dataset",
+    "caption_column": "text_column",
+    "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model",
+    "pretrained_vae_model_name_or_path": "vae vae_path",
+    "output_dir": "output out out_dir outdir save_dir",
+    "resume_from_checkpoint": "resume network_weights",
+    "checkpointing_steps": "save_steps save_every_n_steps",
+    "checkpoints_total_limit": "save_total_limit save_last_n_steps",
+    "validation_steps": "sample_every_n_steps validation_epochs",
+    "validation_prompt": "validation_prompts sample_prompts",
+    "report_to": "log_with",
+    "lora": "lora_weights lora_path lora_model adapter adapter_path",
+    "lora_scale": "lora_weight multiplier",
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "steps": "num_inference_steps inference_steps sampling_steps",
+    "guidance_scale": "guidance cfg cfg_scale scale",
+    "num_images": "num_images_per_prompt num_samples n_samples n_iter",
+    "scheduler": "sampler sampler_name",
+    "image": "init_image input_image",
+    "strength": "denoising_strength",
+    "resolution": "size width height image_size",
+}
+
+
+def our_name(theirs: str, known: set[str]) -> str | None:
+    """What another tool's flag (without dashes, underscores inside) is called here; None where no flag of `known` is meant."""
+    return next((ours for ours, names in OTHER_NAMES.items() if theirs in names.split() and ours in known), None)

@@ -1,0 +1,73 @@
+"""Where a run starts: at the beginning, or exactly where a checkpoint was made."""
+
+from pathlib import Path
+
+from common import checkpoint, files, loops, run_folder
+from common.command_line import UserError
+
+# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
+_FREE_TO_CHANGE = {
+    "resume_from_checkpoint",
+    "max_train_minutes",
+    "output_dir",
+    "save_peft",
+    "export_dora_as_lora",
+    "cache_dir",
+    "report_to",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
+
+
+def resume(flags, engine, recipe, plan):
+    """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
+
+    Raises:
+        UserError: a damaged or foreign checkpoint, another effective batch, newer checkpoints beside it.
+    """
+    host, found = engine.host, run_folder.find_resume(flags.resume_from_checkpoint, flags.output_dir)
+    if not found:
+        if flags.resume_from_checkpoint:
+            host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
+        return loops.Progress(effective_batch=plan.effective_batch)
+    newest = max([*run_folder.find_checkpoints(flags.output_dir), found[0]], key=run_folder.step_of)
+    if run_folder.step_of(newest) > run_folder.step_of(found[0]):
+        raise UserError(
+            f"--resume_from_checkpoint {found[0]}: {newest} is newer and would be mixed up with what follows;"
+            " resume with 'latest', move the newer ones away, or name another --output_dir"
+        )
+    folder, progress = _load_newest(found, engine)
+    if progress.effective_batch != plan.effective_batch:
+        raise UserError(
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
+        )
+    _set_aside(found[: found.index(folder)], Path(flags.output_dir), host)
+    before = checkpoint.read_config(folder.parent)
+    for name, value in recipe["flags"].items():
+        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
+            host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
+    if before["data"] not in ({}, recipe["data"]):
+        was, now = before["data"]["images"], recipe["data"]["images"]
+        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
+    host.say(f"resumed from {folder}")
+    return progress
+
+
+def _load_newest(found, engine):
+    """(folder, Progress) of the first checkpoint of `found` that is as it was written; the others are named. UserError: none is."""
+    for folder in found:
+        try:
+            return folder, loops.Progress(**checkpoint.load_checkpoint(folder, engine))
+        except files.DamagedFile as error:
+            if folder == found[-1]:
+                raise
+            engine.host.say(f"passed over: {error}")
+
+
+def _set_aside(damaged, output_dir, host):
+    """Rename damaged checkpoints of this run: as its newest they would be kept, and sound ones rotated away."""
+    host.barrier()
+    for folder in damaged if host.is_main else ():
+        if folder.parent == output_dir:
+            folder.rename(files.partial_name(folder).with_suffix(".damaged"))
