@@ -7,6 +7,7 @@ from PIL import Image
 
 from common import dataset
 from common.dataset import Sample
+from common.pairs import Pair
 
 
 def picture(size, seed=0, mode="RGB"):
@@ -19,7 +20,7 @@ def picture(size, seed=0, mode="RGB"):
 def sample_of(image, format="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
-    return dataset._open_sample("picture", "caption", buffer.getvalue)
+    return dataset._measured(Pair("picture", "caption", buffer.getvalue), [])
 
 
 def sized(width, height, key="ab" * 16):

@@ -203,9 +203,9 @@ def test_dry_run_prints_the_resolved_flags_as_json_and_writes_nothing(tmp_path, 
 
 def test_demo_changes_defaults_but_not_what_was_typed(demo):
     flags = parse(train_opt.Flags, ["--demo", "--resolution", "96"])
-    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (96, str(demo.data), str(demo.model))
+    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (96, [str(demo.data)], str(demo.model))
     assert (flags.lora_rank, flags.min_snr_gamma, flags.gradient_accumulation_steps) == (8, 5.0, 8)
-    assert parse(train_opt.Flags, []).train_data_dir is None  # and it changes them for this call only
+    assert parse(train_opt.Flags, []).train_data_dir == []  # and it changes them for this call only
 
 
 # ---------------------------------------------------------------- what is refused
