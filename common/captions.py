@@ -1,7 +1,7 @@
 """A sample's own caption -> the texts that are trained: trigger word, prefix and suffix, tags shuffled and dropped.
 
-Tags are drawn as a few variants of each caption, numbered from 0, so that their embeddings can be cached. A variant is a
-function of the caption, its number and the options alone: runs with other seeds find the same texts in the cache.
+Tags are drawn as a few variants of each caption, numbered from 0, so that their embeddings can be cached. A variant is
+a function of the caption, its number and the options alone: runs with other seeds find the same texts in the cache.
 """
 
 from collections.abc import Iterator
@@ -76,16 +76,17 @@ def summary(samples, bad: int, options: CaptionOptions) -> str:
     repeated = f" ({epoch} examples an epoch)" if epoch > len(samples) else ""
     trained_as = f"the caption {options.plain('')!r}" if options.plain("") else "the empty prompt"
     named = f": {few(empty)}" if empty else ""
-    return f"data: {len(samples)} images{repeated}, {bad} unreadable, {len(empty)} with an empty caption (trained as {trained_as}){named}"
+    uncaptioned = f"{len(empty)} with an empty caption (trained as {trained_as}){named}"
+    return f"data: {len(samples)} images{repeated}, {bad} unreadable, {uncaptioned}"
 
 
 def compose(caption: str, options: CaptionOptions, generator: torch.Generator | None = None) -> str:
     """prefix, trigger word, caption, suffix: those that are not empty, joined by a comma and a space.
 
-    Without a generator the caption stays as it is written. With one it is cut at its commas into tags, of which empty ones
-    are left out. The first `keep_tags` stay; each of the others is dropped with the probability `tag_dropout`, and those
-    that remain are put into a random order with `shuffle_tags`. Two draws are made whatever is switched on, so that
-    switching one on leaves the other alone.
+    Without a generator the caption stays as it is written. With one it is cut at its commas into tags, and empty tags
+    are left out. The first `keep_tags` stay. Each of the others is dropped with the probability `tag_dropout`, and
+    those that remain are put into a random order with `shuffle_tags`. Both draws are made whatever is switched on, so
+    that switching one on leaves the other alone.
     """
     body = [caption] if generator is None else _drawn_tags(caption, options, generator)
     parts = [options.prefix, options.trigger_word, *body, options.suffix]

@@ -13,9 +13,9 @@ from common.sources import read_pairs
 
 @dataclass(frozen=True)
 class Sample:
-    """One training pair. `key` is a hash of the file's bytes; width and height are those of the upright picture, in pixels.
+    """One training pair, which an epoch shows `repeats` times.
 
-    An epoch shows it `repeats` times.
+    `key` is a hash of the file's bytes; width and height are those of the upright picture, in pixels.
     """
 
     name: str
@@ -51,7 +51,8 @@ def load_samples(dataset_name, folders, *, image_column, caption_column, max_sam
         say(f"data: taken as sRGB, the colour profile cannot be used: {len(odd_profiles)} ({few(odd_profiles)})")
     if not samples:
         source = " ".join(folders) or dataset_name
-        raise UserError(f"{source}: none of its {len(bad)} images can be read, e.g. {bad[0]}" if bad else f"{source}: holds no image")
+        found = f"none of its {len(bad)} images can be read, e.g. {bad[0]}" if bad else "holds no image"
+        raise UserError(f"{source}: {found}")
     return samples, len(bad)
 
 
@@ -59,7 +60,8 @@ def refuse_bad(bad, max_bad, before=0, say=print):
     """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
     if bad and before + len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with --max_bad_images {before + len(bad)}")
+        allowed = f"--max_bad_images {before + len(bad)}"
+        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with {allowed}")
     for name in bad:
         say(f"skipped unreadable image {name}")
 
@@ -70,18 +72,20 @@ def _measured(pair, odd_profiles):
     if not measured.profile_is_usable:
         odd_profiles.append(pair.name)
     key = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return Sample(pair.name, key, (pair.caption or "").strip(), measured.width, measured.height, pair.read, pair.repeats)
+    caption = (pair.caption or "").strip()
+    return Sample(pair.name, key, caption, measured.width, measured.height, pair.read, pair.repeats)
 
 
 def hold_out(samples, share):
     """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
 
-    Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures; equal
-    pictures are never on both sides.
+    Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures.
+    Equal pictures are never on both sides.
     """
     if not share:
         return samples, []
-    keys = sorted({sample.key for sample in samples}, key=lambda key: hashlib.blake2b(f"held out {key}".encode()).digest())
+    different = {sample.key for sample in samples}
+    keys = sorted(different, key=lambda key: hashlib.blake2b(f"held out {key}".encode()).digest())
     count = max(1, round(len(keys) * share))
     if count >= len(keys):
         raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")

@@ -43,7 +43,7 @@ def measure(data: bytes) -> Measured:
     image, orientation = _open(data)
     with image:
         width, height = image.size
-        turned_by_pillow = image.format == "TIFF" and ORIENTATION in image.tag_v2  # the size of such a file is upright already
+        turned_by_pillow = image.format == "TIFF" and ORIENTATION in image.tag_v2  # its size is upright already
         if orientation >= 5 and not turned_by_pillow:
             width, height = height, width
         try:
@@ -86,7 +86,7 @@ def _open(data):
 def _orientation(image):
     """EXIF's or XMP's orientation; 1, as stored, where it says nothing that has a meaning."""
     try:
-        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # PngImageFile's own would decode the whole picture first
+        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # PngImageFile's own decodes the whole picture first
     except MemoryError:
         raise
     except Exception:  # a damaged note on a sound picture: struct.error, TypeError, ValueError and more
@@ -132,7 +132,8 @@ def _in_srgb(image, profile):
     """An image without transparency, mode 1, L, P, RGB, CMYK, LAB ... -> RGB."""
     mode, transform = profile or (None, None)
     if image.mode == "LAB" and transform is None:
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if transform is None:
         return image.convert("RGB")
     return ImageCms.applyTransform(image.convert(mode), transform)
@@ -157,7 +158,7 @@ def _profile_of(image):
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile, family):
-    """(mode the image must have, transform to sRGB); the transform is None for a profile that says sRGB in other words."""
+    """(mode the image must have, transform to sRGB); the transform is None for a profile that is sRGB in other words."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
@@ -170,7 +171,7 @@ def _transform(profile, family):
 
 
 def _changes_nothing(transform, mode):
-    """Whether a transform moves no colour of a 9 x 9 x 9 lattice by more than 1 of 255: rounding, not another colour space."""
+    """Whether a transform moves no colour of a 9 x 9 x 9 lattice by more than 1 of 255, which is rounding."""
     if mode not in ("RGB", "L"):
         return False
     steps = np.linspace(0, 255, 9).astype(np.uint8)

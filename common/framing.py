@@ -25,7 +25,10 @@ class Framing:
 
 
 def buckets(resolution):
-    """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2 (SDXL, arXiv 2307.01952, app. I)."""
+    """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2.
+
+    SDXL, arXiv 2307.01952, app. I.
+    """
     step = 64 if resolution >= 512 else 16
     sides = range(resolution // step * step, int(resolution * BUCKET_RATIO), step)
     wide = [(width, resolution**2 // width // step * step) for width in sides]
@@ -34,7 +37,7 @@ def buckets(resolution):
 
 
 def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
-    """Choose the Framing of a sample. A random crop is drawn from the image's content, so it is the same in every run."""
+    """Choose the Framing of a sample. A random crop is drawn from the image's content: it is the same in every run."""
     width, height = resolution, resolution
     if aspect_ratio_buckets:
         ratio = sample.width / sample.height
@@ -47,7 +50,7 @@ def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
 
 
 def time_ids(sample, framing, flip=False):
-    """SDXL's micro-conditioning of one example: (original height, width, crop top, left, target height, width), pixels, [6].
+    """SDXL's micro-conditioning: (original height, width, crop top, left, target height, width) in pixels, [6].
 
     Original size is the file's; the crop is counted in the resized picture, from the edge that is left after a flip.
     The crop of a line of pixels can lie beyond what fp16 holds, and counts as its largest number then.
@@ -79,5 +82,6 @@ def _cut(image, framing):
         resized = image.resize(framing.resized, Image.Resampling.LANCZOS)
         return resized.crop((framing.left, framing.top, right, bottom))
     across, down = image.width / framing.resized[0], image.height / framing.resized[1]
-    box = (framing.left * across, framing.top * down, min(right * across, image.width), min(bottom * down, image.height))
+    end = min(right * across, image.width), min(bottom * down, image.height)
+    box = (framing.left * across, framing.top * down, *end)
     return image.resize((framing.width, framing.height), Image.Resampling.LANCZOS, box=box)

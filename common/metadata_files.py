@@ -72,13 +72,10 @@ def _csv_rows(path, caption_column):
 
 
 def _delimiter(text, caption_column):
-    """The delimiter that splits the heading into file_name and the caption column; else the comma."""
-    heading = next(iter(text.split("\n")))
-    for delimiter in DELIMITERS:
-        columns = {name.strip(' "') for name in heading.split(delimiter)}
-        if {"file_name", caption_column} <= columns:
-            return delimiter
-    return ","
+    """The delimiter that splits the heading into most of file_name and the caption column; the comma before others."""
+    heading = text.partition("\n")[0]
+    wanted = {"file_name", caption_column}
+    return max(DELIMITERS, key=lambda delimiter: len(wanted & {name.strip(' "') for name in heading.split(delimiter)}))
 
 
 def _csv_records(path, text, delimiter):
@@ -93,9 +90,8 @@ def _csv_records(path, text, delimiter):
                 records.append((number, fields))
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f'{path}: line {number} cannot be read ({error}); close every quote, and write a quote within quotes twice ("")'
-        ) from None
+        cure = 'close every quote, and write a quote within quotes twice ("")'
+        raise UserError(f"{path}: line {number} cannot be read ({error}); {cure}") from None
     return records
 
 

@@ -32,7 +32,10 @@ def few(names: Iterable, shown: int = 3) -> str:
 
 
 def or_fault(read: Callable):
-    """What `read()` returns, or the exception it raises: Pillow and the libraries below it raise nearly any class for a damaged file."""
+    """What `read()` returns, or the exception it raises.
+
+    Pillow and the libraries below it raise nearly any class for a damaged file.
+    """
     try:
         return read()
     except MemoryError:  # the machine's, not the file's

@@ -16,12 +16,12 @@ from common.flags import find_data_dir
 from common.metadata_files import read_rows, read_text
 from common.pairs import Pair, few, read_file
 
-IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm .qoi".split())
+IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split())
 OTHER_SUFFIXES = set(".heic .heif .jxl .svg .psd .xcf .kra .clip .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
-RUN_FILES = ({"config.json", "metrics.jsonl"}, {"manifest.json", "compare.png"})  # of a trainer's output folder, of infer.py's
+RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))  # what a trainer, and infer.py, leave behind
 
 
 class Found(NamedTuple):
@@ -54,11 +54,10 @@ def _folder_pairs(folder, columns, say):
     if tables.is_saved(folder):
         return tables.saved_pairs(folder, say=say, **columns)
     found = _find(folder)
-    for reason, paths in found.left_out.items():
-        say(f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})")
     for name in ("metadata.jsonl", "metadata.csv"):
         if (folder / name).is_file():
-            return _metadata_pairs(folder / name, found.pictures, columns["caption_column"], say)
+            return _metadata_pairs(folder / name, found, columns["caption_column"], say)
+    _say_left_out(folder, found.left_out, say)
     if not found.pictures and (files := tables.table_files(folder)):
         return tables.file_pairs(folder, files, say=say, **columns)
     return _text_pairs(folder, found.pictures, columns["caption_column"], say)
@@ -88,7 +87,7 @@ def _is_litter(path, folder):
 def _run_folders(folder):
     """Output folders of this suite below `folder`."""
     parents = {path.parent for name in ("metrics.jsonl", "compare.png") for path in folder.rglob(name)} - {folder}
-    return {parent for parent in parents if any(all((parent / name).is_file() for name in names) for names in RUN_FILES)}
+    return {place for place in parents if any(all((place / name).is_file() for name in names) for names in RUN_FILES)}
 
 
 def _reason_to_leave(path, folder, runs):
@@ -101,16 +100,23 @@ def _reason_to_leave(path, folder, runs):
     return None
 
 
+def _say_left_out(folder, left_out, say):
+    for reason, paths in left_out.items():
+        if paths:
+            say(f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})")
+
+
 # ---------------------------------------------------------------- captions
 
 
-def _metadata_pairs(metadata, pictures, caption_column, say):
+def _metadata_pairs(metadata, found, caption_column, say):
+    """The pictures that the rows name, whatever they are; all others are left out."""
     folder = metadata.parent
     rows = [(folder / name, caption) for name, caption in read_rows(metadata, caption_column)]
     named = {os.path.normpath(path) for path, _ in rows}
-    unnamed = [path.relative_to(folder) for path in pictures if os.path.normpath(path) not in named]
-    if unnamed:
-        say(f"data: left out in {folder}, not named in {metadata.name}: {len(unnamed)} ({few(unnamed)})")
+    by_reason = {f"not named in {metadata.name}": found.pictures, **found.left_out}
+    is_unnamed = lambda path: os.path.normpath(path) not in named  # noqa: E731
+    _say_left_out(folder, {reason: list(filter(is_unnamed, paths)) for reason, paths in by_reason.items()}, say)
     return [Pair(str(path), caption, functools.partial(read_file, path)) for path, caption in rows]
 
 
@@ -123,8 +129,8 @@ def _text_pairs(folder, pictures, caption_column, say):
         elsewhere = sorted(folder.glob("*/metadata.*"))
         hint = f" (there is {elsewhere[0]}: name that folder)" if elsewhere else ""
         raise UserError(
-            f"--train_data_dir {folder}: no captions{hint}; add metadata.jsonl or .csv (columns file_name and {caption_column}),"
-            f" or a .txt beside each image ({texts[0].name})"
+            f"--train_data_dir {folder}: no captions{hint}; add metadata.jsonl or .csv (columns file_name and"
+            f" {caption_column}), or a .txt beside each image ({texts[0].name})"
         )
     repeats = _repeats(folder, pictures, say)
     captions = [read_text(text) if text.is_file() else "" for text in texts]
@@ -133,7 +139,7 @@ def _text_pairs(folder, pictures, caption_column, say):
 
 
 def _repeats(folder, pictures, say):
-    """How often an epoch shows each picture: the number that its folder's name begins with, one level below the data folder."""
+    """How often an epoch shows each picture: the number before its folder's name, one level below the data folder."""
     repeats, counted = [], Counter()
     for path in pictures:
         parts = path.relative_to(folder).parts
@@ -148,5 +154,6 @@ def _repeats(folder, pictures, say):
                 f" (1 to {MOST_REPEATS} can be given so); rename it, e.g. 1_{name}"
             )
     if counted:
-        say(f"data: folders repeated as their names say: {few((f'{name} (images: {n})' for name, n in counted.items()), 10)}")
+        shown = few((f"{name} (images: {count})" for name, count in counted.items()), 10)
+        say(f"data: folders repeated as their names say: {shown}")
     return repeats

@@ -24,7 +24,8 @@ def hub_pairs(dataset_name, *, image_column, caption_column, say):
 
 def is_saved(folder: Path) -> bool:
     """Whether `datasets` wrote this folder with save_to_disk."""
-    return (folder / "dataset_dict.json").is_file() or {"state.json", "dataset_info.json"} <= {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
 def saved_pairs(folder, *, image_column, caption_column, say):
@@ -91,14 +92,14 @@ def _captions(data, source, column):
         if not isinstance(value, (str, type(None))):
             shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
             raise UserError(
-                f"--caption_column {column}: row {i} of {source} is a {type(value).__name__}, {shown}, not a text;"
+                f"--caption_column {column}: row {i} of {source} holds {shown} ({type(value).__name__}), not a text;"
                 f" name a column with one text a row (columns: {', '.join(data.column_names)})"
             )
     return values
 
 
 def _encoded(data, source, column):
-    """The column of the pictures alone, as {"bytes", "path"}; other columns may hold pictures too, and would be decoded."""
+    """The pictures alone, as {"bytes", "path"}; other columns may hold pictures too, which reading a row would decode."""
     from datasets import Image
 
     try:

@@ -236,6 +236,21 @@ def test_the_learning_rate_is_diffusers_schedule_stepped_once_per_optimizer_step
         scheduler.step()
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [  # peak 1e-4; warm-up to step 2, 8 steps of decay
+        (["cosine_with_restarts"], {1: 0.5, 2: 1.0, 4: 0.5, 6: 1.0, 8: 0.5}),  # begins anew in the middle
+        (["cosine_with_restarts", "--lr_num_cycles", 1], {2: 1.0, 6: 0.5, 10: 0.0}),
+        (["polynomial"], {2: 1.0, 6: 0.5 * 0.999 + 0.001, 10: 0.001}),  # ends at 1e-7
+        (["polynomial", "--lr_power", 2], {2: 1.0, 6: 0.25 * 0.999 + 0.001, 10: 0.001}),
+    ],
+)
+def test_restarts_restart_and_a_polynomial_has_its_power(assemble, flags, expected):
+    lengths = ["--lr_warmup_steps", 2, "--max_train_steps", 10, "--learning_rate", 1e-4, "--max_train_samples", 2]
+    factor = assemble("--lr_scheduler", *flags, *lengths).engine.lr_factor
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("decay", [0.9999, 0.3])
 def test_the_average_follows_the_ramp(assemble, decay):
     parts = assemble("--use_ema", "--ema_decay", decay, "--learning_rate", 1e-2, "--max_train_steps", 5, "--lr_warmup_steps", 0)
