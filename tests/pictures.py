@@ -29,24 +29,38 @@ def sized(width, height, key="ab" * 16):
     return Sample("picture", key, "", width, height, None)
 
 
+WHITE = (0.9642, 1.0, 0.8249)  # D50
+
+
+def _number(value):
+    return struct.pack(">i", round(value * 65536))
+
+
 def icc_profile(primaries, gamma):
     """A minimal ICC profile of a display: rows of D50-adapted XYZ for red, green and blue, one gamma; None for one of grey."""
-    number = lambda value: struct.pack(">i", round(value * 65536))  # noqa: E731
-    xyz = lambda row: b"XYZ \0\0\0\0" + b"".join(map(number, row))  # noqa: E731
-    white = (0.9642, 1.0, 0.8249)
+    xyz = lambda row: b"XYZ \0\0\0\0" + b"".join(map(_number, row))  # noqa: E731
     curve = b"curv\0\0\0\0" + struct.pack(">IHxx", 1, round(gamma * 256))
-    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78), b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz(white)}
     if primaries is None:
-        tags[b"kTRC"] = curve
-    else:
-        tags |= {b"rXYZ": xyz(primaries[0]), b"gXYZ": xyz(primaries[1]), b"bXYZ": xyz(primaries[2])}
-        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+        return _icc_file(b"mntrGRAYXYZ ", {b"wtpt": xyz(WHITE), b"kTRC": curve})
+    colours = {b"rXYZ": xyz(primaries[0]), b"gXYZ": xyz(primaries[1]), b"bXYZ": xyz(primaries[2])}
+    return _icc_file(b"mntrRGB XYZ ", {b"wtpt": xyz(WHITE), **colours, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)})
 
+
+def black_ink_profile():
+    """An ICC profile of a printer whose cyan, magenta and yellow are invisible: L* falls linearly with the black ink."""
+    ramp = bytes(range(256))
+    identity = b"".join(map(_number, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    corners = b"".join(bytes((0 if k else 255, 128, 128)) for _ in range(8) for k in (0, 1))  # L*, a*, b*; black varies fastest
+    table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + identity + 4 * ramp + corners + 3 * ramp
+    return _icc_file(b"prtrCMYKLab ", {b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(_number, WHITE)), b"A2B0": table})
+
+
+def _icc_file(kind, tags):
+    """A version 2 profile; `kind` is device class, colour space and connection space."""
+    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78), b"cprt": b"text\0\0\0\0none\0", **tags}
     table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for name, value in tags.items():
-        value += bytes(-len(value) % 4)
         table += name + struct.pack(">II", start + len(body), len(value))
-        body += value
-    colours = b"GRAY" if primaries is None else b"RGB "
-    head = struct.pack(">I4x4s4s4s4s12x4s28x", start + len(body), b"\2\x10\0\0", b"mntr", colours, b"XYZ ", b"acsp")
-    return head + b"".join(map(number, white)) + bytes(128 - 80) + table + body
+        body += value + bytes(-len(value) % 4)
+    head = struct.pack(">I4x4s12s12x4s28x", start + len(body), b"\2\x10\0\0", kind, b"acsp")
+    return head + b"".join(map(_number, WHITE)) + bytes(128 - 80) + table + body

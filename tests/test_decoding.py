@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from pictures import icc_profile, picture, sample_of, sized
+from pictures import black_ink_profile, icc_profile, picture, sample_of, sized
 from PIL import Image, ImageCms
 
 from common import dataset, decoding
@@ -144,6 +144,14 @@ def test_a_grey_profile_is_converted_too():
     data = encoded(Image.new("L", (8, 8), 51), "PNG", icc_profile=icc_profile(None, 1.0))
     assert decoding.measure(data).profile_is_usable
     assert np.abs(np.asarray(decoding.decode(data)) - 123.5).max() <= 2
+
+
+def test_a_profile_of_inks_is_converted_too():
+    """Half of the black ink is L* 50, 119 of 255 in sRGB, and this printer's cyan is invisible; without the profile it is cyan."""
+    image = Image.new("CMYK", (8, 8), (255, 0, 0, 128))
+    data = encoded(image, "TIFF", icc_profile=black_ink_profile())
+    assert decoding.measure(data).profile_is_usable
+    assert np.abs(np.asarray(decoding.decode(data)).astype(int) - 119).max() <= 2
 
 
 def test_lab_is_read_without_a_profile():
