@@ -18,6 +18,7 @@ from common.pairs import Pair, few, read_file
 
 IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split())
 OTHER_SUFFIXES = set(".heic .heif .jxl .svg .psd .xcf .kra .clip .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
+METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
@@ -54,9 +55,10 @@ def _folder_pairs(folder, columns, say):
     if tables.is_saved(folder):
         return tables.saved_pairs(folder, say=say, **columns)
     found = _find(folder)
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
-            return _metadata_pairs(folder / name, found, columns["caption_column"], say)
+    if metadata := [folder / name for name in METADATA if (folder / name).is_file()]:
+        for path in metadata[1:]:
+            say(f"data: {path} is left out, {metadata[0].name} beside it is read")
+        return _metadata_pairs(metadata[0], found, columns["caption_column"], say)
     _say_left_out(folder, found.left_out, say)
     if not found.pictures and (files := tables.table_files(folder)):
         return tables.file_pairs(folder, files, say=say, **columns)

@@ -55,6 +55,14 @@ def test_pictures_that_no_row_names_are_counted_and_named(tmp_path):
     assert names == ["b.png"] and "not named in metadata.jsonl: 2 (a.png, sub/c.png)" in said
 
 
+def test_of_two_metadata_files_the_one_that_is_not_read_is_named(tmp_path):
+    put(tmp_path, "a.png", caption=None)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}))
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,y\n")
+    names, _, (said,) = read(tmp_path)
+    assert names == ["a.png"] and "metadata.csv is left out, metadata.jsonl beside it is read" in said
+
+
 def test_pictures_without_a_caption_are_named_in_the_summary(tmp_path):
     put(tmp_path, "a.png")
     put(tmp_path, "a_mask.png", "training.png", caption=None)
