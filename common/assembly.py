@@ -17,6 +17,7 @@ from common import (
     adapters,
     batching,
     caching,
+    captions,
     checkpoint,
     dataset,
     device,
@@ -60,24 +61,31 @@ def load_data(flags, host):
     if flags.demo:
         demo_assets(DEMO_ROOT)
     samples, bad = dataset.load_samples(
-        flags.dataset_name, flags.train_data_dir, flags.image_column, flags.caption_column, flags.max_train_samples, flags.max_bad_images
+        flags.dataset_name,
+        flags.train_data_dir,
+        image_column=flags.image_column,
+        caption_column=flags.caption_column,
+        max_samples=flags.max_train_samples,
+        max_bad=flags.max_bad_images,
+        say=host.say,
     )
-    empty = sum(not sample.caption for sample in samples)
-    host.say(f"data: {len(samples)} images, {bad} unreadable, {empty} with an empty caption (trained as the empty prompt)")
+    options = captions.options_of(flags)
+    host.say(captions.summary(samples, bad, options))
     model = host.main_first(lambda: loading.model_of(flags, host.say))
     framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
-    captions = [sample.caption for sample in samples] + ["", *flags.validation_prompt]
-    text_cache = "none" if flags.train_text_encoder else flags.text_cache
-    text = caching.cache_text(captions, model, host, text_cache, flags.cache_dir)
-    schedule = loading.load_noise_schedule(model, host.device)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
+    texts = [*captions.texts(latents.samples, held_out, options), "", *flags.validation_prompt]
+    text_cache = "none" if flags.train_text_encoder else flags.text_cache
+    text = caching.cache_text(texts, model, host, text_cache, flags.cache_dir)
+    schedule = loading.load_noise_schedule(model, host.device)
     draws = dict(
         flip_share=0.5 if flags.random_flip else 0.0,
         drop_share=flags.caption_dropout,
         offset_strength=flags.offset_noise_strength,
         zero_unconditional=loading.zero_unconditional(model),
+        captions=options,
     )
     make = functools.partial(batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws)
     return Data(model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None)
@@ -113,7 +121,14 @@ def build_engine(flags, host, unet, data):
         data.schedule,
         flat,
         adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
-        lr_schedule(flags.lr_scheduler, flags.lr_warmup_steps, _plan(flags, host, data).total_steps, flags.learning_rate),
+        lr_schedule(
+            flags.lr_scheduler,
+            flags.lr_warmup_steps,
+            _plan(flags, host, data).total_steps,
+            flags.learning_rate,
+            flags.lr_num_cycles,
+            flags.lr_power,
+        ),
         host,
         flags.max_grad_norm,
         flags.min_snr_gamma,
@@ -273,7 +288,7 @@ def _plan(flags, host, data):
     effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
     return loops.Plan(
         Path(flags.output_dir),
-        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples.latents), effective_batch),
+        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples), effective_batch),
         effective_batch,
         flags.checkpointing_steps,
         flags.checkpoints_total_limit,
@@ -287,6 +302,7 @@ def _recipe(flags, data):
     """What config.json and every adapter file say about how they were made."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     latents = data.examples.latents
+    examples = [(sample.key, sample.caption) for sample in latents.samples for _ in range(sample.repeats)]
     return {
         "flags": asdict(flags),
         "base_model": data.model.name,
@@ -295,7 +311,7 @@ def _recipe(flags, data):
         "vae": str(data.model.vae),
         "prediction_type": data.model.kind.prediction_type,
         "zero_terminal_snr": data.model.kind.zero_terminal_snr,
-        "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
+        "data": {"images": len(latents), "fingerprint": caching.content_key(examples)},
         "versions": {package: version(package) for package in packages},
     }
 

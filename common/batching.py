@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from common import dataset, noise
+from common import framing, noise
+from common.captions import CaptionOptions
 
 VALIDATION_DRAWS = 4  # timesteps per held-out sample, spread evenly over the schedule
 
@@ -46,14 +47,33 @@ class Examples:
     Args:
         latents: caching.LatentCache.
         text: caching.CachedText or caching.LiveText.
+        captions: CaptionOptions, from a sample's caption to the texts that are trained.
         num_timesteps: length T of the noise schedule.
         zero_unconditional: the model's unconditional input is zeros (SDXL base), not the encoded empty prompt.
     """
 
-    def __init__(self, latents, text, seed, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0, zero_unconditional=True):
+    def __init__(
+        self,
+        latents,
+        text,
+        *,
+        seed: int,
+        num_timesteps: int,
+        captions: CaptionOptions,
+        flip_share: float = 0.0,
+        drop_share: float = 0.0,
+        offset_strength: float = 0.0,
+        zero_unconditional: bool = True,
+    ):
         self.latents, self.text, self.seed, self.num_timesteps = latents, text, seed, num_timesteps
+        self.captions = captions
+        self.occurrences = [index for index, sample in enumerate(latents.samples) for _ in range(sample.repeats)]
         self.draw_options = dict(flip_share=flip_share, drop_share=drop_share, offset_strength=offset_strength)
         self.zero_unconditional = zero_unconditional
+
+    def __len__(self):
+        """Examples of an epoch: the samples, each as often as it is repeated."""
+        return len(self.occurrences)
 
     def effective_batch(self, number, size, micro_size, rank=0, world=1):
         """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
@@ -77,13 +97,23 @@ class Examples:
 
     def name_at(self, position):
         """Name of the sample at `position` of the run, for messages."""
-        return self.latents.samples[sample_at(position, len(self.latents), self.seed)].name
+        return self.latents.samples[self.occurrences[sample_at(position, len(self), self.seed)]].name
 
     def _training_row(self, number, i, size):
-        index = sample_at(number * size + i, len(self.latents), self.seed)
+        position = number * size + i
+        occurrence = sample_at(position, len(self), self.seed)
+        index = self.occurrences[occurrence]
         shape = self.latents.moments(index)[0].shape
         draws = noise.draw(noise.generator_for(self.seed, number, i), shape, self.num_timesteps, **self.draw_options)
-        return self._row(index, draws, weight=1 / size)
+        caption = self._drawn_caption(self.latents.samples[index].caption, position // len(self), occurrence)
+        return self._row(index, draws, caption, weight=1 / size)
+
+    def _drawn_caption(self, caption, epoch, occurrence):
+        """The variant that this occurrence of a sample has in this epoch."""
+        count, number = self.captions.count, 0
+        if count > 1:
+            number = int(torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence)))
+        return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
@@ -91,13 +121,14 @@ class Examples:
         generator = noise.generator_for("validation", self.latents.samples[index].key, part)
         draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
-        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0)
+        caption = self.captions.plain(self.latents.samples[index].caption)
+        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
 
-    def _row(self, index, draws, weight):
+    def _row(self, index, draws, caption, weight):
         """(name, {field: tensor}) of one example."""
-        sample, framing = self.latents.samples[index], self.latents.framings[index]
+        sample = self.latents.samples[index]
         mean, std = self.latents.moments(index, draws.flip)
-        caption = "" if draws.drop_caption and not self.zero_unconditional else sample.caption
+        caption = "" if draws.drop_caption and not self.zero_unconditional else caption
         keep = 0.0 if draws.drop_caption and self.zero_unconditional else 1.0
         return sample.name, dict(
             mean=mean,
@@ -105,7 +136,7 @@ class Examples:
             posterior_eps=draws.posterior_eps,
             eps=draws.eps,
             t=torch.tensor(draws.timestep),
-            time_ids=dataset.time_ids(sample, framing, draws.flip),
+            time_ids=framing.time_ids(sample, self.latents.framings[index], draws.flip),
             weight=torch.tensor(weight),
             keep_text=torch.tensor(keep),
             **self.text.fields(caption),

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common import dataset, device, encoding, loading
+from common import dataset, device, encoding, framing, loading
 from common.command_line import UserError
 from common.hub import FP16_VAE
+from common.pairs import fault, or_fault
 from common.store import Store
 
-VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
+# Raise them when the same inputs give other numbers: old entries are then never found.
+LATENTS_VERSION = 2  # 2: colour profiles are converted to sRGB, thin pictures cropped before they are resized
+TEXT_VERSION = 1
 VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
 
@@ -31,19 +34,19 @@ def content_key(*parts):
 # ---------------------------------------------------------------- images
 
 
-def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **framing):
+def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **options):
     """Encode the pictures that are not in the cache yet -> LatentCache over the samples that could be read.
 
     Args:
         bad_before: unreadable pictures that were counted already.
         flips: (False,) or (False, True): which mirror images are needed.
-        framing: arguments of `dataset.frame`.
+        options: arguments of `framing.frame`.
     Raises:
         UserError: more than `max_bad` pictures cannot be decoded, or the VAE gives non-finite latents.
     """
-    made_by = content_key("latents", VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
+    made_by = content_key("latents", LATENTS_VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
     store = Store(Path(cache_dir) / "latents" / made_by)
-    framings = [dataset.frame(sample, **framing) for sample in samples]
+    framings = [framing.frame(sample, **options) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
     store.drop_damaged(wanted)
     missing = [job for key, job in wanted.items() if key not in store]
@@ -51,7 +54,7 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     bad = dict(host.gather(_encode_images(missing[host.rank :: host.world], store, model, host) if missing else []))
     host.barrier()
     store.reload()
-    dataset.refuse_bad(list(bad.values()), max_bad, bad_before)
+    dataset.refuse_bad(list(bad.values()), max_bad, bad_before, host.say)
     kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
     if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
         raise UserError(f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again")
@@ -97,7 +100,7 @@ def _encode_images(jobs, store, model, host):
         for job, image in _decoded(jobs):
             bar.update()
             if isinstance(image, Exception):
-                bad.append((job[0].key, f"{job[0].name} ({image})"))
+                bad.append((job[0].key, f"{job[0].name} ({fault(image)})"))
                 continue
             batch = batches[image.shape]
             batch.append((job, image))
@@ -115,10 +118,7 @@ def _decoded(jobs):
     workers = os.cpu_count() or 1
 
     def decode(job):
-        try:
-            return dataset.pixels(*job)
-        except (OSError, ValueError, SyntaxError) as error:
-            return error
+        return or_fault(lambda: framing.pixels(*job))
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         ahead = collections.deque()
@@ -183,7 +183,7 @@ def cache_text(captions, model, host, mode, cache_dir):
     if mode == "none":
         return LiveText(loading.load_text_encoders(model, host))
     parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
-    made_by = content_key("text", VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
+    made_by = content_key("text", TEXT_VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
     store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
     store.drop_damaged(content_key(caption) for caption in captions)
     missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]

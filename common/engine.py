@@ -34,12 +34,16 @@ class LossScale:
             self.value.mul_(2.0)
 
 
-def lr_schedule(name, warmup_steps, total_steps, peak_lr):
-    """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state."""
+def lr_schedule(name, warmup_steps, total_steps, peak_lr, num_cycles=1, power=1.0):
+    """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state.
+
+    `num_cycles` counts the cosines of "cosine_with_restarts"; `power` is the exponent of "polynomial".
+    """
     from diffusers.optimization import get_scheduler
 
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak_lr)  # "polynomial" ends at an absolute rate
-    return get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas[0]
+    lengths = dict(num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    return get_scheduler(name, unused, num_cycles=num_cycles, power=power, **lengths).lr_lambdas[0]
 
 
 class PassOutOfMemory(Exception):

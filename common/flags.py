@@ -17,6 +17,7 @@ from common import packages, run_folder
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' polynomial schedule ends
 
 
 @dataclass
@@ -58,9 +59,11 @@ class TrainFlags(ModelFlags):
 
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
-    train_data_dir: Optional[str] = flag(
-        None,
-        "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too",
+    train_data_dir: List[str] = flag(
+        [],
+        "folder of images with metadata.jsonl/.csv or .txt captions, of parquet or arrow files, or written by save_to_disk; repeatable;"
+        " FOLDER:2 shows each of its images twice an epoch, and so does a folder 2_NAME in it; wins over --dataset_name; a name under"
+        " /kaggle/input works too",
         type=local_path,
     )
     image_column: str = flag("image", "column of the images in a hub data set")
@@ -76,6 +79,15 @@ class TrainFlags(ModelFlags):
         False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
     )
     caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
+    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
+    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
+    shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
+    keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
+    tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
+    caption_variants: int = flag(
+        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+    )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
     )
@@ -113,6 +125,8 @@ class TrainFlags(ModelFlags):
         "cosine", "schedule of the learning rate over the optimizer steps"
     )
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
+    lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
@@ -155,16 +169,16 @@ def check(flags):
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
     positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
+    positive += " caption_variants lr_num_cycles lr_power"
     for name in positive.split():
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    for (
-        name
-    ) in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
-    for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
+    for name in "caption_dropout tag_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
         if not 0 <= getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
@@ -172,6 +186,10 @@ def check(flags):
         raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
+        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+    if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
     if not all(name.strip() for name in flags.lora_target_modules):
         raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
     _check_places(flags)
@@ -209,9 +227,10 @@ def _of_the_demo(place):
 
 
 def _check_places(flags):
-    if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
-        find_data_dir(flags.train_data_dir)
     output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    for name in flags.train_data_dir:
+        if not _of_the_demo(name):
+            _check_data_dir(name, output)
     if resume not in (None, "latest") and not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
     run_folder.check_free(output)
@@ -224,6 +243,15 @@ def _check_places(flags):
         raise UserError(
             f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over, and no checkpoint to go on from;"
             " name another --output_dir"
+        )
+
+
+def _check_data_dir(name, output):
+    folder, _ = find_data_dir(name)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--output_dir {output}: lies in --train_data_dir {folder}, so the pictures of the run would be trained on;"
+            " name a folder outside, and move a run that is there already"
         )
 
 
@@ -253,12 +281,18 @@ def _check_wandb_login():
 
 
 def find_data_dir(name):
-    """The folder `name`, or /kaggle/input/`name`, as a Path.
+    """(folder, weight) of a value of --train_data_dir: the folder NAME, or /kaggle/input/NAME, with weight 1; of NAME:2, 2.
+
+    A folder whose own name ends in a colon and a number is found first.
 
     Raises:
-        UserError: when neither is a folder.
+        UserError: there is no such folder, or the weight is no whole number from 1.
     """
-    for folder in (Path(name), Path("/kaggle/input") / name):
-        if folder.is_dir():
-            return folder
+    before, _, after = name.rpartition(":")
+    for place, weight in ((name, "1"), (before, after)):
+        for folder in (Path(place), Path("/kaggle/input") / place):
+            if place and folder.is_dir():
+                if not (weight.isdecimal() and int(weight)):
+                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")

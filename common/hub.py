@@ -32,7 +32,7 @@ def check(flags):
     Raises:
         UserError: naming the flag, the repo and the ways to work offline.
     """
-    if "dataset_name" in vars(flags) and flags.train_data_dir is None:
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
         _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
     if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
         _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
@@ -61,7 +61,7 @@ def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
             raise
         if len(folders) > 1:
             raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
-        setattr(flags, into, folders[0])
+        setattr(flags, into, folders if isinstance(getattr(flags, into), list) else folders[0])
         if launch.rank() == 0:
             print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
 

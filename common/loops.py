@@ -91,7 +91,7 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
             progress.step, progress.batches = progress.step + 1, progress.batches + 1
 
             # What it measured
-            row = _row(result, progress, plan, len(examples.latents), time.monotonic() - step_started, engine)
+            row = _row(result, progress, plan, len(examples), time.monotonic() - step_started, engine)
             validates = progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps
             if validates and held_out is not None:
                 row |= _validate(engine, held_out, fit.micro_batch, progress)

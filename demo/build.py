@@ -241,5 +241,5 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def demo_assets(root: Path) -> tuple[Path, Path]:
     """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
     settings = demo_settings(root)
-    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"][0])
     return build_once(model, build_model), build_once(data, build_images)

@@ -67,7 +67,7 @@ def test_a_trainer_as_typed_takes_the_attached_model_and_pictures(attached, tmp_
     train_opt.main([*small, "--output_dir", str(tmp_path / "run")])
     flags = json.loads((tmp_path / "run/config.json").read_text())["flags"]
     assert flags["pretrained_model_name_or_path"] == str(attached / "models/owner/sdxl/1")
-    assert flags["train_data_dir"] == str(attached / "ink")
+    assert flags["train_data_dir"] == [str(attached / "ink")]
     assert f"taking {attached / 'ink'}" in capsys.readouterr().out
 
 

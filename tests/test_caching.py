@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common import caching, dataset, device, encoding, loading
 from common.command_line import UserError
+from common.framing import frame
 
 PROMPTS = ["a smiling boy with blue eyes", "", "Ünïcode 日本, and 7 more?", "a laughing cat in front of the sea " * 30]
 
@@ -59,7 +60,7 @@ def encoded(monkeypatch):
 
 
 def samples_in(place):
-    return dataset.load_samples(None, str(place.data), "image", "text", None, 0)[0]
+    return dataset.load_samples(None, [str(place.data)], image_column="image", caption_column="text")[0]
 
 
 def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, variant="fp16", **framing):
@@ -238,7 +239,7 @@ def test_another_framing_never_reads_an_old_entry(place, host, encoded, change):
     latents_of(place, host)
     encoded()
     latents = latents_of(place, host, **change)
-    differ = [i for i, framing in enumerate(latents.framings) if framing != dataset.frame(latents.samples[i], 64)]
+    differ = [i for i, framing in enumerate(latents.framings) if framing != frame(latents.samples[i], 64)]
     assert differ and encoded() == (len(differ), 0)
     for i, (sample, framing) in enumerate(zip(latents.samples, latents.framings)):
         assert latents.moments(i)[0].shape == (4, framing.height // 8, framing.width // 8)

@@ -30,7 +30,8 @@ def write_jsonl(folder, rows):
 
 
 def read(folder, caption_column="text", max_samples=None, max_bad=0):
-    return load_samples("unused", str(folder), "image", caption_column, max_samples, max_bad)
+    columns = dict(image_column="image", caption_column=caption_column)
+    return load_samples("unused", [str(folder)], **columns, max_samples=max_samples, max_bad=max_bad)
 
 
 def refusal(folder, **options):

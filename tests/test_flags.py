@@ -200,9 +200,9 @@ def test_dry_run_prints_the_resolved_flags_as_json_and_writes_nothing(tmp_path, 
 
 def test_demo_changes_defaults_but_not_what_was_typed(demo):
     flags = parse(train_opt.Flags, ["--demo", "--resolution", "96"])
-    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (96, str(demo.data), str(demo.model))
+    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (96, [str(demo.data)], str(demo.model))
     assert (flags.lora_rank, flags.min_snr_gamma, flags.gradient_accumulation_steps) == (8, 5.0, 8)
-    assert parse(train_opt.Flags, []).train_data_dir is None  # and it changes them for this call only
+    assert parse(train_opt.Flags, []).train_data_dir == []  # and it changes them for this call only
 
 
 # ---------------------------------------------------------------- what is refused
@@ -222,6 +222,13 @@ REFUSED = {
     "--learning_rate inf": ["--learning_rate inf"],
     "--lr_scheduler sine": ["lr_scheduler", "sine", "cosine"],
     "--lr_warmup_steps -1": ["--lr_warmup_steps -1"],
+    "--lr_num_cycles 0": ["--lr_num_cycles 0"],
+    "--lr_power 0": ["--lr_power 0"],
+    "--lr_scheduler polynomial --learning_rate 1e-7": ["--learning_rate 1e-07", "polynomial"],
+    "--tag_dropout 1": ["--tag_dropout 1"],
+    "--caption_variants 0": ["--caption_variants 0"],
+    "--keep_tokens -1": ["--keep_tokens -1"],
+    "--keep_tokens 2": ["--keep_tokens 2", "--shuffle_tags"],
     "--mixed_precision int4": ["mixed_precision", "int4", "fp16"],
     "--text_cache tape": ["text_cache", "tape", "disk"],
     "--report_to carrier-pigeon": ["report_to", "tensorboard"],
@@ -245,6 +252,8 @@ REFUSED = {
     "--train_data_dir=": ["--train_data_dir", "empty"],
     "--lora_target_modules=": ["--lora_target_modules", "empty"],
     "--train_data_dir ./nowhere": ["--train_data_dir ./nowhere", "no such folder"],
+    "--train_data_dir nowhere:2": ["--train_data_dir nowhere:2", "no such folder"],
+    "--train_data_dir .": ["--output_dir outputs/train_opt", "--train_data_dir .", "name a folder outside"],
     "--train_data_dir nowhere": ["--train_data_dir nowhere", "no such folder"],
     "--pretrained_model_name_or_path ./nowhere": ["--pretrained_model_name_or_path ./nowhere"],
     "--pretrained_model_name_or_path nowhere.safetensors": ["--pretrained_model_name_or_path nowhere.safetensors"],

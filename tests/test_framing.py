@@ -6,7 +6,7 @@ import torch
 from pictures import picture, sample_of, sized
 from PIL import Image
 
-from common.dataset import Framing, buckets, frame, pixels, time_ids
+from common.framing import Framing, buckets, frame, pixels, time_ids
 
 # ---------------------------------------------------------------- pixels
 

@@ -15,6 +15,8 @@ from PIL import Image, ImageOps
 
 from common import adapters, dataset
 from common.command_line import UserError
+from common.framing import frame, pixels
+from common.framing import time_ids as framing_ids
 from common.noise import generator_for
 
 SEED, EFFECTIVE = 42, 8
@@ -120,15 +122,15 @@ def names_of(parts, number):
 
 
 def test_the_reference_reads_the_same_pictures(demo):
-    """The hand-made preprocessing above and `dataset` agree, so that the tests below compare what they mean to."""
-    samples, _ = dataset.load_samples(None, str(demo.data), "image", "text", None, 0)
+    """The hand-made preprocessing above and `framing` agree, so that the tests below compare what they mean to."""
+    samples, _ = dataset.load_samples(None, [str(demo.data)], image_column="image", caption_column="text")
     prepare = Reference.preprocess
     for sample in samples[:6]:
         for flip in (False, True):
             expected, time_ids = prepare(SimpleNamespace(), Image.open(sample.name), flip)
-            framing = dataset.frame(sample, 64)
-            torch.testing.assert_close(dataset.pixels(sample, framing, flip), expected[0])
-            assert dataset.time_ids(sample, framing, flip).tolist() == time_ids[0].tolist()
+            framing = frame(sample, 64)
+            torch.testing.assert_close(pixels(sample, framing, flip), expected[0])
+            assert framing_ids(sample, framing, flip).tolist() == time_ids[0].tolist()
 
 
 RECIPES = {
@@ -227,11 +229,26 @@ def test_the_learning_rate_is_diffusers_schedule_stepped_once_per_optimizer_step
     flags = ["--lr_scheduler", name, "--lr_warmup_steps", 3, "--learning_rate", 2e-4, "--max_train_steps", 8, "--max_train_samples", 2]
     run = train(*flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=8)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=8, num_cycles=2)
     for row in run.rows:
         assert row["lr"] == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=1e-12)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [  # peak 1e-4; warm-up to step 2, 8 steps of decay
+        (["cosine_with_restarts"], {1: 0.5, 2: 1.0, 4: 0.5, 6: 1.0, 8: 0.5}),  # begins anew in the middle
+        (["cosine_with_restarts", "--lr_num_cycles", 1], {2: 1.0, 6: 0.5, 10: 0.0}),
+        (["polynomial"], {2: 1.0, 6: 0.5 * 0.999 + 0.001, 10: 0.001}),  # ends at 1e-7
+        (["polynomial", "--lr_power", 2], {2: 1.0, 6: 0.25 * 0.999 + 0.001, 10: 0.001}),
+    ],
+)
+def test_restarts_restart_and_a_polynomial_has_its_power(assemble, flags, expected):
+    lengths = ["--lr_warmup_steps", 2, "--max_train_steps", 10, "--learning_rate", 1e-4, "--max_train_samples", 2]
+    factor = assemble("--lr_scheduler", *flags, *lengths).engine.lr_factor
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("decay", [0.9999, 0.3])

@@ -56,11 +56,11 @@ def test_every_run_has_the_same_budget(done):
     assert done.runs["LoRA", 42].rows[0]["mse"] != done.runs["LoRA", 43].rows[0]["mse"]
 
 
-def test_the_budget_of_the_real_study_is_equal_too(tmp_path, capsys, monkeypatch):
+def test_the_budget_of_the_real_study_is_equal_too(tmp_path, tmp_path_factory, capsys, monkeypatch):
     """The commands that --dry_run prints, resolved by the trainers themselves; LoRA's is the documented baseline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "METHODS", ALL_METHODS)
-    study.main(["--dry_run", "--seeds", "2", "--", "--train_data_dir", str(tmp_path)])
+    study.main(["--dry_run", "--seeds", "2", "--", "--train_data_dir", str(tmp_path_factory.mktemp("pictures"))])
     *trainings, grid = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
     assert grid[:3] == ["python", "infer.py", "--compare"] and not list(tmp_path.iterdir())
     mains, configs = {"train_sdxl.py": train_sdxl.main, "train_qlora.py": train_qlora.main, "train_dora.py": train_dora.main}, []
