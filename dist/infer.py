@@ -7,7 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-# Made by tools/bundle.py from infer.py and 24 modules; edit those, not this file.
+# Made by tools/bundle.py from infer.py and 46 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -27,58 +27,267 @@ image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text,
 images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
                                                                (adapters: LoRA layers, the flat parameter buffer)
 """
+
+import os
+import sys
+
+
+def _interrupted_or(hook):
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+
+    def excepthook(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+        else:
+            hook(kind, error, traceback)
+
+    return excepthook
+
+
+sys.excepthook = _interrupted_or(sys.excepthook)
+
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+sys.modules["torchao"] = None
+'''
+
+# ====================================================================================== common/adapter_checks.py
+
+MODULES['common.adapter_checks'] = r'''
+"""What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
+
+import dataclasses
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common.command_line import UserError
+
+# PEFT starts these from decompositions of W and subtracts them from it: without the changed W they mean something else.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adaptable_layers(module: torch.nn.Module) -> dict:
+    """{name: frozen weight} of the layers that can have an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
+    return {name: layer.weight for name, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
+def misfit(file: Path, keys: list, total: int) -> UserError:
+    """The refusal of a file with keys that belong to no layer of this model."""
+    return UserError(
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+    )
+
+
+def check_weights(file: Path, module: torch.nn.Module, weights: dict) -> None:
+    """Refuse PEFT keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
+    if misfits := misfitting_keys(module, weights):
+        raise misfit(file, misfits, len(weights))
+
+
+def misfitting_keys(module: torch.nn.Module, weights: dict) -> list:
+    """The keys that check_weights refuses."""
+    shapes = {name: weight.shape for name, weight in adaptable_layers(module).items()}
+    return [key for key in weights if not _fits(shapes, weights, *key.rpartition(".lora_")[::2])]
+
+
+def _fits(shapes, weights, layer, kind):
+    down = weights.get(f"{layer}.lora_A.weight")
+    up = weights.get(f"{layer}.lora_B.weight")
+    shape = shapes.get(layer)
+    if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
+        return False
+    if kind == "magnitude_vector" and weights[f"{layer}.lora_magnitude_vector"].numel() != shape[0]:
+        return False
+    return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
+
+
+def check_values(file: Path, weights: dict) -> None:
+    """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
+    tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
+    if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read")
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+    halves = {key: tensor.any() for key, tensor in tensors.items()}
+    if not any(changes and halves.get(key.replace("lora_A", "lora_B"), True) for key, changes in halves.items() if "lora_B" not in key):
+        raise UserError(f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?")
+
+
+def drawing_config(file: Path, source: str, described: dict) -> dict:
+    """What a file says of its adapter -> LoraConfig arguments with which it is drawn: without the dropout of its training.
+
+    What a newer PEFT has added is left out where it is switched off, and refused where it is not.
+    Args:
+        source: where in the file it stands, for messages.
+    """
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if newer := sorted(name for name, value in described.items() if name not in known and value):
+        raise UserError(
+            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; pip install -U peft"
+        )
+    init = described.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise UserError(
+            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; convert it to LoRA with PEFT"
+        )
+    numbers = {name: described.get(name, 1) for name in ("r", "lora_alpha")} | (described.get("alpha_pattern") or {})
+    for name, value in numbers.items():
+        check_number(file, f"{name} in its {source}", value)
+    return {name: value for name, value in described.items() if name in known} | {"lora_dropout": 0.0}
+
+
+def check_number(file: Path, name: str, value: float) -> None:
+    """Refuse what is not a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged")
 '''
 
 # ===================================================================================== common/adapter_loading.py
 
 MODULES['common.adapter_loading'] = r'''
-"""Adapter files -> adapters in a pipeline; what diffusers, transformers and PEFT leave out with a warning is an error."""
+"""Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
 
 import torch
 
+from common.adapter_names import COMPONENTS
 from common.adapter_reading import read_adapter
 from common.command_line import UserError
-from common.formats import COMPONENTS
 
 
-def load_adapter(pipeline, file, name):
-    """Load an adapter file into a StableDiffusionXLPipeline under the adapter name `name`; its scale is 1 until set_adapters says otherwise.
+def load_adapter(pipeline, file, name, *, say=print):
+    """Load an adapter file into a StableDiffusionXLPipeline as the adapter `name`; its scale is 1 until set_adapters is called.
 
-    Equal to load_lora_weights where that works.
+    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval mode
+    afterwards. `say` is told what is left out.
     Raises:
         UserError: what read_adapter refuses, and keys that the loaders did not use.
     """
     modules = {component: getattr(pipeline, component) for component in COMPONENTS}
-    weights, configs = read_adapter(file, modules)
+    weights, configs = read_adapter(file, modules, say)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters side by side are meant
-        for component in weights:
-            _load_into(pipeline, component, name, weights[component], configs[component])
-            _check_loaded(file, modules[component], name, weights[component])
+        for component, part in weights.items():
+            _load_into(modules[component], component, name, part, configs[component])
+            modules[component].eval()
+            _check_loaded(file, modules[component], name, part)
 
 
-def _load_into(pipeline, component, name, weights, config):
+def _load_into(module, component, name, weights, config):
+    """Into text encoders through PEFT itself: transformers 5.24.0 asks for a version of it that does not exist."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     if component == "unet":
-        pipeline.unet.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+        module.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
     else:
-        prefixed = {f"{component}.{key}": tensor for key, tensor in weights.items()}
-        encoder, config = getattr(pipeline, component), {f"{component}.{key}": value for key, value in config.items()}
-        pipeline.load_lora_into_text_encoder(
-            prefixed, None, encoder, prefix=component, adapter_name=name, metadata=config, low_cpu_mem_usage=True
-        )
+        inject_adapter_in_model(LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights)
+        set_peft_model_state_dict(module, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
 def _check_loaded(file, module, name, weights):
-    """diffusers, transformers and PEFT only warn about what they leave out, and draw it at random (DoRA magnitudes of text encoders)."""
+    """diffusers and PEFT only warn about what they leave out, and draw it at random."""
     from peft import get_peft_model_state_dict
 
     # PEFT's default for embedding layers would ask the hub about the base model that the adapter names
     loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
-    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor.cpu(), weights[key].to(tensor.dtype))}
+    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor, weights[key].to(tensor))}
     if left_out := sorted((weights.keys() | loaded.keys()) - used):
         raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+'''
+
+# ======================================================================================= common/adapter_names.py
+
+MODULES['common.adapter_names'] = r'''
+"""What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
+
+import re
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+COMFYUI_PREFIXES = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
+
+# diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
+_OLD_PROJECTIONS = {".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out", ".to_out.0": ".to_out"}
+
+
+def layer_spellings(layers: dict, layers_per_block: int) -> dict:
+    """Every name by which a file may call one of `layers` {component: names} -> (component, name)."""
+    places = [(component, layer) for component, names in layers.items() for layer in names]
+    return {spelling: place for place in places for spelling in _spellings(*place, layers_per_block)}
+
+
+def _spellings(component, layer, layers_per_block):
+    shared = shared_name(component, layer, layers_per_block)
+    yield COMFYUI_PREFIXES[component] + shared
+    for name in (layer, shared):
+        yield KOHYA_PREFIXES[component] + name.replace(".", "_")
+        if component == "unet":
+            yield LYCORIS_PREFIX + name.replace(".", "_")
+    for name in (layer, portable(component, layer)):
+        yield f"{component}.{name}"
+        for now, before in _OLD_PROJECTIONS.items():
+            if name.endswith(now):
+                yield f"{component}.{name.removesuffix(now)}{before}"
+
+
+def portable(component, name):
+    """A name as every tool knows it: transformers 5 dropped `text_model.` from those in CLIPTextModel."""
+    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+
+
+def kohya_key(component, layer, layers_per_block):
+    """Name of a layer in a kohya file: prefix, then its shared name with underscores for dots."""
+    return KOHYA_PREFIXES[component] + shared_name(component, layer, layers_per_block).replace(".", "_")
+
+
+def shared_name(component, layer, layers_per_block):
+    """The name that tools outside of diffusers share: in the UNet's original layout, or the text encoder's portable one."""
+    return original_name(layer, layers_per_block) if component == "unet" else portable(component, layer)
+
+
+_OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def original_name(name, layers_per_block):
+    """Module name in diffusers' UNet -> in the original one.
+
+    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered through.
+    Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
+    upsampler.
+    """
+    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if not found:
+        return _OUTSIDE_BLOCKS.get(name, name)
+    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
+    if kind.endswith("samplers"):
+        index = layers_per_block  # they close their level
+    first = level * (layers_per_block + 1)
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
+    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
 '''
 
 # ===================================================================================== common/adapter_reading.py
@@ -89,17 +298,15 @@ MODULES['common.adapter_reading'] = r'''
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
 """
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from common import formats
+from common import formats, layer_reading, peft_reading
+from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
-
-KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
+from common.files import read_safetensors
 
 
 def find_adapter(place):
@@ -126,6 +333,9 @@ def find_adapter(place):
 
 
 def _weights_in(folder):
+    of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
+    if folder.name.startswith("checkpoint-") and of_step.exists():
+        return of_step  # a checkpoint itself holds what training needs, and no adapter file
     for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
@@ -136,179 +346,31 @@ def _weights_in(folder):
     raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
 
 
-def read_adapter(file, modules):
-    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}; `say` is told what is left out.
 
-    alpha comes from the file's metadata or its .alpha tensors, else it is the rank.
     Returns:
         ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).
     Raises:
-        UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing.
+        UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing, a
+            configuration that the installed PEFT does not know.
     """
-    with safe_open(file, "pt") as opened:
-        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
-    read = _reader_for(tensors)
-    weights, configs = read(file, tensors, metadata, modules)
-    _check_values(file, weights)
-    for component, part in weights.items():
-        if misfits := _misfits(modules[component], part):
-            raise _misfit(file, misfits, len(part))
-    return weights, configs
+    tensors, metadata = read_safetensors(file, from_anywhere=True)
+    if bundled := {key for key in tensors if key.startswith(layer_reading.EMBEDDINGS)}:
+        words = ", ".join(sorted({key.removeprefix(layer_reading.EMBEDDINGS).partition(".")[0] for key in bundled}))
+        say(f"{file}: the text embeddings in it ({words}) are left out, its layers are used")
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in bundled}
+    if not tensors:
+        raise UserError(f"--lora {file}: holds text embeddings and no layers; it is no adapter")
 
-
-def _reader_for(tensors):
-    if all(key.startswith("lora_") for key in tensors):
-        return _read_kohya
     if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
-        return _read_peft
-    return _read_diffusers
-
-
-def _read_diffusers(file, tensors, metadata, modules):
-    """Keys COMPONENT.LAYER.lora.down.weight and their older spellings. Returns as read_adapter."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-
-    config = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
-    weights, configs = {}, {}
-    parts = {
-        component: {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{component}.")} for component in formats.COMPONENTS
-    }
-    if sum(map(len, parts.values())) < len(tensors):
-        raise _misfit(file, [key for key in tensors if key.partition(".")[0] not in formats.COMPONENTS], len(tensors))
-    for component, part in parts.items():
-        if not part:
-            continue
-        if component == "unet":
-            part = convert_unet_state_dict_to_peft(part)
-        else:
-            part = _named_as_in(modules[component], convert_state_dict_to_peft(convert_state_dict_to_diffusers(part)))
-        weights[component] = part
-        described = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")}
-        configs[component] = described or _describe(part, {})
-    return weights, configs
-
-
-def _named_as_in(encoder, weights):
-    """The opposite of formats.portable, where `encoder` is one without the prefix."""
-    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
-    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
-
-
-def _read_kohya(file, tensors, metadata, modules):
-    """Keys PREFIX_LAYER_WITH_UNDERSCORES.KIND; the layer's name is looked up among those the model has. Returns as read_adapter."""
-    layers_per_block = modules["unet"].config.layers_per_block
-    known = {}
-    for component, module in modules.items():
-        for layer, _ in module.named_modules():
-            known[formats.KOHYA_PREFIXES[component] + layer.replace(".", "_")] = component, layer
-            known[formats.kohya_key(component, layer, layers_per_block)] = component, layer
-    weights, alphas, unknown = {}, {}, []
-    for key, tensor in tensors.items():
-        prefix, _, kind = key.partition(".")
-        component, layer = known.get(prefix, (None, None))
-        if component is None or kind not in (*KOHYA_KINDS, "alpha"):
-            unknown.append(key)
-        elif kind == "alpha":
-            alphas.setdefault(component, {})[layer] = tensor.item()
-        else:
-            weights.setdefault(component, {})[f"{layer}.{KOHYA_KINDS[kind]}"] = tensor
-    if unknown:
-        raise _misfit(file, unknown, len(tensors))
+        weights, configs = peft_reading.read_peft(file, modules)
+    else:
+        weights, configs = layer_reading.read_layers(file, tensors, metadata, modules)
+    check_values(file, weights)
     for component, part in weights.items():
-        for key in [key for key in part if key.endswith("lora_magnitude_vector")]:
-            layer = key.removesuffix(".lora_magnitude_vector")
-            part[key] = _magnitude(file, modules[component].get_submodule(layer).weight, part, layer, alphas[component], metadata)
-    return weights, {component: _describe(part, alphas.get(component, {})) for component, part in weights.items()}
-
-
-def _magnitude(file, weight, weights, layer, alphas, metadata):
-    """A kohya file's dora_scale -> PEFT's magnitude, [out] or [1, out, 1, 1]. In our files it goes with ||W||, in LyCORIS's with ||W + s B A||."""
-    dora_scale, down, up = (weights[f"{layer}.{kind}"].float() for kind in ("lora_magnitude_vector", "lora_A.weight", "lora_B.weight"))
-    if len(dora_scale) != len(up):
-        raise UserError(f"--lora {file}: its dora_scale runs over input columns, e.g. in {layer}; PEFT's DoRA knows output rows only")
-    magnitude = dora_scale.flatten()
-    if metadata.get(formats.DORA_NORM) == "base":
-        base, merged = formats.row_norms(weight.cpu(), alphas[layer] / len(down) * (up.flatten(1) @ down.flatten(1)).view(weight.shape))
-        magnitude = magnitude * merged / base
-    return magnitude if weight.dim() == 2 else magnitude.view(1, -1, 1, 1)
-
-
-def _read_peft(file, tensors, metadata, modules):
-    """A PEFT folder of the UNet or of one text encoder; what save_peft wrote has folders of the text encoders in it. Returns as read_adapter."""
-    nested = [file.parent / component for component in formats.COMPONENTS[1:]]
-    files = [find_adapter(folder) for folder in nested if (folder / formats.PEFT_CONFIG).exists()]
-    weights, configs = {}, {}
-    for part, content in [(file, tensors), *((file, load_file(file)) for file in files)]:
-        config = _peft_config(part)
-        component, named = _peft_component(modules, {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in content.items()})
-        weights[component], configs[component] = named, config
+        check_weights(file, modules[component], part)
     return weights, configs
-
-
-def _peft_config(file):
-    """LoraConfig arguments beside a PEFT file."""
-    from peft import LoraConfig
-
-    if not (file.parent / formats.PEFT_CONFIG).exists():
-        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
-    kind = json.loads((file.parent / formats.PEFT_CONFIG).read_text()).get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
-    return LoraConfig.from_pretrained(file.parent).to_dict()
-
-
-def _peft_component(modules, weights):
-    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in formats.COMPONENTS}
-    return next((pair for pair in named.items() if not _misfits(modules[pair[0]], pair[1])), ("unet", weights))
-
-
-def _describe(weights, alphas):
-    """LoraConfig arguments for {PEFT key: tensor} of one component; a layer that `alphas` does not name has alpha = rank."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
-    alphas = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
-    r, lora_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
-    return dict(
-        r=r,
-        lora_alpha=lora_alpha,
-        rank_pattern={f"^{layer}": rank for layer, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{layer}": alpha for layer, alpha in alphas.items() if alpha != lora_alpha},
-        target_modules=list(ranks),
-        use_dora=any(key.endswith("lora_magnitude_vector") for key in weights),
-    )
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _misfit(file, keys, total):
-    return UserError(
-        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
-    )
-
-
-def _check_values(file, weights):
-    tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
-    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
-    if not any(tensor.any() for key, tensor in tensors.items() if not key.endswith("lora_A.weight")):
-        raise UserError(f"--lora {file}: would change nothing, every lora_B is zero, e.g. {next(iter(tensors))}; was it trained?")
-
-
-def _misfits(module, weights):
-    """Keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
-    shapes = {name: layer.weight.shape for name, layer in module.named_modules() if isinstance(layer, layers)}
-    return [key for key in weights if not _fits(shapes, weights, *key.rpartition(".lora_")[::2])]
-
-
-def _fits(shapes, weights, layer, kind):
-    down, up, shape = weights.get(f"{layer}.lora_A.weight"), weights.get(f"{layer}.lora_B.weight"), shapes.get(layer)
-    if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
-        return False
-    return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
 '''
 
 # ============================================================================================ common/adapters.py
@@ -349,12 +411,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
 
 
 def add_text_lora(encoders, rank, alpha, dropout=0.0):
-    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there."""
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
+
+    Through PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
+    """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     for encoder in encoders:
-        encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS))
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
+        inject_adapter_in_model(config, encoder)
         cast_training_params(encoder, torch.float32)
         encoder.train()
 
@@ -454,7 +520,7 @@ class EMA:
     @contextlib.contextmanager
     def applied(self):
         """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
-        trained = self.flat.data.clone()
+        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
         self.flat.data.copy_(self.average)
         self.flat.publish()
         try:
@@ -462,6 +528,90 @@ class EMA:
         finally:
             self.flat.data.copy_(trained)
             self.flat.publish()
+'''
+
+# ============================================================================================ common/attached.py
+
+MODULES['common.attached'] = r'''
+"""What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
+
+import os
+import time
+from typing import NamedTuple
+
+KAGGLE_INPUT = "/kaggle/input"
+DEPTH = 6  # folders below the root: Kaggle's own layout takes up to five
+SEARCH_S = 1.5  # a data set of a million files is not searched to its end
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Attached(NamedTuple):
+    """Folders, each list sorted."""
+
+    models: list[str]  # with model_index.json
+    data: list[str]  # with metadata.jsonl or .csv, or with a .txt beside a picture
+    wheels: list[str]  # with .whl files
+
+
+def find_attached(root: str = KAGGLE_INPUT) -> Attached:
+    """Search `root`, which may be absent; below a model or a data folder nothing more is looked for."""
+    found = Attached([], [], [])
+    started_s = time.monotonic()
+    for folder, below, files in os.walk(root):
+        below.sort()
+        if any(name.endswith(".whl") for name in files):
+            found.wheels.append(folder)
+
+        # A model or a data set ends the search of its branch, as do depth and time.
+        if "model_index.json" in files:
+            found.models.append(folder)
+            below.clear()
+        elif _holds_captions(files):
+            found.data.append(folder)
+            below.clear()
+        elif folder.count(os.sep) - root.count(os.sep) >= DEPTH or time.monotonic() - started_s > SEARCH_S:
+            below.clear()
+    return Attached(*map(sorted, found))
+
+
+def _holds_captions(files: list[str]) -> bool:
+    """Whether these are the files of a folder that `--train_data_dir` can read."""
+    if "metadata.jsonl" in files or "metadata.csv" in files:
+        return True
+    texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
+    return any(os.path.splitext(name)[0] in texts for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+'''
+
+# =============================================================================================== common/cards.py
+
+MODULES['common.cards'] = r'''
+"""What can be said of a GPU before it computes; nothing here imports torch."""
+
+import re
+
+
+def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
+    """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
+
+    Code for sm_XY runs on cards of the same X and at least that Y, code for compute_XY on every later one (CUDA C++ programming guide,
+    application compatibility). Builds for other makers' cards name neither and are not judged.
+
+    Args:
+        name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
+    """
+    codes = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(code[1], (int(code[2]), int(code[3]))) for code in codes if code]
+    if not codes or any(_runs(kind, built, capability) for kind, built in codes):
+        return None
+    oldest = min(built for _, built in codes)
+    return (
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it, only for sm_{oldest[0]}{oldest[1]} and other cards;"
+        " choose another GPU (Kaggle: choose GPU T4 x2)"
+    )
+
+
+def _runs(kind, built, capability):
+    return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
 '''
 
 # ======================================================================================== common/command_line.py
@@ -473,28 +623,59 @@ Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answ
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import errno
 import json
 import os
 import re
+import shlex
+import signal
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from typing import get_args
 
-import argparse_dataclass
+from common import launch, packages, stopping
+from common.places import CACHE_DIR
 
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+packages.require_parser()
+
+import argparse_dataclass  # noqa: E402
+
+from common.other_tools import our_name  # noqa: E402
+
 DEMO_ROOT = Path(CACHE_DIR) / "demo"
 
 
+LONGEST_WORD, LONGEST_LINE = 300, 1500
+
+
 class UserError(Exception):
-    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do; long values are shortened."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and without the middle of what nobody reads to its end."""
+    words = [_without_middle(word, LONGEST_WORD) for word in text.split()]
+    return _without_middle(" ".join(words), LONGEST_LINE)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    """`text` of at most `longest` characters: its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
 
 
 def flag(default, help, **metadata):
-    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same.
+
+    Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
+    """
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
@@ -505,6 +686,9 @@ def local_path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
     return os.path.expanduser(text)
+
+
+TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")
 
 
 class Switch(argparse.Action):
@@ -531,11 +715,12 @@ class Parser(argparse_dataclass.ArgumentParser):
         if names[0] == "-h":
             return super().add_argument(*names, **kwargs)
         dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
-        if str(kwargs.get("action")).startswith("store_"):
+        if str(kwargs.get("action")).startswith("store_") or kwargs.get("type") is bool:
             kwargs["action"] = Switch
+            kwargs.pop("type", None)
         elif "nargs" in kwargs:
             kwargs["action"] = "extend"
-        if dest in self._optional:
+        if dest in self._optional and "type" in kwargs:
             kwargs["type"] = _or_none(kwargs["type"])
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
@@ -543,11 +728,32 @@ class Parser(argparse_dataclass.ArgumentParser):
         return super().add_argument(*spellings, dest=dest, **kwargs)
 
     def error(self, message):
-        known = [option for action in self._actions for option in action.option_strings]
         for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            close = difflib.get_close_matches(typed, known, n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
+            message += self._hint(typed)
         raise UserError(f"{message} (--help lists every flag)")
+
+    def _hint(self, typed):
+        """What may be meant by an unknown flag: another tool's name for one of ours, or a misspelt one."""
+        theirs = typed.lstrip("-").replace("-", "_")
+        if ours := our_name(theirs, set(self._shown_defaults)):
+            return f"; {typed} is called --{ours} here"
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(typed, known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def refuse_values_of_switches(self, argv):
+        """A switch takes no value: `--use_ema false` would leave a stray word, and `--use_ema=false` an explanation that explains nothing.
+
+        Raises:
+            UserError: naming the two spellings that there are.
+        """
+        switches = {option: action.dest for action in self._actions if isinstance(action, Switch) for option in action.option_strings}
+        for typed, following in zip(argv, [*argv[1:], ""]):
+            option, joined, value = typed.partition("=")
+            value = value if joined else following
+            if option in switches and (joined or value.lower() in TRUTH_VALUES):
+                name = switches[option]
+                raise UserError(f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it")
 
 
 def _or_none(convert):
@@ -574,21 +780,25 @@ def parse(cls, argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
     parser = Parser(cls)
-    if "demo" in typed:
-        # a typed list would be added to a default one
-        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
-    if "num_train_epochs" in typed and "max_train_steps" not in typed:
+    names = {field.name for field in dataclasses.fields(cls)}
+    parser.refuse_values_of_switches(argv)
+    if "demo" in typed & names:
+        # a typed list would be added to a default one, and the demo's folder of images would win over a typed data set
+        owned = typed | ({"train_data_dir"} if "dataset_name" in typed else set())
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in owned})
+    if "num_train_epochs" in typed and "max_train_steps" in names - typed:
         parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
     return parser.parse_args(argv)
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
+    """What `--demo` changes: see demo/settings.py, and the flags' own metadata."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
     from demo.settings import demo_settings
 
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **own}.items() if name in fields}
 
 
 def print_config(flags):
@@ -596,23 +806,98 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
+GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        said, status = "interrupted", 130
-    except UserError as error:
-        said, status = f"error: {error}", 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        said, status = f"error: {error}: make room there, or name another place", 2
-    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU.
+
+    A signal outside of the training loop is one line and exit status 128 + its number: 130 after Ctrl-C. Any other error is one line and
+    1, with its traceback in a file. A training that a signal or the time limit has ended names as its last line the command that goes on.
+    A reader of stdout who leaves (`| head`) does not end the run.
+    """
+    stopping.end_in_order()
+    with _outliving_its_reader():
+        try:
+            result = main()
+        except (KeyboardInterrupt, Exception) as error:
+            said, status = _told(error)
+        else:
+            if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
+                print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+            return result
+    if launch.rank() == 0 or status in (1, 2):
+        launch.say_last(said)
     sys.exit(status)
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """(what is said, the exit status) of an error that ends a script."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        return stopping.ended_by(number), 128 + number
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"error: {one_line(str(error))}: make room there, or name another place", 2
+    if isinstance(error, RuntimeError):
+        from common import memory
+
+        if memory.ran_out(error):
+            return f"error: {memory.OutOfMemory('while loading')}", 2
+    return _unforeseen(error), 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
+    temporary one."""
+    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]  # the first are main's
+    output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
+    place = output_dir if output_dir and os.path.isdir(output_dir) else None
+    try:
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt", dir=place)
+    except OSError:  # the folder itself may be at fault
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt")
+    with open(descriptor, "w") as report:
+        report.write(f"{shlex.join(sys.argv)}\nPython {sys.version}\n\n{''.join(traceback.format_exception(error))}")
+    what = f"{type(error).__name__}: {one_line(str(error))}"
+    return f"error: unforeseen {what}; the traceback is in {file}, please report it with that file"
+
+
+class _Outlet:
+    """Standard output whose reader may leave: what is still written then goes nowhere."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with self._to_nowhere_if_closed():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._to_nowhere_if_closed():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _to_nowhere_if_closed(self):
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _outliving_its_reader():
+    before, sys.stdout = sys.stdout, _Outlet(sys.stdout)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
 
 
 class Described:
@@ -632,20 +917,24 @@ class Described:
 MODULES['common.device'] = r'''
 """Where to compute and in which precision, and why: decided here once, printed once."""
 
+import contextlib
 import gc
 import logging
-import resource
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
+from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
+LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
@@ -664,22 +953,59 @@ class Host:
     def is_main(self):
         return self.rank == 0
 
+    def on_cpu(self):
+        """The same process computing on its CPU, in fp32."""
+        return replace(self, device=torch.device("cpu"), dtype=torch.float32)
+
     def say(self, line):
         if self.is_main:
             print(line, flush=True)
 
     def gather(self, items):
         """The lists of all processes as one list, on every process."""
-        return gather_object(items) if self.world > 1 else items
+        with _all_processes():
+            return gather_object(items) if self.world > 1 else items
 
     def barrier(self):
-        PartialState().wait_for_everyone()
+        with _all_processes():
+            PartialState().wait_for_everyone()
+
+    def main_first(self, make):
+        """`make()` on the main process, then on the others, which find what it left on the disk. Where it fails there, they end without a word."""
+        if not self.is_main:
+            if self.gather([]) != [True]:
+                raise SystemExit(0)  # the launcher then reports the main process, not this one
+            return make()
+        done = False
+        try:
+            made = make()
+            done = True
+            return made
+        finally:
+            self.gather([done])
 
     def sum(self, tensor):
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
         if self.world > 1:
-            torch.distributed.all_reduce(tensor)
+            with _all_processes():
+                torch.distributed.all_reduce(tensor)
         return tensor
+
+
+@contextlib.contextmanager
+def _all_processes():
+    """Around a call that all processes make together.
+
+    Raises:
+        UserError: it failed, as it does when another process has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
 
 
 def start(mixed_precision="fp16", seed=0):
@@ -688,13 +1014,14 @@ def start(mixed_precision="fp16", seed=0):
     Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
 
     Raises:
-        UserError: for bf16 on a card that only emulates it.
+        UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
     """
     global _earlier_peak_gib
     started_s, _earlier_peak_gib = time.monotonic(), 0.0
     quieten_libraries()
     torch.manual_seed(seed)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
+    # without a GPU: gloo
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     gc.collect()  # what an earlier run in this process has left
     free_memory(where)
@@ -705,7 +1032,7 @@ def start(mixed_precision="fp16", seed=0):
     processes = f", {host.world} processes" if host.world > 1 else ""
     idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
     if idle > 0:
-        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch uses all of them")
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
     host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
 
@@ -725,6 +1052,8 @@ def _choose_dtype(device, mixed_precision):
     if device.type != "cuda":
         return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
+        raise UserError(fault)
     if mixed_precision == "no":
         return torch.float32, f"{name}, --mixed_precision no"
     if mixed_precision == "bf16":
@@ -733,6 +1062,14 @@ def _choose_dtype(device, mixed_precision):
             raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def limit_memory(device, max_gib):
+    """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
+    free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
+    limit_gib = min(max_gib or free_gib, free_gib)
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    return limit_gib
 
 
 def peak_gib(device):
@@ -749,7 +1086,12 @@ def start_new_peak(device):
 
 def peak_ram_gib():
     """Highest resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource  # not there on Windows
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
 
 
 def seconds_since_start():
@@ -763,43 +1105,256 @@ def free_memory(device):
         torch.cuda.empty_cache()
 '''
 
+# ================================================================================================ common/dora.py
+
+MODULES['common.dora'] = r'''
+"""DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
+
+DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
+reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers draw m on that too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+# What a kohya file with DoRA says of itself. An open proposal would have ComfyUI divide by ||W + s B A|| instead.
+DORA_NORM = "dora_norm"
+METADATA = {
+    DORA_NORM: "base",
+    "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
+    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula (comfy/weight_adapter/base.py, weight_decompose); Forge",
+    "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
+}
+
+
+def frozen_weights(unet: torch.nn.Module, files: list[Path]) -> Callable[[str], torch.Tensor]:
+    """name of an adapted layer -> its W as readers have it: a 4-bit layer's is read from the model's `files`."""
+    homes = {}
+
+    def weight(name):
+        held = unet.get_submodule(name).get_base_layer().weight
+        if held.dtype != torch.uint8:
+            return held.detach()
+        if not homes:
+            for file in files:
+                with safe_open(file, "pt") as tensors:
+                    homes.update(dict.fromkeys(tensors.keys(), file))
+        with safe_open(homes[f"{name}.weight"], "pt", device=str(held.device)) as tensors:
+            return tensors.get_tensor(f"{name}.weight")
+
+    return weight
+
+
+def dora_scale(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """PEFT's magnitude m -> the dora_scale [N, 1] with which ComfyUI and Forge compute the same weight.
+
+    For a scale of this shape, with more axes of 1 for a convolution, they compute (W + s B A) dora_scale / ||W||:
+    weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py.
+    """
+    base, merged = row_norms(weight, delta)
+    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
+
+
+def change(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """W' - W, fp32, of the shape of W."""
+    _, merged = row_norms(weight, delta)
+    gain = (magnitude.float().flatten() / merged).view(-1, *[1] * (weight.dim() - 1))
+    return (weight.float() + delta.to(merged.dtype)) * gain - weight.float()
+
+
+def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(||W||, ||W + delta||) over rows, each [N], in fp32."""
+    weight = weight.detach().float()
+    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+
+
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young); of equal size, for fp16's sake.
+
+    From the eigenvectors of the smaller Gram matrix, in fp64: R of them are needed, and nothing of the other side.
+    """
+    if len(matrix) > matrix.shape[1]:
+        up, down = low_rank(matrix.t(), rank)
+        return down.t(), up.t()
+    values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
+    rank = min(rank, len(values))
+    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)  # what is nothing but rounding is not blown up
+    roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
+    vectors = vectors[:, -rank:]
+    return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
+'''
+
 # =============================================================================================== common/files.py
 
 MODULES['common.files'] = r'''
-"""Files that a reader finds whole or not at all."""
+"""Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
 
+import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.command_line import UserError
 
-def write_json(path, value):
+HASHES = "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a folder
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
+
+# ---------------------------------------------------------------- whole or absent
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to write to until it can take the place of `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Inside, the name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # that of the block itself says more
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which is yet to be made; one that has the name already goes out of the way first, and then away."""
+    partial = partial_name(folder)
+    try:
+        yield partial
+        _sync(partial)
+        if folder.exists():
+            remove_folder(folder, replaced_by=partial)
+        else:
+            partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path, replaced_by: Path | None = None) -> None:
+    """Remove a folder so that it is whole or absent at every instant; another one may take its name."""
+    doomed = partial_name(folder)
+    folder.rename(doomed)
+    if replaced_by is not None:
+        replaced_by.rename(folder)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut (fsync). Windows has no such call for folders."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """The same for tensors.
+# ---------------------------------------------------------------- tensors
+
+
+def write_safetensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """The same for tensors, with a hash of each in the metadata.
 
     Raises:
         OSError: where it cannot be written; safetensors has an error of its own for that, with the number in its text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = metadata or {}
+    hashes = {"": _hash_of_metadata(metadata), **{name: _hash(name, tensor) for name, tensor in copies.items()}}
+    with replacing(path) as partial:
+        try:
+            save_file(copies, partial, {**metadata, HASHES: json.dumps(hashes)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        partial.chmod(0o644)  # safetensors makes its files unreadable for others
+
+
+def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, dict]:
+    """({name: tensor on the CPU}, metadata) of a safetensors file, each tensor as it was written.
+
+    Args:
+        from_anywhere: another tool may have written it and copied our metadata into it; it is then read as one without hashes.
+    Raises:
+        DamagedFile: naming the file and what in it has changed.
+    """
     try:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+        with safe_open(path, "pt") as opened:
+            if damaged := first_damage(opened, from_anywhere=from_anywhere):
+                raise DamagedFile(f"{path}: damaged, {damaged} is not what was written; make it or copy it again")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    partial.chmod(0o644)  # safetensors makes its files unreadable for others
-    os.replace(partial, path)
+        raise DamagedFile(f"{path}: damaged or not a safetensors file ({error}); make it or copy it again") from None
+
+
+def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
+    """What in an open safetensors file is not as it was written; None where all is, and where the file has no hashes.
+
+    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata: it has no hashes of its own.
+    """
+    metadata = dict(opened.metadata() or {})
+    try:
+        hashes = dict(json.loads(metadata.pop(HASHES, "{}")))
+    except (ValueError, TypeError):
+        return "its metadata"
+    if not hashes:
+        return None
+    names = set(opened.keys())
+    wrong = [name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])]
+    matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
+    if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
+        return None
+    if wrong:
+        return wrong[0]
+    return None if hashes.get("") == _hash_of_metadata(metadata) else "its metadata"
+
+
+def _hash(name: str, tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_of_metadata(metadata: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
 '''
 
 # =============================================================================================== common/flags.py
@@ -810,30 +1365,33 @@ MODULES['common.flags'] = r'''
 Nothing here imports torch: a wrong value is answered at once.
 """
 
+import contextlib
 import importlib.util
 import math
+import netrc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, Optional
+from typing import List, Literal, Optional
+from urllib.parse import urlsplit
 
+from common import packages, run_folder
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' polynomial schedule ends
 
 
 @dataclass
 class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
-    DEMO: ClassVar[dict] = {}  # what a script's own --demo changes beside the settings of all
-
     pretrained_model_name_or_path: str = flag(
         "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
-        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one",
+        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model with SDXL's original VAE, else the model's own",
         type=local_path,
     )
     config_name_or_path: str = flag(
@@ -843,6 +1401,12 @@ class ModelFlags(Described):
     )
     variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    prediction_type: Optional[str] = flag(
+        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+    )
+    zero_terminal_snr: Optional[bool] = flag(
+        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
     cache_dir: str = flag(
         CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
@@ -857,9 +1421,11 @@ class TrainFlags(ModelFlags):
 
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
-    train_data_dir: Optional[str] = flag(
-        None,
-        "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too",
+    train_data_dir: List[str] = flag(
+        [],
+        "folder of images with metadata.jsonl/.csv or .txt captions, of parquet or arrow files, or written by save_to_disk; repeatable;"
+        " FOLDER:2 shows each of its images twice an epoch, and so does a folder 2_NAME in it; wins over --dataset_name; a name under"
+        " /kaggle/input works too",
         type=local_path,
     )
     image_column: str = flag("image", "column of the images in a hub data set")
@@ -875,6 +1441,15 @@ class TrainFlags(ModelFlags):
         False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
     )
     caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
+    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
+    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
+    shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
+    keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
+    tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
+    caption_variants: int = flag(
+        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+    )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
     )
@@ -883,7 +1458,7 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
+    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
     lora_dropout: float = flag(
         0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
@@ -901,7 +1476,9 @@ class TrainFlags(ModelFlags):
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
-    gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
+    gradient_accumulation_steps: int = flag(
+        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+    )
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
@@ -910,6 +1487,8 @@ class TrainFlags(ModelFlags):
         "cosine", "schedule of the learning rate over the optimizer steps"
     )
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
+    lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
@@ -939,6 +1518,10 @@ class TrainFlags(ModelFlags):
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
     early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
 
+    def __post_init__(self):
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_rank
+
 
 def check(flags):
     """Refuse values that cannot work, before anything heavy is imported or anything is written.
@@ -948,16 +1531,16 @@ def check(flags):
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
     positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
+    positive += " caption_variants lr_num_cycles lr_power"
     for name in positive.split():
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    for (
-        name
-    ) in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
-    for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
+    for name in "caption_dropout tag_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
         if not 0 <= getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
@@ -965,6 +1548,10 @@ def check(flags):
         raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
+        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+    if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
     if not all(name.strip() for name in flags.lora_target_modules):
         raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
     _check_places(flags)
@@ -973,7 +1560,9 @@ def check(flags):
 
 
 def check_model(flags):
-    """The part of `check` that every script needs: a model that is meant to be local is there, and what is written finds a place."""
+    """The part of `check` that every script needs: packages, a model that is meant to be local, and a place for what is written."""
+    if found := packages.lacking():
+        raise UserError(packages.refusal(found))
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
@@ -981,7 +1570,7 @@ def check_model(flags):
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
-        if looks_local and not os.path.exists(place) and not _of_the_demo(place):
+        if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
@@ -1000,15 +1589,31 @@ def _of_the_demo(place):
 
 
 def _check_places(flags):
-    if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
-        find_data_dir(flags.train_data_dir)
     output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    for name in flags.train_data_dir:
+        if not _of_the_demo(name):
+            _check_data_dir(name, output)
     if resume not in (None, "latest") and not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
+    run_folder.check_free(output)
     continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
-    if not continues and any((output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")):
+    if not continues and any((output / name).exists() for name in ("metrics.jsonl", run_folder.WEIGHTS)):
         raise UserError(
             f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+        )
+    if resume == "latest" and (output / run_folder.WEIGHTS).exists() and not run_folder.find_checkpoints(output):
+        raise UserError(
+            f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over, and no checkpoint to go on from;"
+            " name another --output_dir"
+        )
+
+
+def _check_data_dir(name, output):
+    folder, _ = find_data_dir(name)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--output_dir {output}: lies in --train_data_dir {folder}, so the pictures of the run would be trained on;"
+            " name a folder outside, and move a run that is there already"
         )
 
 
@@ -1020,17 +1625,38 @@ def _check_packages(flags):
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
+    if flags.report_to == "wandb":
+        _check_wandb_login()
+
+
+def _check_wandb_login():
+    """wandb itself would ask for a key, or fail, when everything is loaded; it reads the same three places."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    for place in filter(os.path.isfile, places):
+        with contextlib.suppress(netrc.NetrcParseError, OSError):
+            if netrc.netrc(place).authenticators(server):
+                return
+    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
 
 
 def find_data_dir(name):
-    """The folder `name`, or /kaggle/input/`name`, as a Path.
+    """(folder, weight) of a value of --train_data_dir: the folder NAME, or /kaggle/input/NAME, with weight 1; of NAME:2, 2.
+
+    A folder whose own name ends in a colon and a number is found first.
 
     Raises:
-        UserError: when neither is a folder.
+        UserError: there is no such folder, or the weight is no whole number from 1.
     """
-    for folder in (Path(name), Path("/kaggle/input") / name):
-        if folder.is_dir():
-            return folder
+    before, _, after = name.rpartition(":")
+    for place, weight in ((name, "1"), (before, after)):
+        for folder in (Path(place), Path("/kaggle/input") / place):
+            if place and folder.is_dir():
+                if not (weight.isdecimal() and int(weight)):
+                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
 
@@ -1041,18 +1667,16 @@ MODULES['common.formats'] = r'''
 
 import copy
 import json
-import re
 
 import torch
 
+from common import dora
+from common.adapter_names import COMPONENTS, kohya_key, portable
 from common.files import write_safetensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
-DORA_NORM = "dora_norm"  # our key in a kohya file's metadata: what its dora_scale is to be divided by
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
 
 def save_adapter(path, unet, recipe, text_encoders=()):
@@ -1067,10 +1691,22 @@ def save_adapter(path, unet, recipe, text_encoders=()):
     for component, module in zip(COMPONENTS, (unet, *text_encoders)):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
         weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
-        config = module.peft_config["default"].to_dict()
-        described |= {f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
     metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
     write_safetensors(path, weights, metadata)
+
+
+def _described(config):
+    """What of a LoraConfig a loader needs.
+
+    Not the dropout of training, with which it would draw; nor defaults, of which an older PEFT may not know all.
+    """
+    from peft import LoraConfig
+
+    settings = {**config.to_dict(), "lora_dropout": 0.0}
+    defaults = LoraConfig().to_dict()
+    needed = {name: value for name, value in settings.items() if name in ("r", "lora_alpha") or value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
 
 
 def _spelt_by_diffusers(component, weights):
@@ -1097,96 +1733,87 @@ def save_peft(folder, unet, recipe, text_encoders=()):
         weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
         write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
         config = copy.copy(module.peft_config["default"])
-        config.base_model_name_or_path, config.inference_mode = recipe["base_model"], True
+        config.base_model_name_or_path = recipe["base_model"]
+        config.inference_mode = True
+        config.lora_dropout = 0.0  # of training: the recipe keeps it
         base = type(module)
         config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
 
 
-def save_kohya(path, unet, recipe, text_encoders=()):
+def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
     """Write the same adapters for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
 
     Their format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha`
     and, for DoRA, `dora_scale` [out, 1]; layers are named by the original SDXL layout with underscores.
-    """
-    from peft import get_peft_model_state_dict
 
-    config, tensors = unet.peft_config["default"], {}
+    Args:
+        weight_of: see dora.frozen_weights; the model's own weights when None.
+        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
+    Returns:
+        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
+    """
+    weight_of = weight_of or dora.frozen_weights(unet, [])
+    config = unet.peft_config["default"]
+    tensors, squares = {}, torch.zeros(2)  # of what is left out, and of all
     for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        for name, tensor in get_peft_model_state_dict(module).items():
-            layer, _, kind = name.rpartition(".lora_")
+        for layer, parts in _by_layer(module).items():
             key = kohya_key(component, layer, unet.config.layers_per_block)
-            if kind == "magnitude_vector":
-                tensors[f"{key}.dora_scale"] = _dora_scale(module.get_submodule(layer), tensor)
-            else:
-                tensors[f"{key}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[kind] }.weight"] = tensor.half()
-                tensors[f"{key}.alpha"] = torch.tensor(float(module.peft_config["default"].lora_alpha))
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
+            up, down = parts["B.weight"], parts["A.weight"]
+            alpha = module.peft_config["default"].lora_alpha
+            if "magnitude_vector" in parts:
+                known = parts["magnitude_vector"], weight_of(layer), module.get_submodule(layer).get_delta_weight("default")
+                if dora_rank:
+                    up, down, left_out = _as_lora(dora.change(*known), dora_rank)
+                    alpha = len(down)
+                    squares += left_out
+                else:
+                    tensors[f"{key}.dora_scale"] = dora.dora_scale(*known)
+            tensors[f"{key}.lora_down.weight"] = down.half()
+            tensors[f"{key}.lora_up.weight"] = up.half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
+
+    rank, alpha = (dora_rank, dora_rank) if dora_rank else (config.r, config.lora_alpha)
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
     metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-    if config.use_dora:
-        metadata[DORA_NORM] = "base"
+    metadata |= _kind_metadata(recipe)
+    if dora_rank:
+        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
+    elif config.use_dora:
+        metadata |= dora.METADATA
     write_safetensors(path, tensors, {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+    return share
 
 
-def _dora_scale(layer, magnitude):
-    """PEFT's magnitude m -> the dora_scale [out, 1] (convolutions: [out, 1, 1, 1]) with which ComfyUI and Forge compute the same weight.
-
-    DoRA is (W + s B A) m / ||W + s B A|| (arXiv 2402.09353, eq. 5), norms over rows. For a scale of this shape they compute
-    (W + s B A) dora_scale / ||W|| (weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py).
-    """
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(layer.get_base_layer())
-    base, merged = row_norms(weight, layer.get_delta_weight("default"))
-    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
+def _kind_metadata(recipe):
+    """What the base model predicts, as modelspec (https://github.com/Stability-AI/ModelSpec) and kohya's scripts write it."""
+    velocity = recipe.get("prediction_type") == "v_prediction"
+    return {
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "ss_v_parameterization": str(velocity),
+        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
+    }
 
 
-def row_norms(weight, delta):
-    """(||W||, ||W + delta||) over rows, each [out], in fp32."""
-    weight = weight.detach().float()
-    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+def _by_layer(module):
+    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, tensor in get_peft_model_state_dict(module).items():
+        layer, _, kind = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
 
 
-def portable(component, name):
-    """A name as every tool knows it: transformers 5 dropped `text_model.` from those inside CLIPTextModel."""
-    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
-
-
-def kohya_key(component, layer, layers_per_block):
-    """Name of a layer in a kohya file: prefix, then the UNet's original or the text encoder's portable name, with underscores."""
-    name = _original_layout(layer, layers_per_block) if component == "unet" else portable(component, layer)
-    return KOHYA_PREFIXES[component] + name.replace(".", "_")
-
-
-_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-
-def _original_layout(name, layers_per_block):
-    """Module name in diffusers' UNet -> in the original one (https://github.com/Stability-AI/generative-models, openaimodel.py).
-
-    There the blocks of all levels are numbered through; within one, 0 is the residual part (or the downsampler), 1 the attention
-    (or an upsampler without one before it), 2 the upsampler.
-    """
-    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    if not found:
-        return _OUTSIDE_BLOCKS.get(name, name)
-    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
-    if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
-    if kind.endswith("samplers"):
-        index = layers_per_block  # they close their level
-    first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
-    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+def _as_lora(change, rank):
+    """The best LoRA of `rank` for a weight's change -> (up, down, squared norms of what it leaves out and of all [2])."""
+    up, down = dora.low_rank(change.flatten(1), rank)
+    left_out = (change.flatten(1) - up @ down).square().sum()
+    kernel = change.shape[2:]
+    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
+    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
 '''
 
 # ========================================================================================== common/fused_unet.py
@@ -1204,8 +1831,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from common.kernels import geglu
-from common.norm_kernels import add_bias, add_norm, group_norm
+from common.kernel_check import adopt_kernels
+from common.operations import OF_THE_UNET, add_bias, add_norm, geglu, group_norm
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -1313,14 +1940,16 @@ def forwards():
     }
 
 
-def fuse_unet(unet, device):
+def fuse_unet(unet, device, say=print):
     """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
 
     Args:
         device: where it will compute.
+        say: prints a line.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
+    adopt_kernels(OF_THE_UNET, device, dtype=unet.conv_in.weight.dtype, say=say)
     for module in list(unet.modules()):
         forward, known = forwards().get(type(module), (None, None))
         if forward and known(module):
@@ -1447,39 +2076,207 @@ class Graphed:
         return True
 '''
 
+# =============================================================================================== common/grids.py
+
+MODULES['common.grids'] = r'''
+"""One labelled picture of many, in letters that there is a font for."""
+
+from functools import cache
+from pathlib import Path
+
+CELL_PX, GAP_PX = (256, 512), 10
+MOST_LINES = 20  # of one label: a prompt may have any length
+PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+
+
+def grid(rows, column_titles, row_labels, footer):
+    """PIL images in rows and columns: titles on top, labels at the left, `footer` in small print below.
+
+    A row grows with a long label. Letters that no font of this machine has are written as their code.
+
+    Args:
+        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+            label, more makes a file that nobody can send.
+    """
+    from PIL import Image, ImageDraw
+
+    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
+    left = side * 2 // 3
+    titles = [_Text(title, side / 14, side) for title in column_titles]
+    labels = [_label(label, side, left - GAP_PX) for label in row_labels]
+    top = max(title.height for title in titles) + 2 * GAP_PX
+    width = left + len(titles) * (side + GAP_PX) + GAP_PX
+    small_print = _Text(footer, side / 20, width - 2 * GAP_PX)
+    heights = [max(side, label.height) + GAP_PX for label in labels]
+    height = top + sum(heights) + small_print.height + GAP_PX
+
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
+        title.write(pen, (x, top - GAP_PX), INK, anchor="md", align="center")
+    y = top
+    for label, images, row_height in zip(labels, rows, heights):
+        label.write(pen, (GAP_PX, y + (row_height - GAP_PX) // 2), INK, anchor="lm")
+        for j, image in enumerate(images):
+            # Enlarged pixels stay sharp: a small image should look like what it is.
+            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
+        y += row_height
+    small_print.write(pen, (GAP_PX, height - GAP_PX), PALE_INK, anchor="ld")
+    return sheet
+
+
+def _label(text, side, width_px):
+    """A row's label: in small print where it would be taller than its pictures."""
+    usual = _Text(text, side / 14, width_px)
+    return usual if usual.height <= side else _Text(text, side / 20, width_px)
+
+
+class _Text:
+    """A text in a font that has its letters, broken into lines of `width_px`."""
+
+    def __init__(self, text, size_px, width_px):
+        from PIL import Image, ImageDraw, ImageFont
+
+        file, text = legible(text)
+        self._font = ImageFont.truetype(file, size_px)
+        lines = _wrap(text, self._font, width_px)
+        self._text = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
+        box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), self._text, self._font)
+        self.height = round(box[3])
+
+    def write(self, pen, place, colour, **options):
+        pen.multiline_text(place, self._text, colour, self._font, **options)
+
+
+def _wrap(text, font, width_px):
+    """Lines of `text` that fit; a word that is too long alone is broken, as are scripts without spaces."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width_px:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
+
+
+# ---------------------------------------------------------------- fonts
+
+
+def legible(text: str) -> tuple[str, str]:
+    """(font file, the text as it can be written with it).
+
+    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the fonts of the machine are looked through.
+    Where none has them all, those that are missing are written as their code (\\u3042): a row of boxes would say nothing.
+    """
+    letters = {ord(letter) for letter in text if not letter.isspace()}
+    for file in (dejavu(), *(_system_fonts() if letters - _letters_of(dejavu()) else ())):
+        if letters <= _letters_of(file):
+            return file, text
+    written = _letters_of(dejavu())
+    return dejavu(), "".join(letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text)
+
+
+def dejavu() -> str:
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+
+
+@cache
+def _system_fonts() -> list[str]:
+    """The font files in the usual folders of this machine, by name: the same one is taken every time."""
+    from matplotlib import font_manager
+
+    return sorted(font_manager.findSystemFonts())
+
+
+@cache
+def _letters_of(file: str) -> set[int]:
+    """Code points that a font has a glyph for; none where the file cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return set()
+'''
+
 # ================================================================================================= common/hub.py
 
 MODULES['common.hub'] = r'''
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
+import json
 import os
 from pathlib import Path
 
+from common import launch
+from common.attached import find_attached
 from common.command_line import DEMO_ROOT, UserError
+from common.hub_ids import check_id
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
-
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+# What makes a VAE the original one, of which FP16_VAE is a drop-in replacement.
+ORIGINAL_VAE = dict(
+    scaling_factor=0.13025,
+    latent_channels=4,
+    block_out_channels=[128, 256, 512, 512],
+    latents_mean=None,
+    latents_std=None,
+)
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+CONFIGS = ("model_index.json", "scheduler/", "tokenizer/", "tokenizer_2/")
 
 
 def check(flags):
     """Every repo that the flags name and that is not a local path is cached or within reach.
 
+    A default that is not gives way, in `flags`, to what is attached to a Kaggle notebook.
+
     Raises:
         UserError: naming the flag, the repo and the ways to work offline.
     """
-    if "dataset_name" in vars(flags) and flags.train_data_dir is None:
-        _require(flags.dataset_name, "dataset", "dataset_name", "README.md")
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
+        _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
+    if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
+        _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
     model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
-    is_local, in_demo = model.exists(), model.is_relative_to(DEMO_ROOT)
     if model.is_file() and not os.path.isdir(flags.config_name_or_path):
-        _require(flags.config_name_or_path, "model", "config_name_or_path", "model_index.json")
-    if not is_local and not in_demo:
-        _require(flags.pretrained_model_name_or_path, "model", "pretrained_model_name_or_path", "model_index.json")
-        vae = vae or FP16_VAE
+        _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
+    if not model.exists() and not _in_demo(model):
+        vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
     if vae and not Path(vae).is_dir():
         _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _in_demo(place):
+    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
+
+
+def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
+    """`_require` of what the flag `name` says; where a default cannot be had, the flag `into` gets the one attached folder of its kind."""
+    repo_id, into = getattr(flags, name), into or name
+    try:
+        _require(repo_id, repo_type, name, filename)
+    except UserError as error:
+        is_default = repo_id == type(flags).__dataclass_fields__[name].default
+        folders = getattr(find_attached(), kind) if is_default else []
+        if not folders:
+            raise
+        if len(folders) > 1:
+            raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
+        setattr(flags, into, folders if isinstance(getattr(flags, into), list) else folders[0])
+        if launch.rank() == 0:
+            print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
 
 
 def _require(repo_id, repo_type, flag, filename):
@@ -1487,6 +2284,7 @@ def _require(repo_id, repo_type, flag, filename):
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    check_id(repo_id, flag)
     if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
         return
     offline = "offline, give a local path instead, or try --demo"
@@ -1495,176 +2293,535 @@ def _require(repo_id, repo_type, flag, filename):
     try:
         HfApi().repo_info(repo_id, repo_type=repo_type, timeout=PROBE_S)
     except RepositoryNotFoundError:
-        raise UserError(f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)") from None
+        raise UserError(
+            f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)"
+        ) from None
     except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
         raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def default_vae(repo_id, revision):
+    """FP16_VAE where the model's own VAE is SDXL's original one; None where it is another, and the model's UNet knows only that."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        config = json.loads(
+            Path(hf_hub_download(repo_id, "vae/config.json", revision=revision)).read_text(encoding="utf-8")
+        )
+    except LocalEntryNotFoundError:
+        return FP16_VAE  # a cached model whose VAE was never needed
+    except EntryNotFoundError:
+        return None  # a repo that holds a single file
+    return FP16_VAE if all(config.get(name) == value for name, value in ORIGINAL_VAE.items()) else None
+
+
+def download_model(repo_id, variant, revision, *, with_vae, say):
+    """The model's files that are used, and no others (fp16: about 7 GB, not 14) -> its local folder, or its single file.
+
+    Args:
+        variant: weight files to prefer; parts without it come as plain ones, with a line.
+    Raises:
+        UserError: no such revision, no access, or no safetensors files of a model.
+    """
+    files = _files_of(repo_id, revision)
+    if files is None:
+        return _model_in(download_files(repo_id, None, revision), repo_id)
+    if "model_index.json" not in files:
+        file = _single_file(files, repo_id)
+        say(f"model: {repo_id} holds the single file {file}, and no diffusers folder: taking that")
+        return download_files(repo_id, [file], revision) / file
+    parts = {part: _weights_of(part, files, variant, repo_id) for part in PARTS if part != "vae" or with_vae}
+    plain = [part for part, chosen in parts.items() if variant and not any(f".{variant}" in file for file in chosen)]
+    if plain:
+        say(f"model: {repo_id} has no {variant} files of {', '.join(plain)}: taking the plain ones")
+    configs = [file for file in files if file.startswith(CONFIGS) or file.partition("/")[2] == "config.json"]
+    return download_files(repo_id, configs + sum(parts.values(), []), revision)
+
+
+def download_files(repo_id, patterns, revision=None):
+    """The local folder with the files of `repo_id` that match; with None, what an earlier download has left there.
+
+    Raises:
+        UserError: no access, or nothing there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=patterns is None)
+        )
+    except GatedRepoError:
+        raise UserError(f"{repo_id}: accept its terms on the hub, then log in (hf auth login)") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo_id}: not in the local cache, and the hub cannot be reached; give a local path instead"
+        ) from None
+
+
+def _files_of(repo_id, revision):
+    """Names of all files of a repo, None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
+    except Exception:  # whatever the HTTP stack of the day raises for a dead network
+        return None
+
+
+def _model_in(folder, repo_id):
+    if (folder / "model_index.json").exists():
+        return folder
+    return folder / _single_file([path.name for path in folder.iterdir()], repo_id)
+
+
+def _single_file(files, repo_id):
+    """The one model file among `files`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    if len(found) == 1:
+        return found[0]
+    what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
+    raise UserError(
+        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what}; download one file and give its path"
+    )
+
+
+def _weights_of(part, files, variant, repo_id):
+    """The weight files of a part: those of the variant when there are any, else the plain ones."""
+    names = [
+        file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors") and file.count("/") == 1
+    ]
+    chosen = [file for file in names if variant and f".{variant}" in file] or [
+        file for file in names if file.count(".") == 1
+    ]
+    if not chosen:
+        raise UserError(
+            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part} (only those are read; pickles can run code)"
+        )
+    return chosen
+'''
+
+# ============================================================================================= common/hub_ids.py
+
+MODULES['common.hub_ids'] = r'''
+"""What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
+
+import os
+import re
+from pathlib import PureWindowsPath
+from urllib.parse import urlsplit
+
+from common.command_line import UserError
+
+NAME = r"\w(?:[\w.-]*\w)?"
+HUB_ID = re.compile(rf"(?:{NAME}/)?{NAME}", re.ASCII)
+LONGEST = 96
+HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
+INSTEAD = {  # what to do where the value is no hub id
+    "dataset_name": "for a folder of images use --train_data_dir FOLDER",
+    "pretrained_model_name_or_path": "name a folder or .safetensors file that exists, or a hub id OWNER/NAME",
+    "pretrained_vae_model_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+    "config_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+}
+
+
+def check_id(repo_id: str, flag: str) -> None:
+    """Refuse what cannot be a hub id.
+
+    Raises:
+        UserError: naming the flag, what the value is instead, and the cure.
+    """
+    instead = INSTEAD[flag]
+    if not repo_id.strip():
+        raise UserError(f"--{flag}: is empty; {instead}")
+    if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
+        raise UserError(f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}")
+    if "\\" in repo_id or PureWindowsPath(repo_id).drive:
+        raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
+    if os.path.isdir(repo_id):
+        raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
+    if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
+        raise UserError(f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}")
+
+
+def _id_in(address: str) -> str | None:
+    """The cure for the address of a page on the hub: the id in it."""
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    names = [name for name in parts.path.split("/") if name and name != "datasets"]
+    return f"write its id, {'/'.join(names[:2])}" if parts.hostname in HUBS and len(names) > 1 else None
+'''
+
+# ======================================================================================== common/kernel_check.py
+
+MODULES['common.kernel_check'] = r'''
+"""Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
+
+Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
+compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from common import operations
+from common.memory import ran_out
+from common.operations import Operation
+
+# Largest error of an element, as a share of the largest element: some roundings of the dtype.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
+
+    Args:
+        wanted: the operations of the layers that will compute; what was tried before in this process is not tried again.
+        dtype: of the frozen weights.
+        rank: of the adapter.
+    """
+    if device.type == "cuda":
+        try_kernels(wanted, device, dtype=dtype, rank=rank, say=say)
+
+
+def try_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+    """`adopt_kernels` on any device: Triton's interpreter runs kernels on a CPU."""
+    tried = (str(device), dtype, rank)
+    untried = [operation for operation in wanted if tried not in operation.faults]
+    if untried:
+        say(f"GPU kernels: compiling and checking {len(untried)}; up to a minute the first time, seconds later on")
+    names_by_fault = {}
+    for operation in untried:
+        fault = operation.faults[tried] = _fault(operation, device, dtype, rank)
+        names_by_fault.setdefault(fault, []).append(operation.__name__)
+    for fault, names in names_by_fault.items():
+        if fault is not None:
+            say(f"GPU kernels: plain PyTorch, which is slower, in place of {', '.join(names)}: {fault}")
+    for operation in wanted:
+        operation.on_gpu = operation.plain if operation.faults[tried] else kernel_of(operation)
+
+
+def refused() -> list[str]:
+    """Names of the operations with a fault: with their plain forms a pass takes other time and memory."""
+    return [operation.__name__ for operation in operations.EVERY_OPERATION if any(operation.faults.values())]
+
+
+def kernel_of(operation):
+    """The GPU's form of an operation.
+
+    Raises:
+        ImportError: there is no Triton.
+    """
+    from common import kernels, norm_kernels
+
+    return {**vars(kernels), **vars(norm_kernels)}[operation.__name__]
+
+
+def _fault(operation, device, dtype, rank):
+    """Why an operation's kernels cannot be used, or None."""
+    attempt = ATTEMPTS[operation]
+    try:
+        found = attempt(kernel_of(operation), _Inputs(device, dtype), rank)
+        expected = attempt(operation.plain, _Inputs(device, dtype, exact=True), rank)
+        error = torch.stack([_error(*pair) for pair in zip(found, expected, strict=True)]).max().item()  # NaN stays NaN
+    except Exception as fault:  # a compiler's, a driver's, a library's: each has classes of its own
+        if ran_out(fault):
+            raise
+        return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    return None if error <= TOLERANCES[dtype] else f"wrong numbers, an error of {error:.2g}"
+
+
+def _error(found, expected):
+    """Largest difference as a share of the largest expected element."""
+    return (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+
+
+class _Inputs:
+    """Random tensors, always the same: in `dtype` for kernels, the same numbers in fp32 for the exact result."""
+
+    def __init__(self, device, dtype, exact=False):
+        self.device, self.dtype, self.exact = device, dtype, exact
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape, dtype=None):
+        values = torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+        return values.to(self.device, torch.float32 if self.exact else values.dtype)
+
+    def weights_of(self, norm):
+        """`norm` with random frozen weights."""
+        for name in ("weight", "bias"):
+            setattr(norm, name, torch.nn.Parameter(self(*getattr(norm, name).shape), requires_grad=False))
+        return norm
+
+
+# ---------------------------------------------------------------- one small launch of each, of shapes that SDXL has too
+
+
+def _attempt_dropout(form, new, rank):
+    x, y = new(64, 640), new(64, 640)
+    seed = torch.tensor(7, device=x.device)
+    return form(x, 0.1, seed, 3), form(x, 0.1, seed, 3, add_to=y, alpha=0.5)
+
+
+def _attempt_geglu(form, new, rank):
+    h = new(64, 2 * 2560).requires_grad_()
+    y = form(h)
+    y.backward(new(*y.shape))
+    return y, h.grad
+
+
+def _attempt_gain_backward(form, new, rank):
+    dy, y, bias = new(512, 640), new(512, 640), new(640)
+    gain, m, dm = (new(640, dtype=torch.float32) for _ in range(3))
+    return form(dy, y, bias, gain, m, dm), form(dy, y, None, gain, m, dm), dm
+
+
+def _attempt_scale_rows(form, new, rank):
+    return [form(new(64, 640), new(64, dtype=torch.float32))]
+
+
+def _attempt_update_gain(form, new, rank):
+    w, b = new(640, 640), new(640, rank)
+    A, B, m, gain = (new(*shape, dtype=torch.float32) for shape in ((rank, 640), (640, rank), (640,), (640,)))
+    form(w, A, B, m, 0.5, gain, b)
+    return gain, b
+
+
+def _attempt_group_norm(form, new, rank):
+    x, shift = new(2, 320, 32, 32).requires_grad_(), new(2, 320).requires_grad_()
+    norm = new.weights_of(torch.nn.GroupNorm(32, 320))
+    y, z = form(x, norm, True, shift), form(x, norm)
+    torch.autograd.backward([y, z], [new(*x.shape), new(*x.shape)])
+    return y, z, x.grad, shift.grad
+
+
+def _attempt_add_norm(form, new, rank):
+    h, a = new(64, 640).requires_grad_(), new(64, 640).requires_grad_()
+    norm = new.weights_of(torch.nn.LayerNorm(640))
+    outputs = [*form(h, a, norm), *form(h, None, norm)]
+    torch.autograd.backward(outputs, [new(64, 640) for _ in outputs])
+    return *outputs, h.grad, a.grad
+
+
+def _attempt_add_bias(form, new, rank):
+    x, h, bias = new(2, 320, 32, 32).requires_grad_(), new(2, 320, 32, 32).requires_grad_(), new(320)
+    y = form(x, h, bias)
+    y.backward(new(*y.shape))
+    return y, x.grad, h.grad
+
+
+ATTEMPTS = {
+    operations.seeded_dropout: _attempt_dropout,
+    operations.geglu: _attempt_geglu,
+    operations.gain_backward: _attempt_gain_backward,
+    operations.scale_rows: _attempt_scale_rows,
+    operations.update_gain: _attempt_update_gain,
+    operations.group_norm: _attempt_group_norm,
+    operations.add_norm: _attempt_add_norm,
+    operations.add_bias: _attempt_add_bias,
+}
 '''
 
 # ============================================================================================= common/kernels.py
 
 MODULES['common.kernels'] = r'''
-"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's norms and gradients.
+"""Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
-Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
+compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is masked.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
-        bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
-        bits = (bits ^ (bits >> 15)) * 0xD35A2D97
-        keep = ((bits ^ (bits >> 15)) >> 8).to(tl.float32) / 16777216.0 >= p
-        result = tl.where(keep, tl.load(x + i, mask=i < n).to(tl.float32) * (alpha / (1 - p)), 0.0)
-        if ADD:
-            result += tl.load(add_to + i, mask=i < n).to(tl.float32)
-        tl.store(out + i, result, mask=i < n)
-
-    @triton.jit
-    def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = row * 2 * width + i, i < width
-        value = tl.load(h + at, mask=inside).to(tl.float32)
-        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
-        tl.store(out + row * width + i, value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside)
-
-    @triton.jit
-    def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = row * 2 * width + i, i < width
-        value = tl.load(h + at, mask=inside).to(tl.float32)
-        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
-        d = tl.load(dy + row * width + i, mask=inside).to(tl.float32)
-        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        tl.store(dh + at, d * gate * cdf, mask=inside)
-        tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=inside)
-
-    @triton.jit
-    def _gain_backward_kernel(
-        dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
-        BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        known, at = column < columns, row * columns + column[None, :]
-        inside = (row < rows) & known[None, :]
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            u -= tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
-        tl.store(scaled + at, d * tl.load(gain + column, mask=known, other=0.0)[None, :], mask=inside)
-        tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=known)
-        tl.debug_barrier()  # the atomic addition publishes what every thread of the program has stored
-        if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:  # the last program for these columns adds all up
-            sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
-            for start in range(0, tl.num_programs(0), PARTS):
-                part = start + tl.arange(0, PARTS)[:, None]
-                there = (part < tl.num_programs(0)) & known[None, :]
-                sums += tl.load(partial + part * columns + column[None, :], mask=there, other=0.0)
-            total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
-            tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
-            tl.store(arrived + tl.program_id(1), 0)
-
-    @triton.jit
-    def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0), tl.arange(0, BLOCK)
-        value = tl.load(w + row * columns + i, mask=i < columns).to(tl.float32) * tl.load(gain + row)
-        tl.store(out + row * columns + i, value, mask=i < columns)
-
-    @triton.jit
-    def _gain_kernel(w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
-        squares, known = tl.zeros((ROWS, COLUMNS), dtype=tl.float32), row < rows
-        in_b = row[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
-        of_b = tl.load(B + in_b[0], mask=in_b[1], other=0.0)
-        for start in range(0, columns, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            inside = (column < columns)[None, :]
-            of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
-            of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
-            value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
-            squares += value * value
-        g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
-        tl.store(gain + row, g, mask=known)
-        tl.store(b + in_b[0], of_b * g[:, None], mask=in_b[1])
-
+from common.operations import spread_salt
 
 BLOCK = 1024
 
 
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
-    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+@triton.jit
+def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = alpha / (1 - p) x where a hash of seed, salt and place says keep, else 0; plus add_to.
 
-    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
-
-    Args:
-        x: tensor of any shape.
-        seed: int64 scalar tensor on x's device, read when the kernel runs.
-        salt: integer that differs between layers.
-        add_to: when given, it becomes add_to + alpha d(x), in place.
+    x, add_to, out: [n]; seed: int64 scalar. The integer hash is one of https://github.com/skeeto/hash-prospector.
     """
-    if not x.is_cuda:
-        generator = torch.Generator().manual_seed(int(seed) + salt)
-        dropped = x * (torch.rand(x.shape, generator=generator) >= p).to(x.dtype) / (1 - p)
-        return dropped if add_to is None else add_to.add_(dropped, alpha=alpha)
-    x, salt = x.contiguous(), salt * 0x5EBCA6B % 2**31
-    out, n = torch.empty_like(x) if add_to is None else add_to, x.numel()
-    _dropout_kernel[(triton.cdiv(n, BLOCK),)](x, out, out, seed, salt, n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    bits = offsets.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
+    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD
+    bits = (bits ^ (bits >> 15)) * 0xD35A2D97
+    uniform = ((bits ^ (bits >> 15)) >> 8).to(tl.float32) / 16777216.0
+    result = tl.where(uniform >= p, tl.load(x + offsets, mask=mask).to(tl.float32) * (alpha / (1 - p)), 0.0)
+    if ADD:
+        result += tl.load(add_to + offsets, mask=mask).to(tl.float32)
+    tl.store(out + offsets, result, mask=mask)
+
+
+@triton.jit
+def _load_halves(h, width, BLOCK: tl.constexpr):
+    """Of this program's part of a row: column offsets, mask, value and gate in fp32. h: [rows, 2 width]."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    start = h + tl.program_id(0).to(tl.int64) * 2 * width
+    value = tl.load(start + column, mask=mask).to(tl.float32)
+    gate = tl.load(start + width + column, mask=mask).to(tl.float32)
+    return column, mask, value, gate
+
+
+@triton.jit
+def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
+    """out = value gelu(gate). h = [value, gate]: [rows, 2 width]; out: [rows, width]."""
+    column, mask, value, gate = _load_halves(h, width, BLOCK)
+    cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + column, value * gate * cdf, mask=mask)
+
+
+@triton.jit
+def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
+    """dh = dy [gelu(gate), value gelu'(gate)]. dy: [rows, width]; h, dh: [rows, 2 width]."""
+    column, mask, value, gate = _load_halves(h, width, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.load(dy + row * width + column, mask=mask).to(tl.float32)
+    cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    start = dh + row * 2 * width
+    tl.store(start + column, d * gate * cdf, mask=mask)
+    tl.store(start + width + column, d * value * (cdf + gate * density), mask=mask)
+
+
+@triton.jit
+def _gain_backward_kernel(
+    dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m.
+
+    dy, y, scaled: [rows, columns]; bias, and fp32 gain, m, dm: [columns].
+    partial: fp32 [tiles of rows, columns], the sums of every tile; arrived: int32 [tiles of columns], 0 before and after.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = column < columns
+    offsets = row * columns + column[None, :]
+    mask = (row < rows) & column_mask[None, :]
+    d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        u -= tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    g = tl.load(gain + column, mask=column_mask, other=0.0)
+    tl.store(scaled + offsets, d * g[None, :], mask=mask)
+    tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=column_mask)
+
+    # The atomic addition publishes what every thread of the program has stored; the last program for these columns adds all up.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:
+        sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
+        for start in range(0, tl.num_programs(0), PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            part_mask = (part < tl.num_programs(0)) & column_mask[None, :]
+            sums += tl.load(partial + part * columns + column[None, :], mask=part_mask, other=0.0)
+        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=column_mask, other=1.0)
+        tl.store(dm + column, tl.load(dm + column, mask=column_mask, other=0.0) + total, mask=column_mask)
+        tl.store(arrived + tl.program_id(1), 0)
+
+
+@triton.jit
+def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
+    """out = diag(gain) w, one row a program. w, out: [rows, columns]; gain: fp32 [rows]."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    mask = column < columns
+    value = tl.load(w + row * columns + column, mask=mask).to(tl.float32) * tl.load(gain + row)
+    tl.store(out + row * columns + column, value, mask=mask)
+
+
+@triton.jit
+def _gain_kernel(
+    w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """gain = m / the norms of the rows of w + scale B A; b = diag(gain) B. A group of rows a program, tile by tile.
+
+    w: [rows, columns]; fp32 A: [rank, columns], B: [rows, rank], m, gain: [rows]; b: [rows, rank].
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    j = tl.arange(0, RANK)
+    j_mask = j < rank
+    b_offsets = row[:, None] * rank + j[None, :]
+    b_mask = row_mask[:, None] & j_mask[None, :]
+    of_b = tl.load(B + b_offsets, mask=b_mask, other=0.0)
+    squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        column_mask = column < columns
+        a_mask = j_mask[:, None] & column_mask[None, :]
+        w_mask = row_mask[:, None] & column_mask[None, :]
+        of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=a_mask, other=0.0)
+        of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=w_mask, other=0.0).to(tl.float32)
+        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
+        squares += value * value
+    g = tl.load(m + row, mask=row_mask, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
+    tl.store(gain + row, g, mask=row_mask)
+    tl.store(b + b_offsets, of_b * g[:, None], mask=b_mask)
+
+
+def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+    x = x.contiguous()
+    n = x.numel()
+    out = torch.empty_like(x) if add_to is None else add_to
+    grid = (triton.cdiv(n, BLOCK),)
+    _dropout_kernel[grid](x, out, out, seed, spread_salt(salt), n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
     return out
 
 
-class Geglu(torch.autograd.Function):
-    """h [..., 2D] -> value * gelu(gate) [..., D] (arXiv 2002.05202), keeping only h for the backward pass."""
+class _Geglu(torch.autograd.Function):
+    """Keeps only h for the backward pass."""
 
     @staticmethod
     def forward(ctx, h):
         h = h.contiguous()
         ctx.save_for_backward(h)
-        out = h.new_empty(*h.shape[:-1], width := h.shape[-1] // 2)
+        width = h.shape[-1] // 2
+        out = h.new_empty(*h.shape[:-1], width)
         _geglu_kernel[(out.numel() // width, triton.cdiv(width, BLOCK))](h, out, width, BLOCK=BLOCK)
         return out
 
     @staticmethod
     def backward(ctx, dy):
         (h,) = ctx.saved_tensors
-        dy, dh, width = dy.contiguous(), torch.empty_like(h), dy.shape[-1]
+        dy, dh = dy.contiguous(), torch.empty_like(h)
+        width = dy.shape[-1]
         _geglu_backward_kernel[(dy.numel() // width, triton.cdiv(width, BLOCK))](dy, h, dh, width, BLOCK=BLOCK)
         return dh
 
 
-def geglu(h):
-    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D]."""
-    if h.is_cuda:
-        return Geglu.apply(h)
-    value, gate = h.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+geglu = _Geglu.apply
 
 
 def gain_backward(dy, y, bias, gain, m, dm):
-    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
-
-    One call at a time: on a GPU all of them count in the same place.
-
-    Args:
-        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
-    """
-    if not dy.is_cuda:
-        dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
-        return (dy * gain).to(dy.dtype)
-    (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
+    rows, columns = dy.shape
+    scaled = torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
-    partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
+    partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
     sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
-    _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
+    bias_or_any = dy if bias is None else bias
+    _gain_backward_kernel[grid](
+        dy, y, bias_or_any, gain, m, scaled, partial, _arrivals(dy.device), dm, rows, columns, **sizes
+    )  # fmt: skip
     return scaled
 
 
@@ -1675,32 +2832,213 @@ def _arrivals(device):
 
 
 def scale_rows(w, gain):
-    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
-    if not w.is_cuda:
-        return (w * gain[:, None]).to(w.dtype)
     out = torch.empty_like(w)
     _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
     return out
 
 
-def row_norms(w, A, B, scale):
-    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
-
-    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
-    """
-    w = w.float()
-    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
-
-
 def update_gain(w, A, B, m, scale, gain, b):
-    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, on a GPU by one pass over w, tile by tile."""
-    if not w.is_cuda:
-        torch.div(m, row_norms(w, A, B, scale), out=gain)
-        b.copy_(B * gain[:, None])
-    else:
-        rank = max(16, triton.next_power_of_2(len(A)))
-        options = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank), num_warps=4)  # a tile of A fits the shared memory of any card
-        _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
+    rank = max(16, triton.next_power_of_2(len(A)))
+    tile = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank))  # of A it fits the shared memory of any card
+    _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **tile, num_warps=4)
+'''
+
+# ============================================================================================== common/launch.py
+
+MODULES['common.launch'] = r'''
+"""How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+
+SPEAKS_AFTER_S = 2.0  # a launcher that has seen one process fail ends the others well within it
+
+
+def rank():
+    """The place of this process among those of the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say_last(said):
+    """One line on stderr before the process ends, said once: another process than the first speaks only if none has ended the run."""
+    line = f"{os.path.basename(sys.argv[0])}: {said}"
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
+        time.sleep(SPEAKS_AFTER_S)
+        line += f" (process {rank()})"
+    print(line, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows its content at the end of its own report
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def resuming_command(argv):
+    """The command line `argv` of this script, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if re.fullmatch("--resume[_-]from[_-]checkpoint", word):
+            next(words, None)
+        elif not re.match("--resume[_-]from[_-]checkpoint=", word):
+            kept.append(word)
+    return shlex.join([*_launcher(), *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _launcher():
+    """The words before the script; a launcher's own options are not known here, but for the number of processes."""
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # every launch by accelerate sets it
+        return ["accelerate", "launch", "--quiet", *(["--num_processes", world] if world != "1" else [])]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", world]
+    return ["python"]
+'''
+
+# ======================================================================================= common/layer_reading.py
+
+MODULES['common.layer_reading'] = r'''
+"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> weights under PEFT's names."""
+
+import json
+from pathlib import Path
+
+from common import dora, formats, lycoris
+from common.adapter_checks import adaptable_layers, check_number, drawing_config, misfit
+from common.adapter_names import layer_spellings
+from common.command_line import UserError
+
+EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adapter
+DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
+_SUFFIXES = {
+    **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
+    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN),
+    **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
+}
+
+
+def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tuple[dict, dict]:
+    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere. Returns as adapter_reading.read_adapter.
+
+    alpha comes from the metadata that diffusers writes, or from tensors, else it is the rank.
+    Raises:
+        UserError: names that this model does not have, layers that are incomplete, an alpha that is no number.
+    """
+    weights_of = {component: adaptable_layers(module) for component, module in modules.items()}
+    layers = _by_layer(file, tensors, layer_spellings(weights_of, modules["unet"].config.layers_per_block))
+
+    # each layer as a pair and, with DoRA, a magnitude
+    weights, alphas, identities = {}, {}, {}
+    for (component, layer), keys in layers.items():
+        weight = weights_of[component][layer]
+        parts = {kind: _readable(tensors[key]).to(weight.device) for kind, key in keys.items()}
+        read = _read_layer(file, layer, weight, parts, metadata, identities)
+        if read is None:
+            raise misfit(file, list(keys.values()), len(tensors))
+        kinds, alphas.setdefault(component, {})[layer] = read
+        weights.setdefault(component, {}).update({f"{layer}.{kind}": tensor for kind, tensor in kinds.items()})
+
+    # rank and alpha: as diffusers wrote them, or as the tensors say
+    described = _described(file, metadata)
+    by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
+    configs = {
+        component: described[component] if component in described.keys() - by_tensors else lora_arguments(part, alphas[component])
+        for component, part in weights.items()
+    }
+    return weights, configs
+
+
+def _by_layer(file, tensors, spellings):
+    """{(component, layer): {kind: key}}."""
+    layers, unknown = {}, []
+    for key in tensors:
+        name = key.replace(".processor.", ".").removesuffix(".weight") if MAGNITUDE in key else key.replace(".processor.", ".")
+        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
+        place = spellings.get(name.removesuffix(suffix)) if suffix else None
+        if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
+            unknown.append(key)
+        else:
+            layers.setdefault(place, {})[_SUFFIXES[suffix]] = key
+    if unknown:
+        raise misfit(file, unknown, len(tensors))
+    return layers
+
+
+def _readable(tensor):
+    """8-bit floats as fp16, which holds each of them exactly; torch computes with neither kind."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
+def _read_layer(file, layer, weight, parts, metadata, identities):
+    """({PEFT kind: tensor}, alpha) of one layer; None where its tensors do not make a change of `weight`."""
+    alpha = _alpha(file, layer, parts.pop("alpha", None))
+    dora_scale, magnitude = parts.pop("dora_scale", None), parts.pop(MAGNITUDE, None)
+    pair = lycoris.read_pair(parts, alpha)
+    n, k = len(weight), weight[0].numel()
+    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
+        return None
+    if UP not in parts:
+        pair = lycoris.smallest(pair, weight, identities)
+
+    if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
+        magnitude = _magnitude(weight, pair, dora_scale, metadata)
+    elif dora_scale is not None and tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+        pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
+    elif dora_scale is not None:
+        return None
+
+    kernel = weight.shape[2:]
+    kinds = {"lora_A.weight": pair.down.view(-1, *weight.shape[1:]), "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel))}
+    if magnitude is not None:
+        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
+    return kinds, pair.scale * len(pair.down)
+
+
+def _alpha(file, layer, tensor):
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise UserError(f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged")
+    check_number(file, f"the alpha of {layer}", float(tensor))
+    return float(tensor)
+
+
+def _magnitude(weight, pair, dora_scale, metadata):
+    """A dora_scale over rows -> PEFT's magnitude [N]: in our files it goes with ||W||, in LyCORIS's with ||W + s U D||."""
+    magnitude = dora_scale.float().flatten()
+    if metadata.get(dora.DORA_NORM) == "base":
+        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
+        magnitude = magnitude * merged / base
+    return magnitude
+
+
+def _described(file, metadata):
+    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata."""
+    try:
+        described = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
+        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
+    except (ValueError, AttributeError):
+        raise UserError(f"--lora {file}: its {formats.ADAPTER_METADATA} cannot be read; the file is damaged") from None
+    components = {component for component, _, _ in fields}
+    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
+    return {component: drawing_config(file, formats.ADAPTER_METADATA, part) for component, part in parts.items()}
+
+
+def lora_arguments(weights: dict, alphas: dict) -> dict:
+    """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return dict(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{layer}": value for layer, value in alphas.items() if value != alpha},
+        target_modules=list(ranks),
+        use_dora=any(key.endswith(MAGNITUDE) for key in weights),
+    )
 '''
 
 # ============================================================================================= common/loading.py
@@ -1712,128 +3050,138 @@ Whatever the user names (hub id, folder, single file) becomes one diffusers fold
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
 
-import inspect
-import itertools
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from common import hub, model_kind, single_file, weights
 from common.command_line import UserError
-from common.hub import FP16_VAE
+from common.model_kind import Kind
 from common.noise import NoiseSchedule
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
-PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
-READ = ["model_index.json", "scheduler/scheduler_config.json", *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
-CHUNK_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Model:
-    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it."""
+    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it.
+
+    `scheduler`: the configuration of its noise schedule, which says what `kind` says.
+    """
 
     name: str
     folder: Path
     vae: Path
     variant: Optional[str]
+    kind: Kind
+    scheduler: dict
 
 
 # ---------------------------------------------------------------- finding it
 
 
-def find_model(name, vae=None, variant="fp16", revision=None, config="stabilityai/stable-diffusion-xl-base-1.0", cache_dir="."):
-    """Turn what the user named into local folders, downloading only the files that are used (fp16: about 7 GB, not 14).
+def model_of(flags, say=print):
+    """`find_model` by the flags of a script, which are command_line's ModelFlags; `say` gets one line about what it is."""
+    return find_model(
+        flags.pretrained_model_name_or_path,
+        flags.pretrained_vae_model_name_or_path,
+        variant=flags.variant,
+        revision=flags.revision,
+        config=flags.config_name_or_path,
+        cache_dir=flags.cache_dir,
+        prediction_type=flags.prediction_type,
+        zero_terminal_snr=flags.zero_terminal_snr,
+        say=say,
+    )
 
+
+def find_model(
+    name,
+    vae=None,
+    *,
+    variant="fp16",
+    revision=None,
+    config="stabilityai/stable-diffusion-xl-base-1.0",
+    cache_dir=".",
+    prediction_type=None,
+    zero_terminal_snr=None,
+    say=print,
+):
+    """Turn what the user named into local folders, downloading only the files that are used, and check that they are a whole SDXL.
+
+    Reads configurations and the headers of weight files.
     Raises:
-        UserError: not a diffusers model.
+        UserError: not a diffusers model, not SDXL, not supported; a weight that is missing or does not fit.
     """
-    place = Path(name)
-    if place.is_file():
-        folder = _convert_single_file(place, config, Path(cache_dir))
-    elif place.is_dir():
-        folder = place
-    else:
-        vae = vae or FP16_VAE
-        folder = _download_pipeline(name, variant, revision)
-    _check_parts(name, folder)
-    return Model(name, folder, _find_vae(vae or str(folder)), variant)
-
-
-def _check_parts(name, folder):
-    """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
     named = f"--pretrained_model_name_or_path {name}"
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"{named}: no model_index.json in it, so it is not a diffusers model folder")
-    for file in READ:
-        _read_object(folder, file, named)
-    for part, wanted in PARTS.items():
-        config = _read_object(folder, f"{part}/config.json", named)
-        found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
-        if found != wanted:
-            raise UserError(f"{named}: its {part} is {found}, SDXL's is {wanted}")
+    place = Path(name)
+    if not place.exists():
+        vae = vae or hub.default_vae(name, revision)
+        place = hub.download_model(name, variant, revision, with_vae=vae is None, say=say)
+    marks = {"prediction_type": [], "zero_terminal_snr": []}
+    folder = place
+    if place.is_file():
+        folder = single_file.convert(place, config, Path(cache_dir))
+        marks = model_kind.marks_in_file(place, named)
+    model_kind.check_folder(folder, named)
+    scheduler = model_kind.read_object(folder, model_kind.SCHEDULER, named)
+    marks = {setting: marks[setting] + more for setting, more in model_kind.marks_in_scheduler(scheduler).items()}
+    kind = model_kind.decide(named, marks, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
+    vae_folder = _find_vae(vae, folder, named)
+    say(f"model: {name} {kind}; VAE: {vae or 'its own'}")
+    model = Model(name, folder, vae_folder, variant, kind, model_kind.scheduler_of(scheduler, kind))
+    _check_weights(model)
+    return model
 
 
-def _read_object(folder, file, named):
-    """The JSON object in folder/file; `named` is the flag and its value, for the message where there is none."""
-    try:
-        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
-
-
-def _download_pipeline(repo_id, variant, revision):
-    from diffusers import StableDiffusionXLPipeline
-
-    unused = dict(vae=None, feature_extractor=None, image_encoder=None, safety_checker=None)
-    return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, revision=revision, use_safetensors=True, **unused))
-
-
-def _find_vae(vae):
-    folder = Path(vae)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
-    for candidate in (folder, folder / "vae"):
+def _find_vae(vae, folder, named):
+    """The folder of the VAE that the user named, else of the model's own."""
+    if vae is not None:
+        named, folder = f"--pretrained_vae_model_name_or_path {vae}", Path(vae)
+        if not folder.is_dir():
+            folder = hub.download_files(vae, VAE_FILES + [f"vae/{name}" for name in VAE_FILES])
+    for candidate in (folder, folder / "vae") if vae is not None else (folder / "vae",):
         if (candidate / "config.json").exists():
-            _read_object(candidate, "config.json", f"--pretrained_vae_model_name_or_path {vae}")
+            config = model_kind.read_object(candidate, "config.json", f"{named}: its vae")
+            if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels", 4) != 4:
+                raise UserError(
+                    f"{named}: its vae is {config.get('_class_name')} of {config.get('latent_channels', 4)} channels,"
+                    " SDXL's is AutoencoderKL of 4"
+                )
             return candidate
-    raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
+    raise UserError(
+        f"{named}: no VAE in it (vae/config.json); name one: --pretrained_vae_model_name_or_path {hub.FP16_VAE}"
+    )
 
 
-def _convert_single_file(path, config, cache_dir):
-    """A .safetensors checkpoint in the original layout -> a diffusers folder (fp16) under `cache_dir`, made once."""
-    from diffusers import StableDiffusionXLPipeline
+def _check_weights(model):
+    """Every part is there and fits its configuration, before anything is encoded with one of them."""
+    for part, class_name in model_kind.PARTS.items():
+        weights.check_weights(weights.empty_part(class_name, model.folder / part), _files_of(model, part))
+    weights.check_weights(
+        weights.empty_part("AutoencoderKL", model.vae), weights.weight_files(model.vae, model.variant)
+    )
 
-    if path.suffix != ".safetensors":
-        raise UserError(f"--pretrained_model_name_or_path {path}: only .safetensors files are read; pickles can run code")
-    stat = path.stat()
-    folder = cache_dir / "single_file" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        try:
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, dtype=torch.float16)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(f"--pretrained_model_name_or_path {path}: not a readable SDXL checkpoint ({error})") from None
-        pipeline.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    return folder
+
+def _files_of(model, part):
+    stem = weights.TRANSFORMERS_STEM if part.startswith("text_encoder") else weights.DIFFUSERS_STEM
+    return weights.weight_files(model.folder / part, model.variant, stem)
 
 
 def fingerprint(variant, *folders):
     """What identifies the models in `folders` for the caches: the files that are loaded, with size and time of change. Reads no weights."""
     files = []
     for folder in folders:
-        loaded = _variant_in(folder, variant) or ""  # the part after the first dot: model.fp16-00001-of-00002.safetensors
-        weights = [path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded]
-        files += sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
+        loaded = (
+            weights.variant_in(folder, variant) or ""
+        )  # the part after the first dot: model.fp16-00001-of-00002.safetensors
+        found = [
+            path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded
+        ]
+        files += sorted([*found, *folder.glob("*.json"), *folder.glob("*.txt")])
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -1842,46 +3190,37 @@ def fingerprint(variant, *folders):
 
 def load_noise_schedule(model, device):
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
-    from diffusers import DDPMScheduler
-
-    config = DDPMScheduler.load_config(model.folder, subfolder="scheduler")
-    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
-    scheduler = DDPMScheduler(**{name: config[name] for name in inspect.signature(DDPMScheduler.__init__).parameters if name in config})
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
-        )
-    return NoiseSchedule(scheduler.alphas_cumprod.to(device, torch.float32), scheduler.config.prediction_type)
+    return NoiseSchedule(model_kind.alphas_cumprod(model.scheduler).to(device), model.kind.prediction_type)
 
 
 def load_vae(model, host):
     """AutoencoderKL on the device; in fp32 where its config says that fp16 overflows (`force_upcast`)."""
-    from diffusers import AutoencoderKL
-
-    upcast = AutoencoderKL.load_config(model.vae).get("force_upcast", True)
-    dtype = torch.float32 if upcast else host.dtype
-    vae = AutoencoderKL.from_pretrained(model.vae, variant=_variant_in(model.vae, model.variant), dtype=dtype, use_safetensors=True)
-    return vae.to(host.device).requires_grad_(False).eval()
+    vae = weights.empty_part("AutoencoderKL", model.vae)
+    dtype = torch.float32 if vae.config.force_upcast else host.dtype
+    weights.fill(vae, weights.weight_files(model.vae, model.variant), host.device, dtype)
+    return vae.requires_grad_(False).eval()
 
 
 def load_text_encoders(model, host):
     """[(tokenizer, encoder)] of CLIP-L and bigG. The second must be CLIPTextModelWithProjection: its projection makes `pooled`."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     pairs = []
-    for part, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-        folder = model.folder / f"text_encoder{part}"
-        variant = _variant_in(folder, model.variant)
-        encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
+    for suffix in ("", "_2"):
+        part = f"text_encoder{suffix}"
+        encoder = weights.empty_part(model_kind.PARTS[part], model.folder / part)
+        weights.fill(encoder, _files_of(model, part), host.device, host.dtype)
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{suffix}")
         except (OSError, ValueError) as error:
-            raise UserError(f"{model.folder}/tokenizer{part}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"{model.folder}/tokenizer{suffix}: cannot be read ({str(error).splitlines()[0]})"
+            ) from None
         if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
             raise UserError(
-                f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
+                f"{model.folder}/tokenizer{suffix}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
             )
-        pairs.append((tokenizer, encoder.requires_grad_(False).eval()))
+        pairs.append((tokenizer, encoder.to(host.device).requires_grad_(False).eval()))
     return pairs
 
 
@@ -1891,14 +3230,11 @@ def load_unet(model, host, quantize="none"):
     `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except those of the
     time and size embeddings; each is quantised as it arrives, so the device never holds the fp16 model either.
     """
-    from diffusers import UNet2DConditionModel
-
-    folder = model.folder / "unet"
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        if quantize == "nf4":
+    unet = weights.empty_part(model_kind.PARTS["unet"], model.folder / "unet")
+    if quantize == "nf4":
+        with torch.device("meta"):
             _make_linears_4bit(unet, host.dtype)
-    fill(unet, weight_files(folder, model.variant), host.device, host.dtype)
+    weights.fill(unet, _files_of(model, "unet"), host.device, host.dtype)
     return unet.requires_grad_(False).train()
 
 
@@ -1908,73 +3244,154 @@ def _make_linears_4bit(unet, compute_dtype):
     for name, module in list(unet.named_modules()):
         if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
             parent, _, child = name.rpartition(".")
-            options = dict(bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+            options = dict(
+                bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True
+            )
             layer = Linear4bit(module.in_features, module.out_features, **options)
-            layer.support_avx512bf16_for_cpu = False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            layer.support_avx512bf16_for_cpu = (
+                False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            )
             setattr(unet.get_submodule(parent), child, layer)
     unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
-
-
-def weight_files(folder, variant):
-    """The safetensors files of a component: those of the variant when there are any, else the plain ones."""
-    stem = f"diffusion_pytorch_model.{_variant_in(folder, variant)}" if _variant_in(folder, variant) else "diffusion_pytorch_model"
-    files = sorted({*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")})
-    if not files:
-        raise UserError(f"{folder}: no {stem}.safetensors in it (only safetensors are read; pickles can run code)")
-    return files
-
-
-def fill(module, files, device, dtype):
-    """Fill a module made on the meta device from safetensors files.
-
-    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
-    Raises:
-        UserError: a damaged file, or names that do not fit the module.
-    """
-    missing = set(module.state_dict())
-    for file in files:
-        for names in _chunks(file):
-            with safe_open(file, "pt", device=str(device)) as tensors:
-                chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
-            if unknown := chunk.keys() - missing:
-                raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
-            missing -= chunk.keys()
-            for name in [name for name in chunk if name.endswith(".weight") and _is_4bit(module, name)]:
-                layer = module.get_submodule(name.removesuffix(".weight"))
-                empty = layer.weight
-                options = dict(
-                    requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer
-                )
-                layer.weight = type(empty)(chunk.pop(name), **options).to(device)  # Params4bit quantises when it is moved
-            module.load_state_dict(chunk, strict=False, assign=True)
-    if missing:
-        raise UserError(f"{files[0].parent}: {len(missing)} weights are missing, e.g. {sorted(missing)[0]}")
-
-
-def _is_4bit(module, weight_name):
-    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"  # by name: bitsandbytes may not be installed
-
-
-def _chunks(file):
-    """The tensor names of a file, in its own order, in lists of about CHUNK_BYTES."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.offset_keys())
-            sizes = {name: 2 * torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
-    ends = itertools.accumulate(sizes.values())
-    for _, group in itertools.groupby(zip(names, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
-        yield [name for name, _ in group]
-
-
-def _variant_in(folder, variant):
-    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
 def zero_unconditional(model):
     """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
     return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
+'''
+
+# ============================================================================================= common/lycoris.py
+
+MODULES['common.lycoris'] = r'''
+"""What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
+
+The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
+a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard products
+of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R, and loads, scales, mixes and merges as one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Pair(NamedTuple):
+    """The change s U D of a weight, see above."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float = 1.0
+
+    def product(self) -> torch.Tensor:
+        """The change itself, [N, K], fp32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+def read_pair(tensors: dict, alpha: float | None) -> Pair | None:
+    """The change that {kind: tensor} of one layer means; None when they are not exactly those of an algorithm.
+
+    `alpha` is the layer's, None where the file has none: then the scale is 1. Linear layers and convolutions alike.
+    """
+    read = _ALGORITHMS.get(frozenset(tensors))
+    if read is None:
+        return None
+    try:
+        (up, down), rank = read(tensors)
+    except RuntimeError:  # their shapes do not go together
+        return None
+    return Pair(up, down.flatten(1), 1.0 if alpha is None or rank is None else alpha / rank)
+
+
+def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
+    """The same change, as `full_rank` where that is fewer numbers than a pair of high rank."""
+    (n, rank), k = pair.up.shape, pair.down.shape[1]
+    return pair if rank * (n + k) <= n * k else full_rank(pair.product(), weight, identities)
+
+
+def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
+    """Any change [N, K] as a pair: itself, and an identity on its shorter side; in the dtype and on the device of `weight`.
+
+    `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
+    """
+    size = min(change.shape)
+    if size not in identities:
+        identities[size] = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    change = change.to(weight)
+    return Pair(identities[size], change) if len(change) == size else Pair(change, identities[size])
+
+
+def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> torch.Tensor:
+    """What a DoRA over input columns changes, [N, K]: (W + d) dora_scale / ||W + d|| - W, norms over columns.
+
+    lycoris/modules/locon.py with wd_on_output off; ComfyUI's weight_decompose does the same. `dora_scale` is
+    [1, channels], with more axes of 1 for a convolution.
+    """
+    weight = weight.detach().float()
+    merged = weight + pair.product().to(weight).view(weight.shape)
+    norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
+    gains = (dora_scale.to(weight).flatten() / norms).view(1, -1, *[1] * (weight.dim() - 2))
+    return (merged * gains - weight).flatten(1)
+
+
+# ---------------------------------------------------------------- {kind: tensor} -> ((U, D), rank that divides alpha)
+
+
+def _lora(t):
+    """U D; a mid [R, R, height, width] is Tucker's core between them (LoCon, lora_mid)."""
+    up, down = t["lora_up.weight"].flatten(1), t["lora_down.weight"]
+    if "lora_mid.weight" in t:
+        up, down = up.float(), _around(t["lora_mid.weight"], down.flatten(1))
+    return (up, down), up.shape[1]
+
+
+def _loha(t):
+    """(w1_a w1_b) o (w2_a w2_b), element by element: of two sums of R outer products a sum of R x R."""
+    up1, down1 = _factor(t, "hada_w1", "hada_t1")
+    up2, down2 = _factor(t, "hada_w2", "hada_t2")
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
+    return (up, down), len(t["hada_w1_b"])
+
+
+def _lokr(t):
+    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks the second's divides it, as in ComfyUI."""
+    up1, down1 = _factor(t, "lokr_w1")
+    up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
+    rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)
+    return (torch.kron(up1, up2), torch.kron(down1, down2)), rank
+
+
+def _factor(t, name, core=None):
+    """One factor as U [n, r], D [r, k]: whole beside an identity, or w_a w_b, or w_a and w_b around a Tucker core."""
+    if name in t:
+        whole = t[name].float().flatten(1)
+        return full_rank(whole, whole, {})[:2]
+    a, b = t[f"{name}_a"].float(), t[f"{name}_b"].float()
+    return (a.t().contiguous(), _around(t[core], b)) if core in t else (a, b.flatten(1))
+
+
+def _around(core, b):
+    """A Tucker core [R, R, height, width] times b [R, channels] -> [R, channels x height x width]."""
+    return torch.einsum("ijhw,jk->ikhw", core.float(), b.float()).flatten(1).contiguous()
+
+
+def _decomposed(name, core=None):
+    return [f"{name}_a", f"{name}_b", *([core] if core else [])]
+
+
+_LORA = ["lora_up.weight", "lora_down.weight"]
+_ALGORITHMS = {
+    frozenset(_LORA): _lora,
+    frozenset([*_LORA, "lora_mid.weight"]): _lora,
+    frozenset(_decomposed("hada_w1") + _decomposed("hada_w2")): _loha,
+    frozenset(_decomposed("hada_w1", "hada_t1") + _decomposed("hada_w2", "hada_t2")): _loha,
+    **{
+        frozenset(w1 + w2): _lokr
+        for w1 in (["lokr_w1"], _decomposed("lokr_w1"))
+        for w2 in (["lokr_w2"], _decomposed("lokr_w2"), _decomposed("lokr_w2", "lokr_t2"))
+    },
+}
+KINDS = frozenset().union(*_ALGORITHMS)
 '''
 
 # ============================================================================================ common/manifest.py
@@ -1985,7 +3402,9 @@ MODULES['common.manifest'] = r'''
 Heavy libraries are imported where they are used: infer.py answers --help without them.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -1995,7 +3414,7 @@ def save_image(flags, column, index, prompt, seed, image):
     """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
     from common import report
 
-    names = ("steps", "guidance_scale", "scheduler", "resolution", "image", "strength")
+    names = ("steps", "guidance_scale", "guidance_rescale", "scheduler", "resolution", "image", "strength")
     settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
     settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
     record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
@@ -2003,10 +3422,16 @@ def save_image(flags, column, index, prompt, seed, image):
     facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
     facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    file = f"images/{column.stem}_{index:02d}_{seed}.png"
+    path = _unused(Path(flags.output_dir) / f"images/{column.stem}_{index:02d}_{seed}.png")
     parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(Path(flags.output_dir) / file, image, {"parameters": parameters, "settings": json.dumps(record)})
-    return {"file": file, "sha256": sha256(Path(flags.output_dir) / file), **record}
+    report.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": f"images/{path.name}", "sha256": sha256(path), **record}
+
+
+def _unused(path):
+    """`path`, or where an earlier drawing has that name, the first of path_2, path_3, ... that is free."""
+    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def write_results(flags, sampler, model, columns, records, load_s):
@@ -2023,6 +3448,7 @@ def write_results(flags, sampler, model, columns, records, load_s):
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
     }
+    keep_earlier(output_dir)
     if flags.compare:
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
@@ -2031,11 +3457,33 @@ def write_results(flags, sampler, model, columns, records, load_s):
     return manifest
 
 
+def keep_earlier(output_dir):
+    """compare.png and manifest.json are of the last drawing: those of the one before get a number, the same for both."""
+    from common import files
+
+    grid, manifest = output_dir / "compare.png", output_dir / "manifest.json"
+    if not (grid.exists() or manifest.exists()):
+        return
+    number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
+    grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
+    if grid.exists():
+        grid.rename(grid_kept)
+    if manifest.exists():
+        manifest.rename(manifest_kept)
+        with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
+            earlier = dict(json.loads(manifest_kept.read_text()))
+            files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
+
+
+def _numbered(number):
+    return f"compare_{number}.png", f"manifest_{number}.json"
+
+
 def write_comparison(flags, host, manifest):
     """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
     from PIL import Image
 
-    from common import report
+    from common import grids, report
 
     output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
     rows = {}  # (prompt, seed) -> one image per column
@@ -2051,9 +3499,14 @@ def write_comparison(flags, host, manifest):
     footer = (
         f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
     )
-    grid = report.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    for text in [*titles, *labels]:
+        if grids.legible(text)[1] != text:
+            host.say(
+                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK; until then their codes stand there"
+            )
+    sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
     manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", grid, {"parameters": footer})
+    report.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
 
 
 def difference(image, other):
@@ -2067,7 +3520,14 @@ def provenance(flags, model):
     """What was loaded, by which packages: for manifest.json and merge.json."""
     packages = ("torch", "diffusers", "transformers", "peft")
     return {
-        "model": {"name": model.name, "vae": str(model.vae), "revision": flags.revision, "variant": model.variant},
+        "model": {
+            "name": model.name,
+            "vae": str(model.vae),
+            "revision": flags.revision,
+            "variant": model.variant,
+            "prediction_type": model.kind.prediction_type,
+            "zero_terminal_snr": model.kind.zero_terminal_snr,
+        },
         "versions": {package: version(package) for package in packages},
     }
 
@@ -2080,11 +3540,81 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 '''
 
+# ============================================================================================== common/memory.py
+
+MODULES['common.memory'] = r'''
+"""Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from common import device
+from common.command_line import UserError
+
+ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
+# All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
+ADVICE = "end what else is on this GPU, lower --resolution, or use --quantize nf4; --resume_from_checkpoint latest takes all of these"
+
+
+class OutOfMemory(UserError):
+    """GPU memory is used up, and there is no leaner way left to try."""
+
+    def __init__(self, doing: str, advice: str = ADVICE) -> None:
+        super().__init__(f"out of GPU memory {doing}: {advice}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class."""
+    if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+
+
+def release(where: torch.device) -> None:
+    """Give back what a failed attempt has left; call it outside of the `except` block, which still holds the tensors."""
+    gc.collect()
+    device.free_memory(where)
+
+
+class StepDown:
+    """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
+
+    Args:
+        doing: what is done, for messages: "while encoding images".
+        ways: {what a way is called, for messages: function}; all of them take the same arguments.
+        host: the process whose device is cleared after a failure.
+    """
+
+    def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
+        self.doing, self.ways, self.host = doing, list(ways.items()), host
+
+    def __call__(self, *arguments):
+        """Return what the first way gives that does not run out of memory.
+
+        Raises:
+            OutOfMemory: the last one ran out too.
+        """
+        while self.ways:
+            try:
+                return self.ways[0][1](*arguments)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            release(self.host.device)
+            self.ways.pop(0)
+            if self.ways:
+                print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)
+        raise OutOfMemory(self.doing)
+'''
+
 # ============================================================================================= common/merging.py
 
 MODULES['common.merging'] = r'''
 """Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
 
+import json
 import os
 import shutil
 from itertools import chain
@@ -2093,6 +3623,7 @@ from safetensors import SafetensorError
 
 from common.command_line import UserError
 from common.files import write_json
+from common.model_kind import SCHEDULER
 
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
 COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
@@ -2148,9 +3679,239 @@ def _write(pipeline, model, folder, record):
     for name in COPIED:
         shutil.copytree(model.folder / name, folder / name)
     shutil.copy(model.folder / "model_index.json", folder)
+    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:  # what the model is was said by a flag, or by its single file
+        write_json(folder / SCHEDULER, model.scheduler)
     write_json(folder / "merge.json", record)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes its files unreadable for others
+'''
+
+# ========================================================================================== common/model_kind.py
+
+MODULES['common.model_kind'] = r'''
+"""What a model is, by its own files: SDXL or not, what its UNet predicts, on which noise schedule. The flags speak where the files are silent.
+
+v-prediction: arXiv 2202.00512. Zero-terminal SNR (the last timestep is pure noise): arXiv 2305.08891.
+"""
+
+import inspect
+import json
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from common.command_line import UserError
+
+PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
+SCHEDULER = "scheduler/scheduler_config.json"
+READ = ["model_index.json", SCHEDULER, *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+# The samplers whose configuration describes DDPM's noise schedule. EDM and flow matching have another one.
+DDPM_FAMILY = (
+    "DDPM DDIM DDPMParallel DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete"
+    " KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver LCM TCD"
+).split()
+_SPELLINGS = {
+    "v": V_PREDICTION,
+    "v_prediction": V_PREDICTION,
+    "v-prediction": V_PREDICTION,
+    "epsilon": EPSILON,
+    "eps": EPSILON,
+}
+
+
+class Mark(NamedTuple):
+    """What one place in a model's files says about it."""
+
+    value: object
+    where: str
+
+
+class Kind(NamedTuple):
+    """What the noise schedule and the UNet's target are. `said_by`: the flag, or the place in the model's files."""
+
+    prediction_type: str  # EPSILON or V_PREDICTION
+    zero_terminal_snr: bool
+    said_by: str
+
+    def __str__(self):
+        snr = ", zero-terminal SNR" if self.zero_terminal_snr else ""
+        return f"predicts {self.prediction_type}{snr} (by {self.said_by})"
+
+
+# ---------------------------------------------------------------- is it SDXL
+
+
+def read_object(folder, file, named):
+    """The JSON object in folder/file.
+
+    Args:
+        named: the flag and its value, for the message.
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
+
+
+def check_folder(folder, named):
+    """Refuse what is not SDXL, by its configuration files: Stable Diffusion 1.5 would be loaded far before it fails.
+
+    Raises:
+        UserError: naming the flag, the part and what is not supported about it.
+    """
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"{named}: no model_index.json in it, so it is not a diffusers model folder")
+    for file in READ:
+        read_object(folder, file, named)
+    configs = {part: read_object(folder, f"{part}/config.json", named) for part in PARTS}
+    for part, wanted in PARTS.items():
+        found = configs[part].get("_class_name") or (configs[part].get("architectures") or ["nothing known"])[0]
+        if found != wanted:
+            raise UserError(f"{named}: its {part} is {found}, SDXL's is {wanted}")
+    _check_unet(configs["unet"], configs["text_encoder"], configs["text_encoder_2"], named=named)
+    check_scheduler(read_object(folder, SCHEDULER, named), named)
+
+
+def _check_unet(unet, text_encoder, text_encoder_2, *, named):
+    for name in ("in_channels", "out_channels"):
+        if unet.get(name, 4) != 4:
+            hint = " (an inpainting or editing model)" if name == "in_channels" else ""
+            raise UserError(f"{named}: its unet has {unet[name]} {name}{hint}; only SDXL models with 4 are supported")
+    if unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{named}: its unet takes no picture sizes (addition_embed_type), so it is not SDXL's")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"{named}: its unet takes the guidance as an input (time_cond_proj_dim, as LCM has), which is not supported"
+        )
+    try:
+        widths = {
+            "cross_attention_dim": text_encoder["hidden_size"] + text_encoder_2["hidden_size"],
+            "projection_class_embeddings_input_dim": 6 * unet["addition_time_embed_dim"]
+            + text_encoder_2["projection_dim"],
+        }
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{named}: the configuration of its unet or of a text encoder lacks widths that SDXL has"
+        ) from None
+    for name, width in widths.items():
+        if unet.get(name) != width:
+            raise UserError(
+                f"{named}: its unet has the {name} {unet.get(name)}, its text encoders give {width}; they do not fit"
+            )
+
+
+def check_scheduler(config, named):
+    """Refuse a noise schedule or a target that training does not know.
+
+    Raises:
+        UserError: naming the flag and what the configuration says.
+    """
+    name = str(config.get("_class_name"))
+    if (
+        name.removesuffix("Scheduler") not in DDPM_FAMILY
+        or config.get("use_flow_sigmas")
+        or config.get("timestep_type") == "continuous"
+    ):
+        raise UserError(
+            f"{named}: its scheduler, {name}, has another noise schedule than SDXL's (EDM or flow matching?): not supported"
+        )
+    if (found := config.get("prediction_type", EPSILON)) not in (EPSILON, V_PREDICTION):
+        raise UserError(f"{named}: prediction type {found!r} is not supported, only {EPSILON} and {V_PREDICTION}")
+    try:
+        finite = bool(alphas_cumprod(config).isfinite().all())
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        finite = False
+    if not finite:
+        raise UserError(f"{named}: its {SCHEDULER} describes no noise schedule that can be computed")
+
+
+def alphas_cumprod(config):
+    """The noise schedule of a scheduler configuration: [T], in fp32 on the CPU."""
+    from diffusers import DDPMScheduler
+
+    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    return DDPMScheduler(**{name: config[name] for name in known if name in config}).alphas_cumprod.float()
+
+
+# ---------------------------------------------------------------- what it predicts
+
+
+def marks_in_file(file, named):
+    """{"prediction_type": [Mark], "zero_terminal_snr": [Mark]}: what a single file says, by NoobAI's keys, modelspec's and kohya's.
+
+    Raises:
+        UserError: a damaged file, a prediction type that is not supported.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            keys, metadata = set(tensors.keys()), tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{named}: damaged, or no safetensors file ({error}); download or copy it again") from None
+    prediction = [Mark(V_PREDICTION, "its key v_pred")] if "v_pred" in keys else []
+    zero_snr = [Mark(True, "its key ztsnr")] if "ztsnr" in keys else []
+    if (spec := metadata.get("modelspec.prediction_type")) is not None:
+        if spec.lower() not in _SPELLINGS:
+            raise UserError(f"{named}: modelspec.prediction_type {spec!r} is not supported, only {EPSILON} and v")
+        prediction.append(Mark(_SPELLINGS[spec.lower()], "its modelspec.prediction_type"))
+    if metadata.get("ss_v_parameterization") in ("True", "False"):
+        value = V_PREDICTION if metadata["ss_v_parameterization"] == "True" else EPSILON
+        prediction.append(Mark(value, "its ss_v_parameterization"))
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        zero_snr.append(Mark(True, "its ss_zero_terminal_snr"))
+    return {"prediction_type": prediction, "zero_terminal_snr": zero_snr}
+
+
+def marks_in_scheduler(config):
+    """The same of a scheduler configuration. Only what differs from the default counts: converters leave the default where nothing was said."""
+    where = "its scheduler configuration"
+    return {
+        "prediction_type": [Mark(V_PREDICTION, where)] if config.get("prediction_type") == V_PREDICTION else [],
+        "zero_terminal_snr": [Mark(True, where)] if config.get("rescale_betas_zero_snr") else [],
+    }
+
+
+def decide(named, marks, *, prediction_type=None, zero_terminal_snr=None):
+    """What the files say, or the flags where they are given -> Kind.
+
+    Args:
+        marks: [Mark] for each of the two settings.
+        prediction_type, zero_terminal_snr: the flags, None where they were not given.
+    Raises:
+        UserError: the files contradict each other, or the flag contradicts them.
+    """
+    prediction = _agreed(named, "prediction_type", marks["prediction_type"], asked=prediction_type, default=EPSILON)
+    zero_snr = _agreed(named, "zero_terminal_snr", marks["zero_terminal_snr"], asked=zero_terminal_snr, default=False)
+    said_by = [prediction.where, *([zero_snr.where] if zero_snr.value and zero_snr.where != prediction.where else [])]
+    return Kind(prediction.value, zero_snr.value, " and ".join(said_by))
+
+
+def _agreed(named, setting, marks, *, asked, default):
+    """The Mark that counts. Trainers write the default where nobody told them anything, so a flag may contradict that."""
+    told = [mark for mark in marks if mark.value != default]
+    if asked is not None:
+        if told and all(mark.value != asked for mark in marks):
+            raise UserError(
+                f"--{setting} {asked}: contradicts {told[0].where}, by which {named} has {told[0].value}; leave the flag out"
+            )
+        return Mark(asked, f"--{setting}")
+    if told and len(told) < len(marks):
+        other = next(mark for mark in marks if mark.value == default)
+        raise UserError(
+            f"{named}: {told[0].where} says {told[0].value}, {other.where} says {other.value}; decide with --{setting}"
+        )
+    return next(iter(marks), Mark(default, "its scheduler configuration"))
+
+
+def scheduler_of(config, kind):
+    """A scheduler configuration that says what `kind` says. Zero-terminal SNR starts at the last timestep: "trailing" spacing (sec. 3.3)."""
+    config = {**config, "prediction_type": kind.prediction_type}
+    return (
+        {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if kind.zero_terminal_snr else config
+    )
 '''
 
 # =============================================================================================== common/noise.py
@@ -2239,167 +4000,206 @@ def by_quarter(values, t, num_timesteps):
 # ======================================================================================== common/norm_kernels.py
 
 MODULES['common.norm_kernels'] = r'''
-"""Normalisations of frozen layers on a GPU, in one or two passes over memory, with what comes before and after them.
+"""Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
 
 GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
 Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
 All sums are in fp32 over deviations from the mean, never differences of large squares.
+
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py. GroupNorm's kernels share
+these arguments, of a batch of images whose pixels are cut into tiles of ROWS:
+    x, y, dy, dx: [images, pixels, channels]; shift: [images, channels]; weight, bias: [channels].
+    mean, deviation, sum_dz, sum_dz_u: fp32 [images, tiles, channels], of one tile each.
+    scale, centre: fp32 [images, channels], with u = x + centre and y = u scale + bias.
+    inverse, offset, slope: fp32 [images, groups], with dx = dz scale - offset - slope u. SIZE: channels of a group.
 """
 
 import torch
-import torch.nn.functional as F
-
-if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Offsets in one image, channel numbers and mask of the tile of this program."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        at = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + column
-        return at, column, (row < pixels) & (column < channels)
-
-    @triton.jit
-    def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of every tile and channel: mean, and sum of squared deviations from it."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if SHIFT:
-            value += tl.load(shift + tl.program_id(2) * channels + column, mask=column < channels, other=0.0).to(tl.float32)
-        count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
-        average = tl.sum(tl.where(inside, value, 0.0), axis=0)[None, :] / count
-        apart = tl.where(inside, value - average, 0.0)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        tl.store(mean + to, average, mask=column < channels)
-        tl.store(deviation + to, tl.sum(apart * apart, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _group_tile(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
-        """Tile numbers, offsets in per-tile sums and mask: the channels of this program's group."""
-        tile = start + tl.arange(0, TILES)[:, None]
-        inside_group = tl.arange(0, WIDTH)[None, :]
-        at = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + inside_group
-        return tile, at, (tile < tiles) & (inside_group < SIZE)
-
-    @triton.jit
-    def _merge_moments_kernel(
-        mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
-        SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
-        """Of every group: 1 / standard deviation; of every channel: y = (x + centre) scale + bias."""
-        total = pixels * SIZE
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            sums += tl.load(mean + at, mask=inside, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
-        average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            apart = tl.where(inside, tl.load(mean + at, mask=inside, other=0.0) - average, 0.0)
-            sums += tl.load(deviation + at, mask=inside, other=0.0) + apart * apart * tl.minimum(ROWS, pixels - tile * ROWS)
-        r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
-        tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
-        channel, inside = tl.program_id(0) * SIZE + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < SIZE
-        to = tl.program_id(1) * channels + channel
-        tl.store(scale + to, r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32), mask=inside)
-        added = tl.load(shift + to, mask=inside, other=0.0).to(tl.float32) if SHIFT else tl.zeros((WIDTH,), dtype=tl.float32)
-        tl.store(centre + to, added - average, mask=inside)
-
-    @triton.jit
-    def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        z = u * tl.load(scale + of_channel, mask=known, other=0.0) + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-        if SILU:
-            z = z * tl.sigmoid(z)
-        tl.store(y + at, z, mask=inside)
-
-    @triton.jit
-    def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of this program's tile: offsets, channels, mask, deviation u from the group's mean, dL/dz, scale."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        k, dz = tl.load(scale + of_channel, mask=known, other=0.0), tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if SILU:
-            z = u * k + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-            s = tl.sigmoid(z)
-            dz = dz * s * (1 + z * (1 - s))
-        return at, column, inside, u, dz, k
-
-    @triton.jit
-    def _gradient_sums_kernel(
-        x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        """Of every tile and channel: sums of dz scale and of dz scale u."""
-        _, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        dz = tl.where(inside, dz * k, 0.0)
-        tl.store(sum_dz + to, tl.sum(dz, axis=0)[None, :], mask=column < channels)
-        tl.store(sum_dz_u + to, tl.sum(dz * u, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _merge_gradient_kernel(
-        sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
-    ):
-        """Of every group: dx = dz scale - offset - slope u."""
-        first, second = tl.zeros((TILES, WIDTH), dtype=tl.float32), tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            _, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            first += tl.load(sum_dz + at, mask=inside, other=0.0)
-            second += tl.load(sum_dz_u + at, mask=inside, other=0.0)
-        to, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), pixels * SIZE
-        r = tl.load(inverse + to)
-        tl.store(offset + to, tl.sum(tl.sum(first, axis=1), axis=0) / total)
-        tl.store(slope + to, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
-
-    @triton.jit
-    def _group_norm_backward_kernel(
-        x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
-        SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        at, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        group, known = tl.program_id(2) * (channels // SIZE) + column // SIZE, column < channels
-        a, b = tl.load(offset + group, mask=known, other=0.0), tl.load(slope + group, mask=known, other=0.0)
-        tl.store(dx + at, dz * k - a - b * u, mask=inside)
-
-    @triton.jit
-    def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            value += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(total + at, value, mask=inside)
-            value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        w, b = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32), tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + at, apart * r * w + b, mask=inside)
-
-    @triton.jit
-    def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-        g = r * (g - tl.sum(g, axis=0) / width - apart * r * r * tl.sum(g * apart, axis=0) / width)
-        tl.store(dx + at, g + tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
-
-    @triton.jit
-    def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + i, mask=i < n).to(tl.float32) + tl.load(h + i, mask=i < n).to(tl.float32)
-        tl.store(y + i, value + tl.load(bias + i % channels, mask=i < n).to(tl.float32), mask=i < n)
-
+import triton
+import triton.language as tl
 
 COLUMNS, TILES, BLOCK = 64, 32, 1024
+
+
+@triton.jit
+def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile of an image: offsets [ROWS, COLUMNS], channels [1, COLUMNS], and the masks of both."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + channel
+    channel_mask = channel < channels
+    return offsets, channel, (row < pixels) & channel_mask, channel_mask
+
+
+@triton.jit
+def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of this program's group, in what is kept per tile: tile numbers [TILES, 1], offsets [TILES, WIDTH] and their mask."""
+    tile = start + tl.arange(0, TILES)[:, None]
+    in_group = tl.arange(0, WIDTH)[None, :]
+    offsets = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + in_group
+    return tile, offsets, (tile < tiles) & (in_group < SIZE)
+
+
+@triton.jit
+def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + tl.program_id(2) * channels + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+    average = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :] / count
+    residual = tl.where(mask, value - average, 0.0)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    tl.store(mean + out, average, mask=channel_mask)
+    tl.store(deviation + out, tl.sum(residual * residual, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of every group: inverse = 1 / standard deviation; of its channels: scale = inverse weight, centre = shift - mean."""
+    total = pixels * SIZE
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        sums += tl.load(mean + offsets, mask=mask, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+    average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        residual = tl.where(mask, tl.load(mean + offsets, mask=mask, other=0.0) - average, 0.0)
+        count = tl.minimum(ROWS, pixels - tile * ROWS)
+        sums += tl.load(deviation + offsets, mask=mask, other=0.0) + residual * residual * count
+    r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+    tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+
+    channel = tl.program_id(0) * SIZE + tl.arange(0, WIDTH)
+    mask = tl.arange(0, WIDTH) < SIZE
+    out = tl.program_id(1) * channels + channel
+    tl.store(scale + out, r * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    added = tl.zeros((WIDTH,), dtype=tl.float32)
+    if SHIFT:
+        added += tl.load(shift + out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(centre + out, added - average, mask=mask)
+
+
+@triton.jit
+def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y = (x + centre) scale + bias, through SiLU if asked for."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + offsets, z, mask=mask)
+
+
+@triton.jit
+def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    return offsets, channel, mask, channel_mask, u, dz, k
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Of every tile and channel: the sums of dz scale and of dz scale u."""
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    dz = tl.where(mask, dz * k, 0.0)
+    tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
+    tl.store(sum_dz_u + out, tl.sum(dz * u, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_gradient_kernel(
+    sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of every group: offset = mean of dz scale, slope = inverse^2 times the mean of dz scale u."""
+    first = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    second = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        _, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        first += tl.load(sum_dz + offsets, mask=mask, other=0.0)
+        second += tl.load(sum_dz_u + offsets, mask=mask, other=0.0)
+    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    total = pixels * SIZE
+    r = tl.load(inverse + group)
+    tl.store(offset + group, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+    tl.store(slope + group, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx = dz scale - offset - slope u."""
+    offsets, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )  # fmt: skip
+    group = tl.program_id(2) * (channels // SIZE) + channel // SIZE
+    a = tl.load(offset + group, mask=channel_mask, other=0.0)
+    b = tl.load(slope + group, mask=channel_mask, other=0.0)
+    tl.store(dx + offsets, dz * k - a - b * u, mask=mask)
+
+
+@triton.jit
+def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total = h + a, y = LayerNorm(total), one row a program. h, a, total, y: [rows, width]; weight, bias: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + offsets, value, mask=mask)
+        value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, residual * r * w + b, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+    """dx = dtotal + the gradient through LayerNorm(total). total, dy, dtotal, dx: [rows, width]; weight: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
+    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
+    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+    """y = x + h + bias. x, h, y: [n], channels last; bias: [channels]."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
 
 
 def _rows(pixels):
@@ -2409,7 +4209,7 @@ def _rows(pixels):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, norm, silu):
+    def forward(ctx, x, norm, silu, shift):
         x = x.contiguous(memory_format=torch.channels_last)
         (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
         pixels, rows = height * width, _rows(height * width)
@@ -2443,23 +4243,12 @@ class _GroupNorm(torch.autograd.Function):
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
-        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
-        return dx, dshift, None, None
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dshift
 
 
 def group_norm(x, norm, silu=False, shift=None):
-    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
-
-    Args:
-        x: [B, C, H, W]; channels-last on a GPU.
-        norm: torch.nn.GroupNorm whose parameters need no gradient.
-        shift: [B, C] or None.
-    """
-    if x.is_cuda:
-        return _GroupNorm.apply(x, shift, norm, silu)
-    x = x if shift is None else x + shift[:, :, None, None]
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(y) if silu else y
+    return _GroupNorm.apply(x, norm, silu, shift)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -2485,12 +4274,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx if ctx.added else None, None
 
 
-def add_norm(h, a, norm):
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
-    if h.is_cuda:
-        return _AddNorm.apply(h, a, norm)
-    total = h if a is None else a + h
-    return total, norm(total)
+add_norm = _AddNorm.apply
 
 
 class _AddBias(torch.autograd.Function):
@@ -2506,9 +4290,350 @@ class _AddBias(torch.autograd.Function):
         return dy, dy, None
 
 
+add_bias = _AddBias.apply
+'''
+
+# ========================================================================================== common/operations.py
+
+MODULES['common.operations'] = r'''
+"""What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
+
+Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
+take its place on a GPU once kernel_check.py has found that they compute the same there.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+class Operation:
+    """A function whose first argument says where it computes.
+
+    Attributes:
+        plain: its form in PyTorch; on a GPU it neither waits nor draws random numbers, so that a CUDA graph can hold it.
+        on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
+        faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
+    """
+
+    def __init__(self, plain):
+        functools.update_wrapper(self, plain)
+        self.plain = self.on_gpu = plain
+        self.faults = {}
+
+    def __call__(self, x, *args, **kwargs):
+        return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
+
+
+@Operation
+def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+
+    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
+
+    Args:
+        x: tensor of any shape.
+        seed: int64 scalar tensor on x's device, read when the GPU computes.
+        salt: integer that differs between layers.
+        add_to: when given, it becomes add_to + alpha d(x), in place.
+    """
+    keep = _uniform(x.numel(), seed, salt).view(x.shape) >= p
+    dropped = torch.where(keep, x.float() * (alpha / (1 - p)), 0.0)
+    return dropped.to(x.dtype) if add_to is None else add_to.add_(dropped)
+
+
+def _uniform(count, seed, salt):
+    """fp32 [count] in [0, 1): a hash of seed, salt and place, see https://github.com/skeeto/hash-prospector.
+
+    It computes with 32 unsigned bits, of which PyTorch has few operations: these are the lower ones of int64, which wraps.
+    """
+    bits_32 = 0xFFFFFFFF
+    bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
+    bits = (bits ^ bits >> 16) * 0x21F0AAAD & bits_32
+    bits = (bits ^ bits >> 15) * 0xD35A2D97 & bits_32
+    return ((bits ^ bits >> 15) >> 8).float() / 2**24
+
+
+def spread_salt(salt):
+    """31 bits that differ widely between neighbouring layers."""
+    return salt * 0x5EBCA6B % 2**31
+
+
+@Operation
+def geglu(h):
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+@Operation
+def gain_backward(dy, y, bias, gain, m, dm):
+    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+
+    One call at a time: the kernels of all calls count in the same place.
+
+    Args:
+        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
+    """
+    u = y.float() if bias is None else y.float() - bias
+    dm.addcdiv_((dy * u).sum(0), m)
+    return (dy * gain).to(dy.dtype)
+
+
+@Operation
+def scale_rows(w, gain):
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    return (w * gain[:, None]).to(w.dtype)
+
+
+def row_norms(w, A, B, scale):
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
+
+    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    """
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+@Operation
+def update_gain(w, A, B, m, scale, gain, b):
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, of which the kernel forms w + scale B A tile by tile."""
+    torch.div(m, row_norms(w, A, B, scale), out=gain)
+    b.copy_(B * gain[:, None])
+
+
+@Operation
+def group_norm(x, norm, silu=False, shift=None):
+    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
+
+    Args:
+        x: [B, C, H, W]; channels-last on a GPU.
+        norm: torch.nn.GroupNorm whose parameters need no gradient.
+        shift: [B, C] or None.
+    """
+    x = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+@Operation
+def add_norm(h, a, norm):
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+    total = h if a is None else a + h
+    return total, norm(total)
+
+
+@Operation
 def add_bias(x, h, bias):
     """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
-    return _AddBias.apply(x, h, bias) if x.is_cuda else x + (h + bias[:, None, None])
+    return x + (h + bias[:, None, None])
+
+
+OF_DORA = (gain_backward, scale_rows, update_gain)
+OF_THE_UNET = (geglu, group_norm, add_norm, add_bias)
+EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
+'''
+
+# ========================================================================================= common/other_tools.py
+
+MODULES['common.other_tools'] = r'''
+"""What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr unet_lr",
+    "lora_rank": "rank r lora_r network_dim dim",
+    "lora_alpha": "alpha network_alpha",
+    "lora_dropout": "dropout network_dropout",
+    "lora_target_modules": "target_modules",
+    "train_batch_size": "batch_size train_batch bs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
+    "num_train_epochs": "epochs num_epochs max_train_epochs",
+    "max_train_steps": "steps max_steps num_steps train_steps",
+    "lr_warmup_steps": "warmup_steps warmup",
+    "offset_noise_strength": "noise_offset offset_noise",
+    "min_snr_gamma": "snr_gamma",
+    "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "random_flip": "flip_aug",
+    "use_ema": "ema",
+    "use_8bit_adam": "adam8bit optimizer_type optimizer",
+    "enable_xformers_memory_efficient_attention": "xformers",
+    "mixed_precision": "fp16 bf16 precision dtype",
+    "train_data_dir": "data_dir data train_dir image_dir instance_data_dir",
+    "dataset_name": "dataset",
+    "caption_column": "text_column",
+    "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model",
+    "pretrained_vae_model_name_or_path": "vae vae_path",
+    "output_dir": "output out out_dir outdir save_dir",
+    "resume_from_checkpoint": "resume network_weights",
+    "checkpointing_steps": "save_steps save_every_n_steps",
+    "checkpoints_total_limit": "save_total_limit save_last_n_steps",
+    "validation_steps": "sample_every_n_steps validation_epochs",
+    "validation_prompt": "validation_prompts sample_prompts",
+    "report_to": "log_with",
+    "lora": "lora_weights lora_path lora_model adapter adapter_path",
+    "lora_scale": "lora_weight multiplier",
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "steps": "num_inference_steps inference_steps sampling_steps",
+    "guidance_scale": "guidance cfg cfg_scale scale",
+    "num_images": "num_images_per_prompt num_samples n_samples n_iter",
+    "scheduler": "sampler sampler_name",
+    "image": "init_image input_image",
+    "strength": "denoising_strength",
+    "resolution": "size width height image_size",
+}
+
+
+def our_name(theirs: str, known: set[str]) -> str | None:
+    """What another tool's flag (without dashes, underscores inside) is called here; None where no flag of `known` is meant."""
+    return next((ours for ours, names in OTHER_NAMES.items() if theirs in names.split() and ours in known), None)
+'''
+
+# ============================================================================================ common/packages.py
+
+MODULES['common.packages'] = r'''
+"""The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
+
+import importlib.util
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# The same as requirements.txt, which a one-file script does not have beside it.
+# Floors: what Kaggle and Colab ship with (hosts/). Upper bounds: the newest minor release that was tested.
+REQUIREMENTS = {
+    "torch": ">=2.6",  # transformers switches PyTorch off below
+    "diffusers": ">=0.37.1,<0.43",
+    "transformers": ">=5.0,<5.25",
+    "peft": ">=0.19.1,<0.22",
+    "accelerate": ">=1.13,<1.16",
+    "bitsandbytes": ">=0.50.2,<0.51",
+    "datasets": ">=4.0,<5.3",
+    "argparse-dataclass": ">=2.0,<3",
+    "huggingface_hub": ">=1.11,<2.5",
+    "safetensors": ">=0.7,<0.9",
+    "tqdm": ">=4.67",
+    "pillow": ">=11.3",
+    "numpy": ">=2.0",
+    "psutil": ">=5.9.5",
+    "matplotlib": ">=3.10",
+}
+MODULES = {"argparse-dataclass": "argparse_dataclass", "pillow": "PIL"}  # where the name to import is another one
+WHERE_USED = ("bitsandbytes",)  # asked for by the flags that use it
+
+
+def lacking() -> dict[str, str | None]:
+    """{package: its version, or None when it is absent} of what is missing or too old, those of WHERE_USED left out.
+
+    The upper bounds are for pip: a newer package may well work.
+    """
+    found = {}
+    for name, wanted in REQUIREMENTS.items():
+        if name in WHERE_USED:
+            continue
+        if is_absent(name):
+            found[name] = None
+        elif (installed := installed_version(name)) and release(installed) < release(wanted.removeprefix(">=")):
+            found[name] = installed
+    return found
+
+
+def is_absent(name: str) -> bool:
+    return importlib.util.find_spec(MODULES.get(name, name)) is None
+
+
+def installed_version(name: str) -> str | None:
+    """None also where a package lies on the path without its metadata."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The numbers a version or a list of bounds begins with: (2, 6, 0) of 2.6.0+cu124."""
+    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+def refusal(found: dict[str, str | None]) -> str:
+    """One line that names what `lacking` found, with the command that brings it."""
+    said = ", ".join(f"{name} is missing" if has is None else f"{name} {has} is too old" for name, has in found.items())
+    return f"{said}: pip install " + " ".join(f'"{name}{REQUIREMENTS[name]}"' for name in found)
+
+
+def require_parser() -> None:
+    """Where argparse-dataclass is absent common.command_line cannot be imported: end with one line and exit status 2."""
+    if is_absent("argparse-dataclass"):
+        print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
+        sys.exit(2)
+'''
+
+# ======================================================================================== common/peft_reading.py
+
+MODULES['common.peft_reading'] = r'''
+"""A PEFT folder -> weights under PEFT's names, for the part of the model that they belong to."""
+
+import json
+from pathlib import Path
+
+from common import formats
+from common.adapter_checks import drawing_config, misfitting_keys
+from common.adapter_names import COMPONENTS
+from common.command_line import UserError
+from common.files import read_safetensors
+
+
+def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
+    """A folder of the UNet or of one text encoder; save_peft's has folders of the text encoders in it. Returns as read_adapter."""
+    nested = [file.parent / component / formats.PEFT_WEIGHTS for component in COMPONENTS[1:]]
+    weights, configs = {}, {}
+    for part in (file, *(part for part in nested if part.exists())):
+        config = _config(part)
+        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
+        component, named = _component(modules, named)
+        weights[component], configs[component] = named, config
+    return weights, configs
+
+
+def _config(file):
+    """LoraConfig arguments beside a PEFT file."""
+    place = file.parent / formats.PEFT_CONFIG
+    if not place.exists():
+        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
+    try:
+        described = dict(json.loads(place.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
+    if described.get("peft_type") != "LORA":
+        raise UserError(
+            f"--lora {file.parent}: holds a PEFT adapter of type {described.get('peft_type')}; only LoRA and DoRA are supported"
+        )
+    return drawing_config(file, formats.PEFT_CONFIG, described)
+
+
+def _component(modules, weights):
+    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
+    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in COMPONENTS}
+    return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
+
+
+def _named_as_in(encoder, weights):
+    """The opposite of adapter_names.portable, where `encoder` is one without the prefix."""
+    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
+    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
+'''
+
+# ============================================================================================== common/places.py
+
+MODULES['common.places'] = r'''
+"""Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
+
+import os
+
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 '''
 
 # ============================================================================================== common/report.py
@@ -2518,11 +4643,15 @@ MODULES['common.report'] = r'''
 
 import importlib
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.files import replacing
+
+# Notebooks cut the bar at 80 columns; the numbers come first and what is left belongs to the bar itself.
+BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+REQUIRED = ("step", "loss", "mse", "lr")  # what makes a line of metrics.jsonl a row
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
 
 
@@ -2537,15 +4666,15 @@ class Report:
 
     def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
         self.is_main = is_main
-        self.bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=not is_main)
+        self.bar = tqdm(total=total_steps, initial=resumed_step, bar_format=BAR_FORMAT, disable=not is_main)
         if not is_main:
             return
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a")
+        self.plotted_rows, self.rows = 0, len(kept)
         self.tracker = None
         if report_to != "none":
             tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
@@ -2559,13 +4688,25 @@ class Report:
         """One optimizer step: to the bar, the file and the tracker."""
         if not self.is_main:
             return
-        shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix_str(shown_numbers(row), refresh=False)
         self.bar.update()
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        self.rows += 1
         if self.tracker:
             self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+        if "val_loss" in row:
+            self.plot()
+
+    def plot(self):
+        """Draw training.png anew, unless it shows all there is already. A picture is not worth a run: what goes wrong is said."""
+        if not self.is_main or self.rows == self.plotted_rows:
+            return
+        self.plotted_rows = self.rows
+        try:
+            plot_training(self.path.parent)
+        except Exception as error:
+            self.say(f"training.png could not be drawn ({type(error).__name__}: {error})")
 
     def say(self, line):
         """Print a line without breaking the bar."""
@@ -2576,47 +4717,60 @@ class Report:
         self.bar.close()
         if self.is_main:
             self.file.close()
+            self.plot()
             if self.tracker:
                 self.tracker.finish()
 
 
+def shown_numbers(row):
+    """What the bar says of a step: "loss 0.1234 lr 1.0e-04 2.345 s/img 13.05 GiB"."""
+    return f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['s_per_img']:.3f} s/img {row['peak_gib']:.2f} GiB"
+
+
 def read_metrics(path):
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Rows of a metrics.jsonl; a line that is damaged, or cut short by a kill, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if all(isinstance(row[name], (int, float)) for name in REQUIRED):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError):  # no JSON, or not a row of ours
+            continue
     return rows
 
 
 def plot_training(output_dir):
-    """training.png from metrics.jsonl: loss with a running mean, held-out loss, and the learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """training.png from metrics.jsonl, a panel each: the loss that is minimised, the mse beside the held-out mse, the learning rate."""
+    from matplotlib.figure import Figure
 
     rows = read_metrics(Path(output_dir) / "metrics.jsonl")
     if not rows:
         return
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True)
-    top.plot(steps, losses, color="0.75", linewidth=0.8, label="loss of each step")
-    top.plot(steps, _running_mean(losses, max(5, len(losses) // 20)), color="tab:blue", label="running mean")
-    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if held_out:
-        top.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held-out mse")
-    top.set_ylabel("loss")
-    top.legend(frameon=False)
-    bottom.plot(steps, [row["lr"] for row in rows], color="tab:green")
+    panels = [name for name in ("loss", "mse") if name == "mse" or any(row["loss"] != row["mse"] for row in rows)]
+    figure = Figure(figsize=(9, 2.6 * len(panels) + 1.6), layout="constrained")
+    *above, bottom = figure.subplots(len(panels) + 1, 1, sharex=True, height_ratios=[*[2] * len(panels), 1])
+    for axis, name in zip(above, panels):
+        _draw_loss(axis, rows, name)
+    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:green")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
-    for axis in (top, bottom):
+    for axis in (*above, bottom):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(output_dir) / "training.png", dpi=120)
-    plt.close(figure)
+    with replacing(Path(output_dir) / "training.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _draw_loss(axis, rows, name):
+    """One panel: `name` of each step, its running mean, and beside the mse that of the held-out images."""
+    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+    axis.plot(steps, values, color="0.75", linewidth=0.8, label="each step")
+    axis.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="tab:blue", label="running mean")
+    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if held_out and name == "mse":
+        axis.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held out")
+    axis.set_ylabel({"loss": "loss, as weighted", "mse": "mse"}[name])
+    axis.legend(frameon=False)
 
 
 def _running_mean(values, window):
@@ -2633,70 +4787,143 @@ def save_png(path, image, text):
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, value)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+'''
+
+# ========================================================================================== common/run_folder.py
+
+MODULES['common.run_folder'] = r'''
+"""An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
+
+Nothing here imports torch: a folder that cannot be used is refused at once.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.command_line import UserError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer, some network drives
+KAGGLE_INPUT = Path("/kaggle/input")
+WRITTEN_BELOW = (".", "ema_unet", "kohya", "peft", "images")  # where a run writes files through partial ones
+LITTER = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial|(checkpoint-\d+|.+\.(json|jsonl|png|safetensors))\.partial")
 
 
-CELL_PX, GAP_PX = (256, 512), 10
-PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+# ---------------------------------------------------------------- one run at a time
 
 
-def grid(rows, column_titles, row_labels, footer):
-    """One labelled picture of many: titles on top, labels at the left, `footer` in small print below.
+@contextlib.contextmanager
+def owned(folder: Path, host) -> Iterator[None]:
+    """Inside, `folder` belongs to this run alone, and what dead runs left half written is gone.
+
+    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is removed.
 
     Args:
-        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
-            label, more makes a file that nobody can send.
+        host: the device.Host; its main process holds the lock, and all of them hear of a refusal.
+    Raises:
+        UserError: another run is writing there.
     """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
-    letters = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own font stops at ASCII
-    font, small = ImageFont.truetype(letters, side / 14), ImageFont.truetype(letters, side / 20)
-    left = side * 2 // 3
-    titles = [_wrap(title, font, side) for title in column_titles]
-    top = max(_height(title, font) for title in titles) + 2 * GAP_PX
-    width = left + len(titles) * (side + GAP_PX) + GAP_PX
-    footer = _wrap(footer, small, width - 2 * GAP_PX)
-    height = top + len(rows) * (side + GAP_PX) + _height(footer, small) + GAP_PX
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for j, title in enumerate(titles):
-        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
-        pen.multiline_text((x, top - GAP_PX), title, INK, font, anchor="md", align="center")
-    for i, (label, images) in enumerate(zip(row_labels, rows)):
-        y = top + i * (side + GAP_PX)
-        pen.multiline_text((GAP_PX, y + side // 2), _wrap(label, font, left - GAP_PX), INK, font, anchor="lm")
-        for j, image in enumerate(images):
-            # Enlarged pixels stay sharp: a small image should look like what it is.
-            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
-    pen.multiline_text((GAP_PX, height - GAP_PX), footer, PALE_INK, small, anchor="ld")
-    return sheet
+    is_new = not folder.exists()
+    lock = _take_lock(folder) if host.is_main else None
+    try:
+        if not all(host.gather([lock is not None or not host.is_main])):
+            raise _in_use(folder)
+        if host.is_main:
+            remove_litter(folder)
+        yield
+    finally:
+        if lock is not None:
+            _give_back(lock)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
 
 
-def _wrap(text, font, width_px):
-    """`text` broken into lines that fit; a word that is too long alone is cut."""
-    lines = [""]
-    for word in text.split():
-        while font.getlength(word) > width_px:
-            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width_px:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(line for line in lines if line)
+def check_free(folder: Path) -> None:
+    """Refuse early, before anything is loaded, what `owned` would refuse. One process of a launch asks: they would meet each other.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).exists():
+        lock = _take_lock(folder)
+        if lock is None:
+            raise _in_use(folder)
+        _give_back(lock)
 
 
-def _height(text, font):
-    from PIL import Image, ImageDraw
+def _take_lock(folder: Path):
+    """The lock of `folder`, taken as far as its file system has locks; None where another process has it."""
+    from filelock import FileLock, Timeout
 
-    return ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[3]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def _give_back(lock) -> None:
+    """Release a lock, and remove its file while nobody else can have it."""
+    with contextlib.suppress(OSError):  # Windows removes it at the release
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another folder")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what runs that were killed have left half written."""
+    for place in WRITTEN_BELOW:
+        for path in (folder / place).glob("*.partial"):
+            if LITTER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def find_checkpoints(folder: Path | str) -> list[Path]:
+    """Complete checkpoint folders, the oldest step first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
+    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(number[1]) if number else 0
+
+
+def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> list[Path]:
+    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; none when there is nothing to resume.
+
+    'latest' is the newest of this output folder, and the older ones in case it is damaged; on Kaggle, where each version of a notebook
+    starts with an empty one, else those of a folder of the same name below /kaggle/input, where the output of an earlier version lies.
+    """
+    if resume_from_checkpoint != "latest":
+        return [Path(resume_from_checkpoint)] if resume_from_checkpoint else []
+    return (find_checkpoints(output_dir) or _of_earlier_versions(Path(output_dir).resolve().name))[::-1]
+
+
+def _of_earlier_versions(name: str) -> list[Path]:
+    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
+    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
 '''
 
 # ============================================================================================ common/sampling.py
@@ -2705,17 +4932,17 @@ MODULES['common.sampling'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
-import gc
+import functools
 import math
 
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, fused_unet, loading
+from common import adapter_loading, device, fused_unet, loading, memory
 from common.adapters import without_dropout
 from common.command_line import UserError
 from common.graphs import Graphed
-from common.schedulers import make_scheduler
+from common.schedulers import default_guidance_rescale, make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
 # GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
@@ -2738,23 +4965,27 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
 
     Returns:
         list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
+    Raises:
+        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
     """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
-    scheduler = EulerDiscreteScheduler.from_pretrained(model.folder, subfolder="scheduler")
-    vae = loading.load_vae(model, host).to(host.dtype)  # the pipeline itself upcasts a VAE that needs it
-    no_text = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    # The pipeline without its VAE, which would take memory while the UNet needs it
+    scheduler = make_scheduler("euler", model.scheduler)
+    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     zeros = loading.zero_unconditional(model)
     pipeline = StableDiffusionXLPipeline(
-        vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
+
+    # One prompt at a time, each to its latent
     unconditional = (None, None) if zeros else condition(text, "", host)
-    images = []
+    latents = []
     with without_dropout([unet, *text.encoders]):
         for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
             prompt_embeds, pooled = condition(text, prompt, host)
-            images += pipeline(
+            latents += pipeline(
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled,
                 negative_prompt_embeds=unconditional[0],
@@ -2763,12 +4994,45 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 width=resolution,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
+                guidance_rescale=default_guidance_rescale(model.kind),
                 generator=generator(seed + i),
+                output_type="latent",
             ).images
-    del pipeline, vae
-    gc.collect()
-    device.free_memory(host.device)
-    return images
+    del pipeline
+    memory.release(host.device)
+    return _decode(latents, model, host)
+
+
+def _decode(latents, model, host):
+    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = loading.load_vae(model, host)
+    whole = functools.partial(_to_pixels, vae=vae)
+
+    def in_tiles(latent):
+        vae.enable_tiling()
+        return whole(latent)
+
+    def on_cpu(latent):
+        vae.disable_tiling()
+        vae.to("cpu", torch.float32)
+        return whole(latent)
+
+    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
+    decode = memory.StepDown("while decoding", ways, host)
+    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
+
+
+def _to_pixels(latent, vae):
+    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
+    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
+    if config.latents_mean is None:
+        latent = latent / config.scaling_factor
+    else:
+        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        latent = latent * std / config.scaling_factor + mean
+    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2778,6 +5042,7 @@ class Settings:
     resolution: int = 1024
     steps: int = STEPS
     guidance_scale: float = GUIDANCE
+    guidance_rescale: float = 0.0
     negative_prompt: str | None = None
     image: object = None
     strength: float = 0.6
@@ -2835,7 +5100,7 @@ class Sampler:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=loading.load_unet(model, home).eval(),
-            scheduler=make_scheduler(scheduler, model.folder),
+            scheduler=make_scheduler(scheduler, model.scheduler),
             force_zeros_for_empty_prompt=loading.zero_unconditional(model),
             add_watermarker=False,
         )
@@ -2845,7 +5110,7 @@ class Sampler:
     def load(self, file):
         """Load an adapter file; returns the name to activate it by. Before `place`."""
         name = f"adapter{len(self.adapters):02d}"
-        adapter_loading.load_adapter(self.pipeline, file, name)
+        adapter_loading.load_adapter(self.pipeline, file, name, say=self.host.say)
         self.adapters.append(name)
         return name
 
@@ -2853,7 +5118,7 @@ class Sampler:
         """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
         unet = self.pipeline.unet
         if self.memory in ("gpu", "offload"):
-            fused_unet.fuse_unet(unet, self.host.device)
+            fused_unet.fuse_unet(unet, self.host.device, self.host.say)
         if self.memory == "gpu":
             self._replay(unet)
         elif self.memory == "offload":
@@ -2898,14 +5163,15 @@ class Sampler:
             return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
-        except torch.OutOfMemoryError:
-            pass  # outside of this block the failed call's tensors are free
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+        # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        gc.collect()
-        device.free_memory(self.host.device)
+        memory.release(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too
@@ -2927,6 +5193,7 @@ class Sampler:
             negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             generator=[generator(seed) for seed in seeds],
             callback_on_step_end=after_step,
             **framing,
@@ -2979,13 +5246,505 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, folder):
-    """The scheduler `name` of SCHEDULERS with the noise schedule of the model in `folder`."""
+def make_scheduler(name, config):
+    """The scheduler `name` of SCHEDULERS with the noise schedule of a model's scheduler configuration, see loading.Model."""
     import diffusers
 
     class_name, options = SCHEDULERS[name]
-    scheduler = getattr(diffusers, class_name)
-    return scheduler.from_config(scheduler.load_config(folder, subfolder="scheduler"), **options)
+    return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def default_guidance_rescale(kind):
+    """What guidance is rescaled by where the user says nothing: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else not at all."""
+    return 0.7 if kind.zero_terminal_snr else 0.0
+'''
+
+# ========================================================================================= common/single_file.py
+
+MODULES['common.single_file'] = r'''
+"""A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
+
+Part by part: RAM holds one part at a time. Names are converted by diffusers; what comes out is checked against the architecture.
+"""
+
+import hashlib
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from safetensors import safe_open
+
+from common import hub, model_kind, weights
+from common.command_line import UserError
+from common.files import write_safetensors
+
+VERSION = 1  # raise it when the same file gives another folder: old ones are then never found
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+    "vae": "first_stage_model.",
+}
+CLASSES = {**model_kind.PARTS, "vae": "AutoencoderKL"}
+DEAD_S = 3600  # a conversion takes minutes
+_OF_EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # by which ComfyUI knows such models
+_OF_ADAPTERS = ("lora_", "lora.", "lokr_", "hada_", "dora_scale")
+_COPIED = ("model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", "*/config.json")
+
+
+def convert(path, config, cache_dir):
+    """The folder of `path` under `cache_dir`. It has no vae folder where the file has no VAE.
+
+    Args:
+        config: folder or hub id of the configurations and tokenizers.
+    Raises:
+        UserError: not a whole SDXL checkpoint, or not of the architecture that `config` describes.
+        OSError: the folder cannot be written.
+    """
+    named = f"--pretrained_model_name_or_path {path}"
+    if path.suffix != ".safetensors":
+        raise UserError(f"{named}: only .safetensors files are read; pickles can run code")
+    names = list(weights.shapes_in(path))
+    _refuse_foreign(names, named)
+    configs = Path(config) if Path(config).is_dir() else hub.download_files(config, list(_COPIED))
+    model_kind.check_folder(configs, f"--config_name_or_path {config}")
+    copied = {
+        file.relative_to(configs): file.read_bytes()
+        for pattern in _COPIED
+        for file in configs.glob(pattern)
+        if file.is_file()
+    }
+    stat = path.stat()
+    identity = VERSION, stat.st_size, stat.st_mtime_ns, sorted((str(file), content) for file, content in copied.items())
+    key = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+    folder = cache_dir / "single_file" / f"{path.stem}-{key}"
+    if not folder.exists():
+        _write(folder, path, names, copied)
+    return folder
+
+
+def _refuse_foreign(names, named):
+    if any(mark in name for name in names for mark in _OF_ADAPTERS):
+        raise UserError(
+            f"{named}: is an adapter (LoRA), not a model; name the model here, and infer.py takes adapters by --lora"
+        )
+    if edm := [name for name in _OF_EDM if name in names]:
+        raise UserError(f"{named}: is an EDM model (it has the key {edm[0]}), which is not supported")
+    if any(name.startswith("cond_stage_model.") for name in names):
+        raise UserError(f"{named}: is Stable Diffusion 1 or 2, not SDXL")
+    if any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        raise UserError(f"{named}: is SDXL's refiner, not its base model")
+    for part, prefix in PREFIXES.items():
+        if part != "vae" and not any(name.startswith(prefix) for name in names):
+            raise UserError(
+                f"{named}: has no {part} (no names in {prefix}); a whole SDXL checkpoint in the original layout is needed"
+            )
+
+
+def _write(folder, path, names, copied):
+    """Convert into a folder of its own name, then rename: other processes see it whole, and whoever comes second drops his own."""
+    _remove_dead(folder.parent)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
+    try:
+        for file, content in copied.items():
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            (partial / file).write_bytes(content)
+        # Every part is checked before the first is written.
+        parts = {part: _read_part(path, names, part, partial / part) for part in PREFIXES}
+        for part, tensors in parts.items():
+            _write_part(tensors, part, partial / part)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_dead(place):
+    """Remove what killed processes have left: conversions that were begun more than DEAD_S ago."""
+    for partial in place.glob("*.partial"):
+        if time.time() - partial.stat().st_mtime > DEAD_S:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_part(path, names, part, folder):
+    """{name in diffusers: tensor} of a part, mapped rather than read; none of them where the file has no VAE.
+
+    Raises:
+        UserError: it does not fit folder/config.json.
+    """
+    own = [name for name in names if name.startswith(PREFIXES[part])]
+    if not own:
+        return {}
+    empty = weights.empty_part(CLASSES[part], folder)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in own}
+    try:
+        tensors = _respell(part, tensors, empty)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: its {part} is incomplete, or of another architecture ({error})") from None
+    try:
+        matched = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+        weights.refuse_missing(empty, set(matched.values()), path)
+    except UserError as error:
+        raise UserError(f"{error}; is it complete, and is --config_name_or_path of its architecture?") from None
+    return {name: tensors[name] for name in matched}
+
+
+def _write_part(tensors, part, folder):
+    if not tensors:
+        return shutil.rmtree(folder, ignore_errors=True)  # a configuration without weights
+    stem = weights.TRANSFORMERS_STEM if part.startswith("text_encoder") else weights.DIFFUSERS_STEM
+    shards = _shards(tensors)
+    for i, shard in enumerate(shards, 1):
+        halves = {name: tensors[name].half() for name in shard}
+        write_safetensors(folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors", halves, {"format": "pt"})
+
+
+def _respell(part, tensors, empty):
+    """Weights by their original names -> by diffusers' names."""
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_unet_checkpoint,
+        convert_ldm_vae_checkpoint,
+        convert_open_clip_checkpoint,
+    )
+
+    if part == "unet":
+        return convert_ldm_unet_checkpoint(tensors, empty.config)
+    if part == "vae":
+        return convert_ldm_vae_checkpoint(tensors, empty.config)
+    if part == "text_encoder_2":
+        return convert_open_clip_checkpoint(empty, tensors, prefix=PREFIXES[part])
+    return {name.removeprefix(PREFIXES[part]): tensor for name, tensor in tensors.items()}
+
+
+def _shards(tensors):
+    """Names in lists of at most CHUNK_BYTES in fp16 (or one tensor): no more than that is copied at a time."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        size += 2 * tensor.numel()
+        if shards[-1] and size > weights.CHUNK_BYTES:
+            shards.append([])
+            size = 2 * tensor.numel()
+        shards[-1].append(name)
+    return shards
+'''
+
+# ============================================================================================ common/stopping.py
+
+MODULES['common.stopping'] = r'''
+"""How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+
+from common import launch
+
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]  # Windows has no SIGHUP
+DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
+
+
+def end_in_order():
+    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept; its double is ignored."""
+    raised_s = -math.inf
+
+    def end(number, frame):
+        nonlocal raised_s
+        if time.monotonic() - raised_s <= DOUBLE_PRESS_S:
+            return
+        raised_s = time.monotonic()
+        _leave_the_terminal(number)
+        if _imports(frame):  # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
+            _say(ended_by(number))
+            os._exit(128 + number)
+        raise KeyboardInterrupt(number)
+
+    _handle(end)
+
+
+def ended_by(number):
+    """What is said of a process that a signal has ended."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def _leave_the_terminal(number):
+    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving. A file or pipe is written on."""
+    for stream in (1, 2) if signal.Signals(number).name == "SIGHUP" else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _imports(frame):
+    """Whether `frame` is within an import."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _say(line):
+    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
+    if launch.rank() == 0:
+        os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
+
+
+def _handle(handler):
+    """Install `handler` for SIGNALS -> {number: the handler before}. A SIGHUP that nohup has switched off stays off."""
+    wanted = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+class StopRequest:
+    """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
+
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
+    take about as long as two more. The loop keeps `longest_step_s`, `longest_save_s` and `doing` up to date.
+
+    Args:
+        ends_s: on the monotonic clock; by then everything must be saved.
+    """
+
+    def __init__(self, ends_s=math.inf):
+        self._signal, self._ends_s = None, ends_s
+        self.longest_step_s, self.longest_save_s = 0.0, 0.0
+        self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    @property
+    def reason(self):
+        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Inside, the first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
+        before = _handle(self._ask)
+        # Python runs a handler between two of its own instructions, and a wait for the GPU can take many seconds:
+        # the answer comes from a thread, which the interpreter's wakeup descriptor tells at once.
+        ours, interpreters = socket.socketpair()
+        interpreters.setblocking(False)
+        descriptor_before = signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._answer, args=(ours,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor_before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            interpreters.close()  # which ends the thread
+            thread.join()
+            ours.close()
+
+    def _ask(self, number, frame=None):
+        _leave_the_terminal(number)
+        self._signal = self._signal or f"{signal.Signals(number).name} received"
+
+    def _answer(self, numbers):
+        """Answer the signals whose numbers arrive as bytes, until the other end is closed."""
+        first_s = None
+        while received := numbers.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            if first_s is None:
+                first_s = time.monotonic()
+                self._ask(number)
+                again = "; press again to lose it" if number == signal.SIGINT else ""
+                _say(f"{signal.Signals(number).name}: {self.doing}{again}")
+            elif number == signal.SIGINT and time.monotonic() - first_s > DOUBLE_PRESS_S:
+                _say("ended at once; --resume_from_checkpoint latest goes on from the last checkpoint")
+                os._exit(128 + number)
+'''
+
+# ============================================================================================= common/weights.py
+
+MODULES['common.weights'] = r'''
+"""A part of a model: built from its configuration without memory, checked against its files, filled from them. UNet, VAE and text
+encoders go the same way.
+
+`fill` is strict: a weight that is missing, unknown or of another shape is refused, before anything of the part is loaded.
+"""
+
+import itertools
+import re
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.command_line import UserError
+
+CHUNK_BYTES = 512 * 2**20
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# What older and other tools keep beside the weights of a text encoder: SDXL computes with none of it.
+_UNUSED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection\.weight)$")
+# The attention of a VAE as diffusers before 0.17 named it.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def empty_part(class_name, folder):
+    """The part that folder/config.json describes, on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: a configuration that the class does not take.
+    """
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        if class_name.startswith("CLIP"):
+            config = transformers.CLIPTextConfig.from_pretrained(folder)
+            with init_empty_weights(include_buffers=False):  # position_ids is in no file: it must be computed
+                return getattr(transformers, class_name)(config)
+        part = getattr(diffusers, class_name)
+        with torch.device("meta"):
+            return part.from_config(part.load_config(folder))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder}/config.json: describes no {class_name} ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+# ---------------------------------------------------------------- its files
+
+
+def variant_in(folder, variant):
+    """`variant` where the folder has weights of it, else None: the plain ones."""
+    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
+
+
+def weight_files(folder, variant, stem=DIFFUSERS_STEM):
+    """The safetensors files of a part: those of the variant when there are any, else the plain ones; whole, or in numbered shards.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = variant_in(folder, variant)
+    name = f"{stem}.{found}" if found else stem
+    whole = folder / f"{name}.safetensors"
+    if whole.exists():
+        return [whole]
+    suffix = f".{found}" if found else ""
+    spellings = f"{name}-?????-of-?????.safetensors", f"{stem}-?????-of-?????{suffix}.safetensors"
+    shards = sorted({shard for spelling in spellings for shard in folder.glob(spelling)})
+    if not shards:
+        raise UserError(f"{folder}: no {name}.safetensors in it (only safetensors are read; pickles can run code)")
+    return shards
+
+
+def shapes_in(file):
+    """{name: shape} of a safetensors file, in the order of its data; only the header is read.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+
+
+def match(module, shapes, file):
+    """{name in the file: name in the module} for the weights of `shapes` that the module has.
+
+    Raises:
+        UserError: a weight that the module does not have, or has in another shape.
+    """
+    wanted = module.state_dict()
+    names = {}
+    for name, shape in shapes.items():
+        own = next((spelling for spelling in _spellings(name) if spelling in wanted), None)
+        if own is None and _UNUSED.search(name):
+            continue
+        if own is None:
+            raise UserError(f"{file}: {name} does not belong to this architecture ({type(module).__name__})")
+        if shape != tuple(wanted[own].shape):
+            raise UserError(
+                f"{file}: {name} has the shape {list(shape)}, its configuration asks for {list(wanted[own].shape)}"
+            )
+        names[name] = own
+    return names
+
+
+def _spellings(name):
+    """A weight's name in the files of all versions -> what it may be called in the module of this one."""
+    before, _, layer = name.rpartition(".")[0].rpartition(".")
+    respelt = f"{before}.{_OLD_ATTENTION[layer]}.{name.rpartition('.')[2]}" if layer in _OLD_ATTENTION else name
+    # transformers 5 dropped `text_model.` from the names inside CLIPTextModel; files have it, or not
+    return name, respelt, name.removeprefix("text_model."), f"text_model.{name}"
+
+
+def refuse_missing(module, found, where):
+    """Raise UserError unless `found` holds every weight of the module; `where` is the file or folder that should have held them."""
+    if missing := sorted(module.state_dict().keys() - found):
+        raise UserError(
+            f"{where}: {len(missing)} of its weights are missing, e.g. {missing[0]} of {type(module).__name__}"
+        )
+
+
+def check_weights(module, files):
+    """{file: {name in the file: name in the module}}. Reads headers only.
+
+    Raises:
+        UserError: a damaged file; a weight that is missing, unknown or of another shape. It names the file.
+    """
+    matched = {file: match(module, shapes_in(file), file) for file in files}
+    found = set(itertools.chain.from_iterable(names.values() for names in matched.values()))
+    refuse_missing(module, found, files[0] if len(files) == 1 else files[0].parent)
+    return matched
+
+
+# ---------------------------------------------------------------- filling
+
+
+def fill(module, files, device, dtype):
+    """Fill a module made on the meta device from safetensors files, in `dtype`, straight on `device`.
+
+    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+    Raises:
+        UserError: see `check_weights`.
+    """
+    for file, names in check_weights(module, files).items():
+        for chunk in _chunks(file, names):
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                weights = {names[name]: tensors.get_tensor(name).to(dtype) for name in chunk}
+            for name in [name for name in weights if name.endswith(".weight") and _is_4bit(module, name)]:
+                _quantise(module.get_submodule(name.removesuffix(".weight")), weights.pop(name), device)
+            module.load_state_dict(weights, strict=False, assign=True)
+
+
+def _quantise(layer, weight, device):
+    empty = layer.weight
+    options = dict(compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
+    layer.weight = type(empty)(weight, requires_grad=False, **options).to(
+        device
+    )  # Params4bit quantises when it is moved
+
+
+def _is_4bit(module, weight_name):
+    return (
+        type(module.get_parameter(weight_name)).__name__ == "Params4bit"
+    )  # by name: bitsandbytes may not be installed
+
+
+def _chunks(file, names):
+    """The tensor `names` of a file, in its own order, in lists of about CHUNK_BYTES."""
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes_in(file).items() if name in names}
+    ends = itertools.accumulate(sizes.values())
+    for _, group in itertools.groupby(zip(sizes, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
+        yield [name for name, _ in group]
 '''
 
 # ============================================================================================== demo/__init__.py
@@ -3240,7 +5999,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def demo_assets(root: Path) -> tuple[Path, Path]:
     """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
     settings = demo_settings(root)
-    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"][0])
     return build_once(model, build_model), build_once(data, build_images)
 '''
 
@@ -3301,7 +6060,7 @@ def is_tiny() -> bool:
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
     model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    return dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data), **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO))
 '''
 
 # ======================================================================================== how the texts above become modules
@@ -3337,6 +6096,7 @@ sys.meta_path.insert(0, _Texts())
 
 # ====================================================================================================== infer.py
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 import itertools
 import math
 import os
@@ -3344,12 +6104,12 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, NamedTuple, Optional
+from typing import List, Literal, NamedTuple, Optional
 
-from common import hub, manifest
+from common import hub, manifest, run_folder
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
 from common.flags import ModelFlags, check_model
-from common.schedulers import SCHEDULERS
+from common.schedulers import SCHEDULERS, default_guidance_rescale
 
 REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
 EMA_FOLDER = "ema_unet"
@@ -3359,7 +6119,6 @@ EMA_FOLDER = "ema_unet"
 class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
-    DEMO: ClassVar[dict] = dict(output_dir="outputs/demo")
     # what to draw
     compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
     lora: List[str] = flag(
@@ -3379,6 +6138,9 @@ class Flags(ModelFlags):
     resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
     steps: int = flag(30, "denoising steps")
     guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    guidance_rescale: Optional[float] = flag(
+        None, "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0"
+    )
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
@@ -3388,7 +6150,12 @@ class Flags(ModelFlags):
         "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
-    output_dir: str = flag("outputs/infer", "where compare.png, manifest.json and images/ go", type=local_path)
+    output_dir: str = flag(
+        "outputs/infer",
+        "where compare.png, manifest.json and images/ go; those of earlier drawings are kept",
+        type=local_path,
+        demo="outputs/demo",
+    )
 
 
 class Adapter(NamedTuple):
@@ -3424,19 +6191,16 @@ def main(argv=None):
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
     files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
-    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, negative_prompt=flags.negative_prompt, strength=flags.strength)
-    settings = sampling.Settings(flags.resolution, image=load_image(flags.image, flags.resolution), **options)
+    image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
         return None  # under `accelerate launch` one process draws
-    model = loading.find_model(
-        flags.pretrained_model_name_or_path,
-        flags.pretrained_vae_model_name_or_path,
-        flags.variant,
-        flags.revision,
-        flags.config_name_or_path,
-        flags.cache_dir,
-    )
+    model = loading.model_of(flags, host.say)
+    if flags.guidance_rescale is None:
+        flags.guidance_rescale = default_guidance_rescale(model.kind)
+    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, guidance_rescale=flags.guidance_rescale)
+    options |= dict(negative_prompt=flags.negative_prompt, image=image, strength=flags.strength)
+    settings = sampling.Settings(flags.resolution, **options)
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
     sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
@@ -3445,8 +6209,9 @@ def main(argv=None):
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
-    records = draw(flags, sampler, columns, settings)  # images/*.png
-    return manifest.write_results(flags, sampler, model, columns, records, load_s)
+    with run_folder.owned(Path(flags.output_dir), host):
+        records = draw(flags, sampler, columns, settings)  # images/*.png
+        return manifest.write_results(flags, sampler, model, columns, records, load_s)
 
 
 # ---------------------------------------------------------------- flags
@@ -3464,6 +6229,8 @@ def check(flags):
     for name in ("guidance_scale", "lora_scale"):
         if not math.isfinite(getattr(flags, name)):
             raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
+    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
     if flags.guidance_scale < 0:
         raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
     if flags.resolution < 64 or flags.resolution % 8:
@@ -3479,6 +6246,7 @@ def check(flags):
         raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
     if flags.merge is not None:
         check_merge(flags)
+    run_folder.check_free(Path(flags.output_dir))
     check_model(flags)
 
 
@@ -3529,8 +6297,9 @@ def chosen_adapters(flags):
                 raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
         chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
     if flags.compare and not chosen:
-        pattern = f"*/{EMA_FOLDER}/pytorch_lora_weights.safetensors" if flags.ema else "*/pytorch_lora_weights.safetensors"
-        chosen = [Adapter(path.parent, 1.0) for path in sorted(Path("outputs").glob(pattern))]
+        pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
+        places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
+        chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
         if not chosen:
             raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
         print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")

@@ -1,10 +1,10 @@
 """LoRA for an 8 to 12 GB card: 768 px, rank 8, Min-SNR weighting, offset noise, EMA, text embeddings on disk.
 
-accelerate launch train_opt.py --resolution 768
+python train_opt.py --resolution 768
 python train_opt.py --demo
 """
 
-# Made by tools/bundle.py from train_opt.py and 31 modules; edit those, not this file.
+# Made by tools/bundle.py from train_opt.py and 63 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -24,58 +24,267 @@ image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text,
 images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
                                                                (adapters: LoRA layers, the flat parameter buffer)
 """
+
+import os
+import sys
+
+
+def _interrupted_or(hook):
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+
+    def excepthook(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+        else:
+            hook(kind, error, traceback)
+
+    return excepthook
+
+
+sys.excepthook = _interrupted_or(sys.excepthook)
+
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+sys.modules["torchao"] = None
+'''
+
+# ====================================================================================== common/adapter_checks.py
+
+MODULES['common.adapter_checks'] = r'''
+"""What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
+
+import dataclasses
+import math
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common.command_line import UserError
+
+# PEFT starts these from decompositions of W and subtracts them from it: without the changed W they mean something else.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adaptable_layers(module: torch.nn.Module) -> dict:
+    """{name: frozen weight} of the layers that can have an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
+    return {name: layer.weight for name, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
+def misfit(file: Path, keys: list, total: int) -> UserError:
+    """The refusal of a file with keys that belong to no layer of this model."""
+    return UserError(
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+    )
+
+
+def check_weights(file: Path, module: torch.nn.Module, weights: dict) -> None:
+    """Refuse PEFT keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
+    if misfits := misfitting_keys(module, weights):
+        raise misfit(file, misfits, len(weights))
+
+
+def misfitting_keys(module: torch.nn.Module, weights: dict) -> list:
+    """The keys that check_weights refuses."""
+    shapes = {name: weight.shape for name, weight in adaptable_layers(module).items()}
+    return [key for key in weights if not _fits(shapes, weights, *key.rpartition(".lora_")[::2])]
+
+
+def _fits(shapes, weights, layer, kind):
+    down = weights.get(f"{layer}.lora_A.weight")
+    up = weights.get(f"{layer}.lora_B.weight")
+    shape = shapes.get(layer)
+    if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
+        return False
+    if kind == "magnitude_vector" and weights[f"{layer}.lora_magnitude_vector"].numel() != shape[0]:
+        return False
+    return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
+
+
+def check_values(file: Path, weights: dict) -> None:
+    """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
+    tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
+    if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read")
+    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+    halves = {key: tensor.any() for key, tensor in tensors.items()}
+    if not any(changes and halves.get(key.replace("lora_A", "lora_B"), True) for key, changes in halves.items() if "lora_B" not in key):
+        raise UserError(f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?")
+
+
+def drawing_config(file: Path, source: str, described: dict) -> dict:
+    """What a file says of its adapter -> LoraConfig arguments with which it is drawn: without the dropout of its training.
+
+    What a newer PEFT has added is left out where it is switched off, and refused where it is not.
+    Args:
+        source: where in the file it stands, for messages.
+    """
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    if newer := sorted(name for name, value in described.items() if name not in known and value):
+        raise UserError(
+            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; pip install -U peft"
+        )
+    init = described.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
+        raise UserError(
+            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; convert it to LoRA with PEFT"
+        )
+    numbers = {name: described.get(name, 1) for name in ("r", "lora_alpha")} | (described.get("alpha_pattern") or {})
+    for name, value in numbers.items():
+        check_number(file, f"{name} in its {source}", value)
+    return {name: value for name, value in described.items() if name in known} | {"lora_dropout": 0.0}
+
+
+def check_number(file: Path, name: str, value: float) -> None:
+    """Refuse what is not a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged")
 '''
 
 # ===================================================================================== common/adapter_loading.py
 
 MODULES['common.adapter_loading'] = r'''
-"""Adapter files -> adapters in a pipeline; what diffusers, transformers and PEFT leave out with a warning is an error."""
+"""Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
 
 import torch
 
+from common.adapter_names import COMPONENTS
 from common.adapter_reading import read_adapter
 from common.command_line import UserError
-from common.formats import COMPONENTS
 
 
-def load_adapter(pipeline, file, name):
-    """Load an adapter file into a StableDiffusionXLPipeline under the adapter name `name`; its scale is 1 until set_adapters says otherwise.
+def load_adapter(pipeline, file, name, *, say=print):
+    """Load an adapter file into a StableDiffusionXLPipeline as the adapter `name`; its scale is 1 until set_adapters is called.
 
-    Equal to load_lora_weights where that works.
+    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval mode
+    afterwards. `say` is told what is left out.
     Raises:
         UserError: what read_adapter refuses, and keys that the loaders did not use.
     """
     modules = {component: getattr(pipeline, component) for component in COMPONENTS}
-    weights, configs = read_adapter(file, modules)
+    weights, configs = read_adapter(file, modules, say)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters side by side are meant
-        for component in weights:
-            _load_into(pipeline, component, name, weights[component], configs[component])
-            _check_loaded(file, modules[component], name, weights[component])
+        for component, part in weights.items():
+            _load_into(modules[component], component, name, part, configs[component])
+            modules[component].eval()
+            _check_loaded(file, modules[component], name, part)
 
 
-def _load_into(pipeline, component, name, weights, config):
+def _load_into(module, component, name, weights, config):
+    """Into text encoders through PEFT itself: transformers 5.24.0 asks for a version of it that does not exist."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     if component == "unet":
-        pipeline.unet.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
+        module.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
     else:
-        prefixed = {f"{component}.{key}": tensor for key, tensor in weights.items()}
-        encoder, config = getattr(pipeline, component), {f"{component}.{key}": value for key, value in config.items()}
-        pipeline.load_lora_into_text_encoder(
-            prefixed, None, encoder, prefix=component, adapter_name=name, metadata=config, low_cpu_mem_usage=True
-        )
+        inject_adapter_in_model(LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights)
+        set_peft_model_state_dict(module, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
 def _check_loaded(file, module, name, weights):
-    """diffusers, transformers and PEFT only warn about what they leave out, and draw it at random (DoRA magnitudes of text encoders)."""
+    """diffusers and PEFT only warn about what they leave out, and draw it at random."""
     from peft import get_peft_model_state_dict
 
     # PEFT's default for embedding layers would ask the hub about the base model that the adapter names
     loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
-    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor.cpu(), weights[key].to(tensor.dtype))}
+    used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor, weights[key].to(tensor))}
     if left_out := sorted((weights.keys() | loaded.keys()) - used):
         raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+'''
+
+# ======================================================================================= common/adapter_names.py
+
+MODULES['common.adapter_names'] = r'''
+"""What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
+
+import re
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+COMFYUI_PREFIXES = {
+    "unet": "diffusion_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+}
+LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
+
+# diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
+_OLD_PROJECTIONS = {".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out", ".to_out.0": ".to_out"}
+
+
+def layer_spellings(layers: dict, layers_per_block: int) -> dict:
+    """Every name by which a file may call one of `layers` {component: names} -> (component, name)."""
+    places = [(component, layer) for component, names in layers.items() for layer in names]
+    return {spelling: place for place in places for spelling in _spellings(*place, layers_per_block)}
+
+
+def _spellings(component, layer, layers_per_block):
+    shared = shared_name(component, layer, layers_per_block)
+    yield COMFYUI_PREFIXES[component] + shared
+    for name in (layer, shared):
+        yield KOHYA_PREFIXES[component] + name.replace(".", "_")
+        if component == "unet":
+            yield LYCORIS_PREFIX + name.replace(".", "_")
+    for name in (layer, portable(component, layer)):
+        yield f"{component}.{name}"
+        for now, before in _OLD_PROJECTIONS.items():
+            if name.endswith(now):
+                yield f"{component}.{name.removesuffix(now)}{before}"
+
+
+def portable(component, name):
+    """A name as every tool knows it: transformers 5 dropped `text_model.` from those in CLIPTextModel."""
+    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+
+
+def kohya_key(component, layer, layers_per_block):
+    """Name of a layer in a kohya file: prefix, then its shared name with underscores for dots."""
+    return KOHYA_PREFIXES[component] + shared_name(component, layer, layers_per_block).replace(".", "_")
+
+
+def shared_name(component, layer, layers_per_block):
+    """The name that tools outside of diffusers share: in the UNet's original layout, or the text encoder's portable one."""
+    return original_name(layer, layers_per_block) if component == "unet" else portable(component, layer)
+
+
+_OUTSIDE_BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+
+
+def original_name(name, layers_per_block):
+    """Module name in diffusers' UNet -> in the original one.
+
+    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered through.
+    Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
+    upsampler.
+    """
+    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if not found:
+        return _OUTSIDE_BLOCKS.get(name, name)
+    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
+    if side == "mid":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
+    if kind.endswith("samplers"):
+        index = layers_per_block  # they close their level
+    first = level * (layers_per_block + 1)
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
+    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
 '''
 
 # ===================================================================================== common/adapter_reading.py
@@ -86,17 +295,15 @@ MODULES['common.adapter_reading'] = r'''
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
 """
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from common import formats
+from common import formats, layer_reading, peft_reading
+from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
-
-KOHYA_KINDS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "dora_scale": "lora_magnitude_vector"}
+from common.files import read_safetensors
 
 
 def find_adapter(place):
@@ -123,6 +330,9 @@ def find_adapter(place):
 
 
 def _weights_in(folder):
+    of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
+    if folder.name.startswith("checkpoint-") and of_step.exists():
+        return of_step  # a checkpoint itself holds what training needs, and no adapter file
     for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
@@ -133,179 +343,31 @@ def _weights_in(folder):
     raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
 
 
-def read_adapter(file, modules):
-    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}; `say` is told what is left out.
 
-    alpha comes from the file's metadata or its .alpha tensors, else it is the rank.
     Returns:
         ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).
     Raises:
-        UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing.
+        UserError: keys or shapes that fit nothing in this model, weights that are not finite or change nothing, a
+            configuration that the installed PEFT does not know.
     """
-    with safe_open(file, "pt") as opened:
-        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
-    read = _reader_for(tensors)
-    weights, configs = read(file, tensors, metadata, modules)
-    _check_values(file, weights)
-    for component, part in weights.items():
-        if misfits := _misfits(modules[component], part):
-            raise _misfit(file, misfits, len(part))
-    return weights, configs
+    tensors, metadata = read_safetensors(file, from_anywhere=True)
+    if bundled := {key for key in tensors if key.startswith(layer_reading.EMBEDDINGS)}:
+        words = ", ".join(sorted({key.removeprefix(layer_reading.EMBEDDINGS).partition(".")[0] for key in bundled}))
+        say(f"{file}: the text embeddings in it ({words}) are left out, its layers are used")
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in bundled}
+    if not tensors:
+        raise UserError(f"--lora {file}: holds text embeddings and no layers; it is no adapter")
 
-
-def _reader_for(tensors):
-    if all(key.startswith("lora_") for key in tensors):
-        return _read_kohya
     if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
-        return _read_peft
-    return _read_diffusers
-
-
-def _read_diffusers(file, tensors, metadata, modules):
-    """Keys COMPONENT.LAYER.lora.down.weight and their older spellings. Returns as read_adapter."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
-
-    config = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
-    weights, configs = {}, {}
-    parts = {
-        component: {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{component}.")} for component in formats.COMPONENTS
-    }
-    if sum(map(len, parts.values())) < len(tensors):
-        raise _misfit(file, [key for key in tensors if key.partition(".")[0] not in formats.COMPONENTS], len(tensors))
-    for component, part in parts.items():
-        if not part:
-            continue
-        if component == "unet":
-            part = convert_unet_state_dict_to_peft(part)
-        else:
-            part = _named_as_in(modules[component], convert_state_dict_to_peft(convert_state_dict_to_diffusers(part)))
-        weights[component] = part
-        described = {key.removeprefix(f"{component}."): value for key, value in config.items() if key.startswith(f"{component}.")}
-        configs[component] = described or _describe(part, {})
-    return weights, configs
-
-
-def _named_as_in(encoder, weights):
-    """The opposite of formats.portable, where `encoder` is one without the prefix."""
-    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
-    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
-
-
-def _read_kohya(file, tensors, metadata, modules):
-    """Keys PREFIX_LAYER_WITH_UNDERSCORES.KIND; the layer's name is looked up among those the model has. Returns as read_adapter."""
-    layers_per_block = modules["unet"].config.layers_per_block
-    known = {}
-    for component, module in modules.items():
-        for layer, _ in module.named_modules():
-            known[formats.KOHYA_PREFIXES[component] + layer.replace(".", "_")] = component, layer
-            known[formats.kohya_key(component, layer, layers_per_block)] = component, layer
-    weights, alphas, unknown = {}, {}, []
-    for key, tensor in tensors.items():
-        prefix, _, kind = key.partition(".")
-        component, layer = known.get(prefix, (None, None))
-        if component is None or kind not in (*KOHYA_KINDS, "alpha"):
-            unknown.append(key)
-        elif kind == "alpha":
-            alphas.setdefault(component, {})[layer] = tensor.item()
-        else:
-            weights.setdefault(component, {})[f"{layer}.{KOHYA_KINDS[kind]}"] = tensor
-    if unknown:
-        raise _misfit(file, unknown, len(tensors))
+        weights, configs = peft_reading.read_peft(file, modules)
+    else:
+        weights, configs = layer_reading.read_layers(file, tensors, metadata, modules)
+    check_values(file, weights)
     for component, part in weights.items():
-        for key in [key for key in part if key.endswith("lora_magnitude_vector")]:
-            layer = key.removesuffix(".lora_magnitude_vector")
-            part[key] = _magnitude(file, modules[component].get_submodule(layer).weight, part, layer, alphas[component], metadata)
-    return weights, {component: _describe(part, alphas.get(component, {})) for component, part in weights.items()}
-
-
-def _magnitude(file, weight, weights, layer, alphas, metadata):
-    """A kohya file's dora_scale -> PEFT's magnitude, [out] or [1, out, 1, 1]. In our files it goes with ||W||, in LyCORIS's with ||W + s B A||."""
-    dora_scale, down, up = (weights[f"{layer}.{kind}"].float() for kind in ("lora_magnitude_vector", "lora_A.weight", "lora_B.weight"))
-    if len(dora_scale) != len(up):
-        raise UserError(f"--lora {file}: its dora_scale runs over input columns, e.g. in {layer}; PEFT's DoRA knows output rows only")
-    magnitude = dora_scale.flatten()
-    if metadata.get(formats.DORA_NORM) == "base":
-        base, merged = formats.row_norms(weight.cpu(), alphas[layer] / len(down) * (up.flatten(1) @ down.flatten(1)).view(weight.shape))
-        magnitude = magnitude * merged / base
-    return magnitude if weight.dim() == 2 else magnitude.view(1, -1, 1, 1)
-
-
-def _read_peft(file, tensors, metadata, modules):
-    """A PEFT folder of the UNet or of one text encoder; what save_peft wrote has folders of the text encoders in it. Returns as read_adapter."""
-    nested = [file.parent / component for component in formats.COMPONENTS[1:]]
-    files = [find_adapter(folder) for folder in nested if (folder / formats.PEFT_CONFIG).exists()]
-    weights, configs = {}, {}
-    for part, content in [(file, tensors), *((file, load_file(file)) for file in files)]:
-        config = _peft_config(part)
-        component, named = _peft_component(modules, {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in content.items()})
-        weights[component], configs[component] = named, config
+        check_weights(file, modules[component], part)
     return weights, configs
-
-
-def _peft_config(file):
-    """LoraConfig arguments beside a PEFT file."""
-    from peft import LoraConfig
-
-    if not (file.parent / formats.PEFT_CONFIG).exists():
-        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
-    kind = json.loads((file.parent / formats.PEFT_CONFIG).read_text()).get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
-    return LoraConfig.from_pretrained(file.parent).to_dict()
-
-
-def _peft_component(modules, weights):
-    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in formats.COMPONENTS}
-    return next((pair for pair in named.items() if not _misfits(modules[pair[0]], pair[1])), ("unet", weights))
-
-
-def _describe(weights, alphas):
-    """LoraConfig arguments for {PEFT key: tensor} of one component; a layer that `alphas` does not name has alpha = rank."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
-    alphas = {layer: alphas.get(layer, rank) for layer, rank in ranks.items()}
-    r, lora_alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
-    return dict(
-        r=r,
-        lora_alpha=lora_alpha,
-        rank_pattern={f"^{layer}": rank for layer, rank in ranks.items() if rank != r},
-        alpha_pattern={f"^{layer}": alpha for layer, alpha in alphas.items() if alpha != lora_alpha},
-        target_modules=list(ranks),
-        use_dora=any(key.endswith("lora_magnitude_vector") for key in weights),
-    )
-
-
-# ---------------------------------------------------------------- checks
-
-
-def _misfit(file, keys, total):
-    return UserError(
-        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
-    )
-
-
-def _check_values(file, weights):
-    tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
-    if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
-    if not any(tensor.any() for key, tensor in tensors.items() if not key.endswith("lora_A.weight")):
-        raise UserError(f"--lora {file}: would change nothing, every lora_B is zero, e.g. {next(iter(tensors))}; was it trained?")
-
-
-def _misfits(module, weights):
-    """Keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
-    shapes = {name: layer.weight.shape for name, layer in module.named_modules() if isinstance(layer, layers)}
-    return [key for key in weights if not _fits(shapes, weights, *key.rpartition(".lora_")[::2])]
-
-
-def _fits(shapes, weights, layer, kind):
-    down, up, shape = weights.get(f"{layer}.lora_A.weight"), weights.get(f"{layer}.lora_B.weight"), shapes.get(layer)
-    if down is None or up is None or shape is None or kind not in ("A.weight", "B.weight", "magnitude_vector"):
-        return False
-    return down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], down.shape[0])
 '''
 
 # ============================================================================================ common/adapters.py
@@ -346,12 +408,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
 
 
 def add_text_lora(encoders, rank, alpha, dropout=0.0):
-    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there."""
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
+
+    Through PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
+    """
     from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     for encoder in encoders:
-        encoder.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS))
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
+        inject_adapter_in_model(config, encoder)
         cast_training_params(encoder, torch.float32)
         encoder.train()
 
@@ -451,7 +517,7 @@ class EMA:
     @contextlib.contextmanager
     def applied(self):
         """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
-        trained = self.flat.data.clone()
+        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
         self.flat.data.copy_(self.average)
         self.flat.publish()
         try:
@@ -483,18 +549,26 @@ from common import (
     adapters,
     batching,
     caching,
+    captions,
     checkpoint,
     dataset,
     device,
+    dora,
     files,
     fit,
     formats,
     fused,
     fused_unet,
+    kernel_check,
     loading,
     loops,
+    memory,
+    prediction,
     report,
+    resuming,
+    run_folder,
     sampling,
+    stopping,
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
@@ -514,34 +588,36 @@ class Data:
 
 def load_data(flags, host):
     """Image-caption pairs and a model -> Data: Samples, their latent moments and text embeddings, training and held out."""
+    if host.device.type == "cuda":
+        device.limit_memory(host.device, flags.max_vram_gb)
     if flags.demo:
         demo_assets(DEMO_ROOT)
     samples, bad = dataset.load_samples(
-        flags.dataset_name, flags.train_data_dir, flags.image_column, flags.caption_column, flags.max_train_samples, flags.max_bad_images
+        flags.dataset_name,
+        flags.train_data_dir,
+        image_column=flags.image_column,
+        caption_column=flags.caption_column,
+        max_samples=flags.max_train_samples,
+        max_bad=flags.max_bad_images,
+        say=host.say,
     )
-    empty = sum(not sample.caption for sample in samples)
-    host.say(f"data: {len(samples)} images, {bad} unreadable, {empty} with an empty caption (trained as the empty prompt)")
-    model = loading.find_model(
-        flags.pretrained_model_name_or_path,
-        flags.pretrained_vae_model_name_or_path,
-        flags.variant,
-        flags.revision,
-        flags.config_name_or_path,
-        flags.cache_dir,
-    )
+    options = captions.options_of(flags)
+    host.say(captions.summary(samples, bad, options))
+    model = host.main_first(lambda: loading.model_of(flags, host.say))
     framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
-    captions = [sample.caption for sample in samples] + ["", *flags.validation_prompt]
-    text_cache = "none" if flags.train_text_encoder else flags.text_cache
-    text = caching.cache_text(captions, model, host, text_cache, flags.cache_dir)
-    schedule = loading.load_noise_schedule(model, host.device)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
+    texts = [*captions.texts(latents.samples, held_out, options), "", *flags.validation_prompt]
+    text_cache = "none" if flags.train_text_encoder else flags.text_cache
+    text = caching.cache_text(texts, model, host, text_cache, flags.cache_dir)
+    schedule = loading.load_noise_schedule(model, host.device)
     draws = dict(
         flip_share=0.5 if flags.random_flip else 0.0,
         drop_share=flags.caption_dropout,
         offset_strength=flags.offset_noise_strength,
         zero_unconditional=loading.zero_unconditional(model),
+        captions=options,
     )
     make = functools.partial(batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws)
     return Data(model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None)
@@ -565,10 +641,11 @@ def build_engine(flags, host, unet, data):
     flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
-        fused.fuse([unet, *encoders], flat, dropout_seed)
-        fused_unet.fuse_unet(unet, host.device)
+        fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
+        fused_unet.fuse_unet(unet, host.device, host.say)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
-    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}")
+    scale = f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}" if flags.lora_alpha != flags.lora_rank else ""
+    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}")
     betas = (flags.adam_beta1, flags.adam_beta2)
     return Engine(
         unet,
@@ -576,7 +653,14 @@ def build_engine(flags, host, unet, data):
         data.schedule,
         flat,
         adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
-        lr_schedule(flags.lr_scheduler, flags.lr_warmup_steps, _plan(flags, host, data).total_steps, flags.learning_rate),
+        lr_schedule(
+            flags.lr_scheduler,
+            flags.lr_warmup_steps,
+            _plan(flags, host, data).total_steps,
+            flags.learning_rate,
+            flags.lr_num_cycles,
+            flags.lr_power,
+        ),
         host,
         flags.max_grad_norm,
         flags.min_snr_gamma,
@@ -589,39 +673,53 @@ def build_engine(flags, host, unet, data):
 
 
 def train(flags, engine, data):
-    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}."""
+    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}.
+
+    Raises:
+        UserError: another run is writing to the output folder; what `resume` and the loop refuse.
+    """
+    with run_folder.owned(Path(flags.output_dir), engine.host):
+        return _train(flags, engine, data)
+
+
+def _train(flags, engine, data):
     host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
+    prediction.check(engine, data)
     recipe = _recipe(flags, data)
-    progress = _resume(flags, engine, recipe, plan)
+    progress = resuming.resume(flags, engine, recipe, plan)
     if host.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(output_dir / "config.json", recipe)
     passes = _fit(flags, engine, data, plan)
+    if plan.effective_batch % host.world or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps:
+        host.say(_uneven_shares(flags, host.world, plan.effective_batch))
     host.say(
         f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
     )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
-    draw = functools.partial(_draw_samples, flags, engine, data)
+    draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
     save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
-    save = lambda step: save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")  # noqa: E731
+    request = stopping.StopRequest(plan.ends_s)
+
+    def save(step):
+        save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")
+        log.plot()
+
     try:
-        try:
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save)
-        finally:
-            log.close()
-        engine.run_pass.clear()
-        if host.is_main:
-            _write_results(output_dir, engine.ema, save_adapter)
-            name = f"{output_dir.resolve().name}.safetensors"
-            formats.save_kohya(output_dir / "kohya" / name, engine.unet, recipe, _trained_encoders(flags, data))
-            if flags.save_peft:
-                formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
-            report.plot_training(output_dir)
+        with request.listening():
+            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request)
+            request.doing = "writing the results"
+            engine.run_pass.clear()
+            if host.is_main:
+                _write_results(output_dir, engine.ema, save_adapter, functools.partial(save_kohya, flags, engine, data))
+                if flags.save_peft:
+                    formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
+            host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    host.barrier()
-    memory = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
-    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {memory}; everything is in {output_dir}")
+    peaks = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
+    name = output_dir.resolve().name
+    host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
     rows = report.read_metrics(output_dir / "metrics.jsonl")
     return {
         "output_dir": str(output_dir),
@@ -630,6 +728,41 @@ def train(flags, engine, data):
         "weights": str(output_dir / formats.WEIGHTS),
         "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
     }
+
+
+def save_kohya(flags, engine, data, ending="", **options):
+    """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+    output_dir = Path(flags.output_dir)
+    weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
+    path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
+    return formats.save_kohya(path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options)
+
+
+def export_dora_as_lora(flags, engine, data):
+    """Write the plain LoRA that is nearest to a DoRA, and say how near."""
+    host, rank = engine.host, flags.export_dora_as_lora
+    if host.is_main:
+        host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
+        share = save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
+        host.say(f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm")
+
+
+def _readers(unet):
+    if not unet.peft_config["default"].use_dora:
+        return "ComfyUI, Forge, A1111 and kohya's scripts"
+    return "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so: --export_dora_as_lora RANK)"
+
+
+def _uneven_shares(flags, world, effective_batch):
+    """What is done where the images of a step cannot be shared out evenly."""
+    asked = flags.train_batch_size * flags.gradient_accumulation_steps
+    if asked < world:
+        return f"note: {asked} images a step cannot be shared by {world} processes: each takes one, so the effective batch is {world}"
+    least, larger = divmod(effective_batch, world)
+    return (
+        f"note: {effective_batch} images a step cannot be shared evenly by {world} processes: {larger} of them take {least + 1}, the others"
+        f" {least}; the effective batch stays {effective_batch}"
+    )
 
 
 def _rescued(engine, output_dir, progress, save_adapter, error):
@@ -641,7 +774,7 @@ def _rescued(engine, output_dir, progress, save_adapter, error):
     return UserError(
         f"the run ended on a file error ({what}): perhaps --output_dir {output_dir} is full or gone, or a file of the model is; adapter and"
         f" checkpoint of step {progress.step} are in {place}: go on with --output_dir elsewhere"
-        f" --resume_from_checkpoint {checkpoint.find_checkpoints(place)[-1]}"
+        f" --resume_from_checkpoint {run_folder.find_checkpoints(place)[-1]}"
     )
 
 
@@ -661,14 +794,12 @@ def _fit(flags, engine, data, plan):
     host = engine.host
     if host.device.type != "cuda" or not flags.auto_fit:
         return fit.Fit(flags.train_batch_size, engine.checkpointing)
-    there_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / device.GIB
-    budget_gib = min(flags.max_vram_gb or there_gib, there_gib)
-    torch.cuda.set_per_process_memory_fraction(budget_gib * device.GIB / torch.cuda.get_device_properties(host.device).total_memory)
+    budget_gib = device.limit_memory(host.device, flags.max_vram_gb)  # anew: encoding may have left less
 
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    share = plan.effective_batch // host.world
+    share = len(range(host.rank, plan.effective_batch, host.world))  # where they do not divide, the first processes have one more
     budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
     gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
@@ -680,15 +811,16 @@ def _fit(flags, engine, data, plan):
 
 def _plan_key(flags, *measured_with):
     """What a remembered Fit belongs to."""
-    versions = fit.VERSION, version("torch"), version("diffusers")
+    versions = fit.VERSION, version("torch"), version("diffusers"), kernel_check.refused()
     return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
 
 
 def _plan(flags, host, data):
-    effective_batch = flags.train_batch_size * flags.gradient_accumulation_steps * host.world
+    # the same on however many processes: they share its images out, and each has at least one
+    effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
     return loops.Plan(
         Path(flags.output_dir),
-        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples.latents), effective_batch),
+        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples), effective_batch),
         effective_batch,
         flags.checkpointing_steps,
         flags.checkpoints_total_limit,
@@ -702,84 +834,101 @@ def _recipe(flags, data):
     """What config.json and every adapter file say about how they were made."""
     packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
     latents = data.examples.latents
+    examples = [(sample.key, sample.caption) for sample in latents.samples for _ in range(sample.repeats)]
     return {
         "flags": asdict(flags),
         "base_model": data.model.name,
         "revision": flags.revision,
         "license_note": "a derivative of base_model, under its licence (SDXL base 1.0: CreativeML Open RAIL++-M); the images have theirs",
         "vae": str(data.model.vae),
-        "data": {"images": len(latents), "fingerprint": caching.content_key([(s.key, s.caption) for s in latents.samples])},
+        "prediction_type": data.model.kind.prediction_type,
+        "zero_terminal_snr": data.model.kind.zero_terminal_snr,
+        "data": {"images": len(latents), "fingerprint": caching.content_key(examples)},
         "versions": {package: version(package) for package in packages},
     }
 
 
-# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
-_FREE_TO_CHANGE = {
-    "resume_from_checkpoint",
-    "max_train_minutes",
-    "output_dir",
-    "save_peft",
-    "cache_dir",
-    "report_to",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-}
-
-
-def _resume(flags, engine, recipe, plan):
-    """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
-
-    Raises:
-        UserError: a damaged or foreign checkpoint, another effective batch, newer checkpoints beside it.
-    """
-    host, folder = engine.host, checkpoint.find_resume(flags.resume_from_checkpoint, flags.output_dir)
-    if folder is None:
-        if flags.resume_from_checkpoint:
-            host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
-        return loops.Progress(effective_batch=plan.effective_batch)
-    newest = max([*checkpoint.find_checkpoints(flags.output_dir), folder], key=checkpoint.step_of)
-    if checkpoint.step_of(newest) > checkpoint.step_of(folder):
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: {newest} is newer and would be mixed up with what follows;"
-            " resume with 'latest', move the newer ones away, or name another --output_dir"
-        )
-    progress = loops.Progress(**checkpoint.load_checkpoint(folder, engine))
-    if progress.effective_batch != plan.effective_batch:
-        raise UserError(
-            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
-            " (batch size x accumulation x processes); resume with the same product"
-        )
-    before = checkpoint.read_config(folder.parent)
-    for name, value in recipe["flags"].items():
-        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
-            host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
-    if before["data"] not in ({}, recipe["data"]):
-        was, now = before["data"]["images"], recipe["data"]["images"]
-        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
-    host.say(f"resumed from {folder}")
-    return progress
-
-
 def _draw_samples(flags, engine, data, step):
-    """samples/STEP_I.png for every --validation_prompt, with the average where there is one."""
-    if not flags.validation_prompt or not engine.host.is_main:
+    """samples/STEP_I.png for every --validation_prompt, with the average where there is one; left out where memory runs out."""
+    if not engine.host.is_main:
         return
     engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
-    with engine.ema.applied() if engine.ema else contextlib.nullcontext():
-        images = sampling.draw_while_training(
-            engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
-        )
+    try:
+        with engine.ema.applied() if engine.ema else contextlib.nullcontext():
+            images = sampling.draw_while_training(
+                engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
+            )
+    except (RuntimeError, memory.OutOfMemory) as error:
+        if not memory.ran_out(error):
+            raise
+        engine.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
+        images = []
+    memory.release(engine.host.device)
     folder = Path(flags.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
         image.save(folder / f"{step:06d}_{i}.png")
 
 
-def _write_results(output_dir, ema, save_adapter):
+def _write_results(output_dir, ema, save_adapter, save_kohya):
     save_adapter(output_dir / formats.WEIGHTS)
+    save_kohya()
     if ema is not None:
         with ema.applied():
             save_adapter(output_dir / "ema_unet" / formats.WEIGHTS)
+            save_kohya(ending="_ema")
+'''
+
+# ============================================================================================ common/attached.py
+
+MODULES['common.attached'] = r'''
+"""What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
+
+import os
+import time
+from typing import NamedTuple
+
+KAGGLE_INPUT = "/kaggle/input"
+DEPTH = 6  # folders below the root: Kaggle's own layout takes up to five
+SEARCH_S = 1.5  # a data set of a million files is not searched to its end
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Attached(NamedTuple):
+    """Folders, each list sorted."""
+
+    models: list[str]  # with model_index.json
+    data: list[str]  # with metadata.jsonl or .csv, or with a .txt beside a picture
+    wheels: list[str]  # with .whl files
+
+
+def find_attached(root: str = KAGGLE_INPUT) -> Attached:
+    """Search `root`, which may be absent; below a model or a data folder nothing more is looked for."""
+    found = Attached([], [], [])
+    started_s = time.monotonic()
+    for folder, below, files in os.walk(root):
+        below.sort()
+        if any(name.endswith(".whl") for name in files):
+            found.wheels.append(folder)
+
+        # A model or a data set ends the search of its branch, as do depth and time.
+        if "model_index.json" in files:
+            found.models.append(folder)
+            below.clear()
+        elif _holds_captions(files):
+            found.data.append(folder)
+            below.clear()
+        elif folder.count(os.sep) - root.count(os.sep) >= DEPTH or time.monotonic() - started_s > SEARCH_S:
+            below.clear()
+    return Attached(*map(sorted, found))
+
+
+def _holds_captions(files: list[str]) -> bool:
+    """Whether these are the files of a folder that `--train_data_dir` can read."""
+    if "metadata.jsonl" in files or "metadata.csv" in files:
+        return True
+    texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
+    return any(os.path.splitext(name)[0] in texts for name in files if name.lower().endswith(IMAGE_SUFFIXES))
 '''
 
 # ============================================================================================ common/batching.py
@@ -796,7 +945,8 @@ from functools import lru_cache
 
 import torch
 
-from common import dataset, noise
+from common import framing, noise
+from common.captions import CaptionOptions
 
 VALIDATION_DRAWS = 4  # timesteps per held-out sample, spread evenly over the schedule
 
@@ -833,14 +983,33 @@ class Examples:
     Args:
         latents: caching.LatentCache.
         text: caching.CachedText or caching.LiveText.
+        captions: CaptionOptions, from a sample's caption to the texts that are trained.
         num_timesteps: length T of the noise schedule.
         zero_unconditional: the model's unconditional input is zeros (SDXL base), not the encoded empty prompt.
     """
 
-    def __init__(self, latents, text, seed, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0, zero_unconditional=True):
+    def __init__(
+        self,
+        latents,
+        text,
+        *,
+        seed: int,
+        num_timesteps: int,
+        captions: CaptionOptions,
+        flip_share: float = 0.0,
+        drop_share: float = 0.0,
+        offset_strength: float = 0.0,
+        zero_unconditional: bool = True,
+    ):
         self.latents, self.text, self.seed, self.num_timesteps = latents, text, seed, num_timesteps
+        self.captions = captions
+        self.occurrences = [index for index, sample in enumerate(latents.samples) for _ in range(sample.repeats)]
         self.draw_options = dict(flip_share=flip_share, drop_share=drop_share, offset_strength=offset_strength)
         self.zero_unconditional = zero_unconditional
+
+    def __len__(self):
+        """Examples of an epoch: the samples, each as often as it is repeated."""
+        return len(self.occurrences)
 
     def effective_batch(self, number, size, micro_size, rank=0, world=1):
         """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
@@ -852,15 +1021,35 @@ class Examples:
         rows = [self._validation_row(number) for number in range(rank, len(self.latents) * VALIDATION_DRAWS, world)]
         return _group(rows, micro_size)
 
+    def probes(self, timesteps):
+        """One sample after the other at the `timesteps` given, with fixed noise, caption kept, not flipped: Batches of one example."""
+        rows = []
+        for number, t in enumerate(timesteps):
+            index = number % len(self.latents)
+            generator = noise.generator_for("probe", self.latents.samples[index].key, number)
+            draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
+            rows.append(self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0))
+        return _group(rows, 1)
+
     def name_at(self, position):
         """Name of the sample at `position` of the run, for messages."""
-        return self.latents.samples[sample_at(position, len(self.latents), self.seed)].name
+        return self.latents.samples[self.occurrences[sample_at(position, len(self), self.seed)]].name
 
     def _training_row(self, number, i, size):
-        index = sample_at(number * size + i, len(self.latents), self.seed)
+        position = number * size + i
+        occurrence = sample_at(position, len(self), self.seed)
+        index = self.occurrences[occurrence]
         shape = self.latents.moments(index)[0].shape
         draws = noise.draw(noise.generator_for(self.seed, number, i), shape, self.num_timesteps, **self.draw_options)
-        return self._row(index, draws, weight=1 / size)
+        caption = self._drawn_caption(self.latents.samples[index].caption, position // len(self), occurrence)
+        return self._row(index, draws, caption, weight=1 / size)
+
+    def _drawn_caption(self, caption, epoch, occurrence):
+        """The variant that this occurrence of a sample has in this epoch."""
+        count, number = self.captions.count, 0
+        if count > 1:
+            number = int(torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence)))
+        return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
@@ -868,13 +1057,14 @@ class Examples:
         generator = noise.generator_for("validation", self.latents.samples[index].key, part)
         draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
-        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0)
+        caption = self.captions.plain(self.latents.samples[index].caption)
+        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
 
-    def _row(self, index, draws, weight):
+    def _row(self, index, draws, caption, weight):
         """(name, {field: tensor}) of one example."""
-        sample, framing = self.latents.samples[index], self.latents.framings[index]
+        sample = self.latents.samples[index]
         mean, std = self.latents.moments(index, draws.flip)
-        caption = "" if draws.drop_caption and not self.zero_unconditional else sample.caption
+        caption = "" if draws.drop_caption and not self.zero_unconditional else caption
         keep = 0.0 if draws.drop_caption and self.zero_unconditional else 1.0
         return sample.name, dict(
             mean=mean,
@@ -882,7 +1072,7 @@ class Examples:
             posterior_eps=draws.posterior_eps,
             eps=draws.eps,
             t=torch.tensor(draws.timestep),
-            time_ids=dataset.time_ids(sample, framing, draws.flip),
+            time_ids=framing.time_ids(sample, self.latents.framings[index], draws.flip),
             weight=torch.tensor(weight),
             keep_text=torch.tensor(keep),
             **self.text.fields(caption),
@@ -916,24 +1106,22 @@ import concurrent.futures
 import contextlib
 import hashlib
 import os
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from common import dataset, device, loading
+from common import dataset, device, encoding, framing, loading
 from common.command_line import UserError
-from common.files import write_safetensors
 from common.hub import FP16_VAE
+from common.pairs import fault, or_fault
+from common.store import Store
 
-VERSION = 1  # raise it when the same inputs give other numbers: old entries are then never found
-SHARD_ENTRIES = 64
+# Raise them when the same inputs give other numbers: old entries are then never found.
+LATENTS_VERSION = 2  # 2: colour profiles are converted to sRGB, thin pictures cropped before they are resized
+TEXT_VERSION = 1
 VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
-MAX_TOKENS = 77
 
 
 def content_key(*parts):
@@ -941,75 +1129,30 @@ def content_key(*parts):
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-class Store:
-    """key -> tuple of tensors, in memory-mapped safetensors shards in one folder, or in RAM when `folder` is None.
-
-    Shards are written whole under a new name and never changed, so any number of processes may share a folder.
-    """
-
-    def __init__(self, folder=None):
-        self.folder = folder
-        self._pending, self._shards, self._shard_of = {}, {}, {}
-        self.reload()
-
-    def reload(self):
-        """Find the shards that other processes have written since."""
-        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
-            if path not in self._shards:
-                try:
-                    self._shards[path] = safe_open(path, "pt")
-                    self._shard_of.update((name.rpartition(".")[0], self._shards[path]) for name in self._shards[path].keys())
-                except SafetensorError as error:
-                    path.unlink(missing_ok=True)  # another process may have seen it too
-                    print(f"cache: {path} is damaged ({error}) and was removed; its entries are encoded again")
-
-    def __contains__(self, key):
-        return key in self._pending or key in self._shard_of
-
-    def __getitem__(self, key):
-        if key in self._pending:
-            return self._pending[key]
-        shard = self._shard_of[key]
-        return shard.get_tensor(f"{key}.0"), shard.get_tensor(f"{key}.1")
-
-    def __setitem__(self, key, pair):
-        self._pending[key] = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair)
-        if self.folder and len(self._pending) >= SHARD_ENTRIES:
-            self.flush()
-
-    def flush(self):
-        """Write what is pending as one more shard: complete or absent, never half."""
-        if not self.folder or not self._pending:
-            return
-        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
-        self._pending = {}
-        self.reload()
-
-
 # ---------------------------------------------------------------- images
 
 
-def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **framing):
+def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **options):
     """Encode the pictures that are not in the cache yet -> LatentCache over the samples that could be read.
 
     Args:
         bad_before: unreadable pictures that were counted already.
         flips: (False,) or (False, True): which mirror images are needed.
-        framing: arguments of `dataset.frame`.
+        options: arguments of `framing.frame`.
     Raises:
         UserError: more than `max_bad` pictures cannot be decoded, or the VAE gives non-finite latents.
     """
-    made_by = content_key("latents", VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
+    made_by = content_key("latents", LATENTS_VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
     store = Store(Path(cache_dir) / "latents" / made_by)
-    framings = [dataset.frame(sample, **framing) for sample in samples]
+    framings = [framing.frame(sample, **options) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
+    store.drop_damaged(wanted)
     missing = [job for key, job in wanted.items() if key not in store]
     host.barrier()  # every process shares out the same list, before any of them adds to the store
     bad = dict(host.gather(_encode_images(missing[host.rank :: host.world], store, model, host) if missing else []))
     host.barrier()
     store.reload()
-    dataset.refuse_bad(list(bad.values()), max_bad, bad_before)
+    dataset.refuse_bad(list(bad.values()), max_bad, bad_before, host.say)
     kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
     if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
         raise UserError(f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again")
@@ -1047,7 +1190,7 @@ def _latent_key(sample, framing, flip):
 
 def _encode_images(jobs, store, model, host):
     """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of the pictures that cannot be decoded."""
-    vae, bad = loading.load_vae(model, host), []
+    encoder, bad = encoding.ImageEncoder(model, host), []
     bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
     with bar, contextlib.ExitStack() as at_exit:
         at_exit.callback(store.flush)  # an interrupted encode goes on from here
@@ -1055,15 +1198,15 @@ def _encode_images(jobs, store, model, host):
         for job, image in _decoded(jobs):
             bar.update()
             if isinstance(image, Exception):
-                bad.append((job[0].key, f"{job[0].name} ({image})"))
+                bad.append((job[0].key, f"{job[0].name} ({fault(image)})"))
                 continue
             batch = batches[image.shape]
             batch.append((job, image))
             if (len(batch) + 1) * image[0].numel() > VAE_PIXELS:
-                _encode_batch(batches.pop(image.shape), store, vae, host)
+                _encode_batch(batches.pop(image.shape), store, encoder, host)
         for batch in batches.values():
-            _encode_batch(batch, store, vae, host)
-    del vae
+            _encode_batch(batch, store, encoder, host)
+    del encoder
     device.free_memory(host.device)
     return bad
 
@@ -1073,10 +1216,7 @@ def _decoded(jobs):
     workers = os.cpu_count() or 1
 
     def decode(job):
-        try:
-            return dataset.pixels(*job)
-        except (OSError, ValueError, SyntaxError) as error:
-            return error
+        return or_fault(lambda: framing.pixels(*job))
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         ahead = collections.deque()
@@ -1090,18 +1230,1279 @@ def _decoded(jobs):
             yield done, future.result()
 
 
-@torch.no_grad()
-def _encode_batch(batch, store, vae, host):
-    posterior = vae.encode(torch.stack([image for _, image in batch]).to(host.device, vae.dtype)).latent_dist
-    mean, std = _normalise(vae.config, posterior.mean.float(), posterior.std.float())
-    mean, std = mean.to("cpu", host.dtype), std.to("cpu", host.dtype)
+def _encode_batch(batch, store, encoder, host):
+    mean, std = encoder([image for _, image in batch])
+    mean, std = mean.to(host.dtype), std.to(host.dtype)
     for (job, _), m, s in zip(batch, mean, std):
         if not (m.isfinite().all() and s.isfinite().all()):
             raise UserError(
-                f"{job[0].name}: the VAE gives non-finite latents in {str(vae.dtype).removeprefix('torch.')};"
+                f"{job[0].name}: the VAE gives non-finite latents in {encoder.dtype_name};"
                 f" use --pretrained_vae_model_name_or_path {FP16_VAE}"
             )
         store[_latent_key(*job)] = (m, s)
+
+
+# ---------------------------------------------------------------- captions
+
+
+class CachedText:
+    """Captions whose embeddings were computed once. A batch carries the embeddings."""
+
+    encoders = ()  # none stay on the device
+
+    def __init__(self, store):
+        self.store = store
+
+    def fields(self, caption):
+        """What one example's batch row carries: prompt_embeds [77, 2048] and pooled [1280]."""
+        prompt_embeds, pooled = self.store[content_key(caption)]
+        return {"prompt_embeds": prompt_embeds, "pooled": pooled}
+
+    def __call__(self, fields):
+        """(prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the device."""
+        return fields["prompt_embeds"], fields["pooled"]
+
+
+class LiveText:
+    """Captions that are encoded in every step, by encoders that stay on the device. A batch carries token ids."""
+
+    def __init__(self, pairs):
+        self.tokenizers, self.encoders = zip(*pairs)
+
+    def fields(self, caption):
+        return {"input_ids": encoding.tokenize(self.tokenizers, [caption])[0]}
+
+    def __call__(self, fields):
+        return encoding.encode_text(self.encoders, fields["input_ids"])
+
+
+def cache_text(captions, model, host, mode, cache_dir):
+    """Text conditioning for `captions`: CachedText in RAM or on disk, or LiveText when `mode` is "none"."""
+    if mode == "none":
+        return LiveText(loading.load_text_encoders(model, host))
+    parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
+    made_by = content_key("text", TEXT_VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
+    store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
+    store.drop_damaged(content_key(caption) for caption in captions)
+    missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
+    host.barrier()  # as for the images
+    mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM
+    if missing:
+        _encode_captions(mine, store, model, host)
+    host.barrier()
+    store.reload()
+    host.say(
+        f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})"
+    )
+    return CachedText(store)
+
+
+def _encode_captions(captions, store, model, host):
+    encoder = encoding.CaptionEncoder(model, host)
+    if cut := sum(len(encoder.tokenizers[0](caption).input_ids) > encoding.MAX_TOKENS for caption in captions):
+        host.say(f"text: {cut} captions are longer than {encoding.MAX_TOKENS} tokens; what follows is not seen")
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(store.flush)
+        for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
+            batch = captions[start : start + TEXT_BATCH]
+            prompt_embeds, pooled = encoder(batch)
+            for caption, p, q in zip(batch, prompt_embeds.to(host.dtype), pooled.to(host.dtype)):
+                store[content_key(caption)] = (p, q)
+    del encoder
+    device.free_memory(host.device)
+'''
+
+# ============================================================================================ common/captions.py
+
+MODULES['common.captions'] = r'''
+"""A sample's own caption -> the texts that are trained: trigger word, prefix and suffix, tags shuffled and dropped.
+
+Tags are drawn as a few variants of each caption, numbered from 0, so that their embeddings can be cached. A variant is
+a function of the caption, its number and the options alone: runs with other seeds find the same texts in the cache.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from common.noise import generator_for
+from common.pairs import few
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """What is put around a caption, and what is done to its tags, the parts between its commas.
+
+    Args:
+        keep_tags: this many first tags stay in place and are never dropped.
+        tag_dropout: share of the other tags that a variant lacks.
+        variants: how many texts a caption has where tags are shuffled or dropped.
+    """
+
+    trigger_word: str | None = None
+    prefix: str | None = None
+    suffix: str | None = None
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_dropout: float = 0.0
+    variants: int = 1
+
+    @property
+    def count(self) -> int:
+        """Variants of one caption: 1 where nothing is drawn."""
+        return self.variants if self.shuffle_tags or self.tag_dropout else 1
+
+    def plain(self, caption: str) -> str:
+        """The text that is validated: every tag in its place."""
+        return compose(caption, self)
+
+    def variant(self, caption: str, number: int) -> str:
+        """One of the `count` texts that are trained."""
+        draws = self.shuffle_tags or self.tag_dropout
+        return compose(caption, self, generator_for("caption variant", caption, number) if draws else None)
+
+
+def options_of(flags) -> CaptionOptions:
+    """What a trainer's flags say about captions."""
+    return CaptionOptions(
+        trigger_word=flags.trigger_word,
+        prefix=flags.caption_prefix,
+        suffix=flags.caption_suffix,
+        shuffle_tags=flags.shuffle_tags,
+        keep_tags=flags.keep_tokens,
+        tag_dropout=flags.tag_dropout,
+        variants=flags.caption_variants,
+    )
+
+
+def texts(samples, held_out, options: CaptionOptions) -> Iterator[str]:
+    """Every text that the training of `samples` can ask for, and the validation of those that are `held_out`."""
+    validated = {sample.key for sample in held_out}
+    for sample in samples:
+        if sample.key in validated:
+            yield options.plain(sample.caption)
+        else:
+            yield from (options.variant(sample.caption, number) for number in range(options.count))
+
+
+def summary(samples, bad: int, options: CaptionOptions) -> str:
+    """How many pictures were read; the first without a caption are named, since they may be masks or outputs."""
+    empty = [sample.name for sample in samples if not sample.caption]
+    epoch = sum(sample.repeats for sample in samples)
+    repeated = f" ({epoch} examples an epoch)" if epoch > len(samples) else ""
+    trained_as = f"the caption {options.plain('')!r}" if options.plain("") else "the empty prompt"
+    named = f": {few(empty)}" if empty else ""
+    uncaptioned = f"{len(empty)} with an empty caption (trained as {trained_as}){named}"
+    return f"data: {len(samples)} images{repeated}, {bad} unreadable, {uncaptioned}"
+
+
+def compose(caption: str, options: CaptionOptions, generator: torch.Generator | None = None) -> str:
+    """prefix, trigger word, caption, suffix: those that are not empty, joined by a comma and a space.
+
+    Without a generator the caption stays as it is written. With one it is cut at its commas into tags, and empty tags
+    are left out. The first `keep_tags` stay. Each of the others is dropped with the probability `tag_dropout`, and
+    those that remain are put into a random order with `shuffle_tags`. Both draws are made whatever is switched on, so
+    that switching one on leaves the other alone.
+    """
+    body = [caption] if generator is None else _drawn_tags(caption, options, generator)
+    parts = [options.prefix, options.trigger_word, *body, options.suffix]
+    return ", ".join(part.strip() for part in parts if part and part.strip())
+
+
+def _drawn_tags(caption, options, generator):
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    kept, others = tags[: options.keep_tags], tags[options.keep_tags :]
+    shares = torch.rand(len(others), generator=generator).tolist()
+    shuffled = torch.randperm(len(others), generator=generator).tolist()
+    order = shuffled if options.shuffle_tags else range(len(others))
+    return kept + [others[i] for i in order if shares[i] >= options.tag_dropout]
+'''
+
+# =============================================================================================== common/cards.py
+
+MODULES['common.cards'] = r'''
+"""What can be said of a GPU before it computes; nothing here imports torch."""
+
+import re
+
+
+def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
+    """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
+
+    Code for sm_XY runs on cards of the same X and at least that Y, code for compute_XY on every later one (CUDA C++ programming guide,
+    application compatibility). Builds for other makers' cards name neither and are not judged.
+
+    Args:
+        name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
+    """
+    codes = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(code[1], (int(code[2]), int(code[3]))) for code in codes if code]
+    if not codes or any(_runs(kind, built, capability) for kind, built in codes):
+        return None
+    oldest = min(built for _, built in codes)
+    return (
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it, only for sm_{oldest[0]}{oldest[1]} and other cards;"
+        " choose another GPU (Kaggle: choose GPU T4 x2)"
+    )
+
+
+def _runs(kind, built, capability):
+    return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
+'''
+
+# ========================================================================================== common/checkpoint.py
+
+MODULES['common.checkpoint'] = r'''
+"""Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import xxhash
+
+from common import run_folder
+from common.command_line import UserError
+from common.files import DamagedFile, read_safetensors, remove_folder, replacing_folder, write_json, write_safetensors
+
+STATE_HASH = "state.json"  # in the metadata of state.safetensors: what belongs together is read together or not at all
+
+
+def save_checkpoint(output_dir: Path, step: int, engine, progress: dict, limit: int | None) -> None:
+    """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
+    folder = Path(output_dir) / f"checkpoint-{step:06d}"
+    tensors, numbers = _tensors_of(engine)
+    scale = {"value": engine.loss_scale.value.item(), "good_steps": engine.loss_scale.good_steps}
+    made_with = {"layout": engine.flat.layout, "optimizer_class": type(engine.optimizer).__name__}
+    state = {**made_with, "optimizer": numbers, "loss_scale": scale, "progress": progress}
+
+    with replacing_folder(folder) as partial:
+        write_safetensors(partial / "state.safetensors", tensors, {STATE_HASH: _fingerprint(state)})
+        write_json(partial / "state.json", state)
+    for old in run_folder.find_checkpoints(output_dir)[:-limit] if limit else ():
+        remove_folder(old)
+
+
+def _tensors_of(engine) -> tuple[dict, dict]:
+    """({name: tensor}, {name: number}) of everything that training moves."""
+    tensors, numbers = {"flat": engine.flat.data}, {}
+    if engine.ema is not None:
+        tensors["ema"] = engine.ema.average
+    for i, group in enumerate(engine.flat.groups):
+        for key, value in engine.optimizer.state[group["params"][0]].items():
+            (tensors if torch.is_tensor(value) else numbers)[f"optimizer.{i}.{key}"] = value
+    return tensors, numbers
+
+
+def _fingerprint(state: dict) -> str:
+    """Hash of what state.json says, however it is laid out."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(state, sort_keys=True).encode())
+
+
+def not_finite(engine) -> str | None:
+    """The first of the engine's tensors that holds a NaN or an infinity, by its name in a checkpoint; None where all is finite."""
+    return _first_not_finite(_tensors_of(engine)[0])
+
+
+def _first_not_finite(tensors: dict) -> str | None:
+    # NaN and infinity both show in the extremes, which take one pass and no memory
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return next((name for name, tensor in floats.items() if not torch.stack(tensor.aminmax()).isfinite().all()), None)
+
+
+def read_config(output_dir: Path) -> dict:
+    """The recipe in a run's config.json: {"flags": {}, "data": {"images", "fingerprint"}}, empty where it is absent or damaged."""
+    try:
+        recipe = json.loads((output_dir / "config.json").read_text())
+        data = {"images": int(recipe["data"]["images"]), "fingerprint": str(recipe["data"]["fingerprint"])}
+        return {"flags": dict(recipe["flags"]), "data": data}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"flags": {}, "data": {}}
+
+
+# ---------------------------------------------------------------- going on
+
+
+def load_checkpoint(folder: Path, engine) -> dict:
+    """Put the engine where the checkpoint was made; returns its `progress`. What is refused leaves the engine as it was.
+
+    Raises:
+        DamagedFile: a checkpoint that is not what was written, or not finite.
+        UserError: one of another adapter or optimizer.
+    """
+    state, tensors = _read(folder)
+    _check_fits(folder, state, tensors, engine)
+
+    engine.flat.data.copy_(tensors.pop("flat"))
+    engine.flat.publish()
+    if engine.ema is not None:
+        engine.ema.average.copy_(tensors.pop("ema"))
+    for name, value in {**tensors, **state["optimizer"]}.items():
+        _, group, key = name.split(".", 2)
+        parameter = engine.flat.groups[int(group)]["params"][0]
+        # torch keeps AdamW's step count on the CPU unless the optimizer is fused
+        on_cpu = key == "step" and not engine.optimizer.defaults.get("fused")
+        place = torch.device("cpu") if on_cpu else engine.host.device
+        engine.optimizer.state[parameter][key] = value.to(place, copy=True) if torch.is_tensor(value) else value
+    engine.loss_scale.value.fill_(state["loss_scale"]["value"])
+    engine.loss_scale.good_steps = state["loss_scale"]["good_steps"]
+    return state["progress"]
+
+
+def _read(folder: Path) -> tuple[dict, dict]:
+    """(what state.json says, {name: tensor on the CPU})."""
+    try:
+        tensors, metadata = read_safetensors(folder / "state.safetensors")
+        state = json.loads((folder / "state.json").read_text())
+        if metadata.get(STATE_HASH) not in (None, _fingerprint(state)):
+            raise ValueError("state.json is not what was written")
+        state["layout"] = [(name, tuple(shape)) for name, shape in state["layout"]]
+        numbers = [state["loss_scale"]["value"], state["loss_scale"]["good_steps"]]
+        numbers += [state["progress"][name] for name in ("step", "batches", "effective_batch")]
+        if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+            raise ValueError(f"state.json has {numbers} for loss scale, good steps, steps, batches and images a step")
+        if what := _first_not_finite(tensors):
+            raise ValueError(f"{what} holds NaN or infinity")
+        if absent := {"optimizer_class", "optimizer", "flat"} - state.keys() - tensors.keys():
+            raise ValueError(f"no {min(absent)} in it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile) as error:
+        raise DamagedFile(
+            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error}); remove it, or name an earlier one"
+        ) from None
+    return state, tensors
+
+
+def _check_fits(folder: Path, state: dict, tensors: dict, engine) -> None:
+    layout = state["layout"]
+    if layout != engine.flat.layout:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: its adapter has {_numbers(layout)}, this one {_numbers(engine.flat.layout)}; resume with the"
+            " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
+        )
+    if state["optimizer_class"] != type(engine.optimizer).__name__:
+        raise UserError(f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
+    if ("ema" in tensors) != (engine.ema is not None):
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"
+        )
+
+
+def _numbers(layout: list) -> str:
+    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
+'''
+
+# ======================================================================================== common/command_line.py
+
+MODULES['common.command_line'] = r'''
+"""The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
+
+Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import errno
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import get_args
+
+from common import launch, packages, stopping
+from common.places import CACHE_DIR
+
+packages.require_parser()
+
+import argparse_dataclass  # noqa: E402
+
+from common.other_tools import our_name  # noqa: E402
+
+DEMO_ROOT = Path(CACHE_DIR) / "demo"
+
+
+LONGEST_WORD, LONGEST_LINE = 300, 1500
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do; long values are shortened."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and without the middle of what nobody reads to its end."""
+    words = [_without_middle(word, LONGEST_WORD) for word in text.split()]
+    return _without_middle(" ".join(words), LONGEST_LINE)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    """`text` of at most `longest` characters: its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
+
+
+def flag(default, help, **metadata):
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same.
+
+    Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
+    """
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def local_path(text):
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
+TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")
+
+
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
+
+
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
+    the help, and errors raised as UserError."""
+
+    def __init__(self, cls):
+        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
+        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
+        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
+
+    def add_argument(self, *names, **kwargs):
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        if str(kwargs.get("action")).startswith("store_") or kwargs.get("type") is bool:
+            kwargs["action"] = Switch
+            kwargs.pop("type", None)
+        elif "nargs" in kwargs:
+            kwargs["action"] = "extend"
+        if dest in self._optional and "type" in kwargs:
+            kwargs["type"] = _or_none(kwargs["type"])
+        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
+        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+        return super().add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            message += self._hint(typed)
+        raise UserError(f"{message} (--help lists every flag)")
+
+    def _hint(self, typed):
+        """What may be meant by an unknown flag: another tool's name for one of ours, or a misspelt one."""
+        theirs = typed.lstrip("-").replace("-", "_")
+        if ours := our_name(theirs, set(self._shown_defaults)):
+            return f"; {typed} is called --{ours} here"
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(typed, known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def refuse_values_of_switches(self, argv):
+        """A switch takes no value: `--use_ema false` would leave a stray word, and `--use_ema=false` an explanation that explains nothing.
+
+        Raises:
+            UserError: naming the two spellings that there are.
+        """
+        switches = {option: action.dest for action in self._actions if isinstance(action, Switch) for option in action.option_strings}
+        for typed, following in zip(argv, [*argv[1:], ""]):
+            option, joined, value = typed.partition("=")
+            value = value if joined else following
+            if option in switches and (joined or value.lower() in TRUTH_VALUES):
+                name = switches[option]
+                raise UserError(f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it")
+
+
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
+
+
+def _shown(field):
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+
+
+def parse(cls, argv=None):
+    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+
+    Raises:
+        UserError: for whatever argparse refuses.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
+    parser = Parser(cls)
+    names = {field.name for field in dataclasses.fields(cls)}
+    parser.refuse_values_of_switches(argv)
+    if "demo" in typed & names:
+        # a typed list would be added to a default one, and the demo's folder of images would win over a typed data set
+        owned = typed | ({"train_data_dir"} if "dataset_name" in typed else set())
+        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in owned})
+    if "num_train_epochs" in typed and "max_train_steps" in names - typed:
+        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
+    return parser.parse_args(argv)
+
+
+def _demo_defaults(cls):
+    """What `--demo` changes: see demo/settings.py, and the flags' own metadata."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
+    from demo.settings import demo_settings
+
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}
+    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **own}.items() if name in fields}
+
+
+def print_config(flags):
+    """What --dry_run shows: the resolved flags as JSON."""
+    print(json.dumps(dataclasses.asdict(flags), indent=2))
+
+
+GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run(main):
+    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU.
+
+    A signal outside of the training loop is one line and exit status 128 + its number: 130 after Ctrl-C. Any other error is one line and
+    1, with its traceback in a file. A training that a signal or the time limit has ended names as its last line the command that goes on.
+    A reader of stdout who leaves (`| head`) does not end the run.
+    """
+    stopping.end_in_order()
+    with _outliving_its_reader():
+        try:
+            result = main()
+        except (KeyboardInterrupt, Exception) as error:
+            said, status = _told(error)
+        else:
+            if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
+                print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+            return result
+    if launch.rank() == 0 or status in (1, 2):
+        launch.say_last(said)
+    sys.exit(status)
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """(what is said, the exit status) of an error that ends a script."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        return stopping.ended_by(number), 128 + number
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"error: {one_line(str(error))}: make room there, or name another place", 2
+    if isinstance(error, RuntimeError):
+        from common import memory
+
+        if memory.ran_out(error):
+            return f"error: {memory.OutOfMemory('while loading')}", 2
+    return _unforeseen(error), 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
+    temporary one."""
+    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]  # the first are main's
+    output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
+    place = output_dir if output_dir and os.path.isdir(output_dir) else None
+    try:
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt", dir=place)
+    except OSError:  # the folder itself may be at fault
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt")
+    with open(descriptor, "w") as report:
+        report.write(f"{shlex.join(sys.argv)}\nPython {sys.version}\n\n{''.join(traceback.format_exception(error))}")
+    what = f"{type(error).__name__}: {one_line(str(error))}"
+    return f"error: unforeseen {what}; the traceback is in {file}, please report it with that file"
+
+
+class _Outlet:
+    """Standard output whose reader may leave: what is still written then goes nowhere."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with self._to_nowhere_if_closed():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._to_nowhere_if_closed():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _to_nowhere_if_closed(self):
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _outliving_its_reader():
+    before, sys.stdout = sys.stdout, _Outlet(sys.stdout)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdout = before
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+
+    def __init_subclass__(cls):
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for name in cls.__dict__.get("__annotations__", {}):
+            default = cls.__dict__.get(name)
+            if name in inherited and not isinstance(default, dataclasses.Field):
+                metadata = dict(inherited[name].metadata)
+                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
+'''
+
+# ============================================================================================= common/dataset.py
+
+MODULES['common.dataset'] = r'''
+"""Image-caption pairs from the hub or from folders -> Samples, measured and counted; and which of them are held out."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+from typing import Callable
+
+from common import decoding
+from common.command_line import UserError
+from common.pairs import fault, few, or_fault
+from common.sources import read_pairs
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training pair, which an epoch shows `repeats` times.
+
+    `key` is a hash of the file's bytes; width and height are those of the upright picture, in pixels.
+    """
+
+    name: str
+    key: str
+    caption: str
+    width: int
+    height: int
+    read: Callable[[], bytes]
+    repeats: int = 1
+
+
+def load_samples(dataset_name, folders, *, image_column, caption_column, max_samples=None, max_bad=0, say=print):
+    """All readable samples of some folders, or of a hub data set where none is named, and a count of what was skipped.
+
+    Args:
+        folders: values of --train_data_dir.
+        say: takes one line for everything that is left out, or not as it seems.
+    Returns:
+        (samples, bad): a list of Sample, and the number of unreadable images.
+    Raises:
+        UserError: no such data, no captions, or more than `max_bad` unreadable images.
+    """
+    pairs = read_pairs(dataset_name, folders, image_column=image_column, caption_column=caption_column, say=say)
+    samples, bad, odd_profiles = [], [], []
+    for pair in pairs[:max_samples]:
+        sample = or_fault(functools.partial(_measured, pair, odd_profiles))
+        if isinstance(sample, Exception):
+            bad.append(f"{pair.name} ({fault(sample)})")
+        else:
+            samples.append(sample)
+    refuse_bad(bad, max_bad, say=say)
+    if odd_profiles:
+        say(f"data: taken as sRGB, the colour profile cannot be used: {len(odd_profiles)} ({few(odd_profiles)})")
+    if not samples:
+        source = " ".join(folders) or dataset_name
+        found = f"none of its {len(bad)} images can be read, e.g. {bad[0]}" if bad else "holds no image"
+        raise UserError(f"{source}: {found}")
+    return samples, len(bad)
+
+
+def refuse_bad(bad, max_bad, before=0, say=print):
+    """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
+    if bad and before + len(bad) > max_bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        allowed = f"--max_bad_images {before + len(bad)}"
+        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with {allowed}")
+    for name in bad:
+        say(f"skipped unreadable image {name}")
+
+
+def _measured(pair, odd_profiles):
+    data = pair.read()
+    measured = decoding.measure(data)
+    if not measured.profile_is_usable:
+        odd_profiles.append(pair.name)
+    key = hashlib.blake2b(data, digest_size=16).hexdigest()
+    caption = (pair.caption or "").strip()
+    return Sample(pair.name, key, caption, measured.width, measured.height, pair.read, pair.repeats)
+
+
+def hold_out(samples, share):
+    """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
+
+    Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures.
+    Equal pictures are never on both sides.
+    """
+    if not share:
+        return samples, []
+    different = {sample.key for sample in samples}
+    keys = sorted(different, key=lambda key: hashlib.blake2b(f"held out {key}".encode()).digest())
+    count = max(1, round(len(keys) * share))
+    if count >= len(keys):
+        raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")
+    held_out = set(keys[:count])
+    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
+'''
+
+# ============================================================================================ common/decoding.py
+
+MODULES['common.decoding'] = r'''
+"""The bytes of a picture file -> its size and its pixels: upright, in sRGB, without transparency.
+
+Size and pixels come from the same opened file and the same orientation, so that they cannot disagree.
+"""
+
+import functools
+import io
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageCms
+
+ORIENTATION = 0x0112  # EXIF and TIFF
+_TURN = Image.Transpose
+_TURNS = {
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
+_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour space of a profile -> Pillow's mode
+_BEHIND_PIXELS = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # PNG texts that may hold an orientation
+
+
+class Measured(NamedTuple):
+    """What a header says. Sizes are those of the upright picture, in pixels."""
+
+    width: int
+    height: int
+    profile_is_usable: bool  # True where there is none
+
+
+def measure(data: bytes) -> Measured:
+    """Size of a picture, from its header wherever that is enough.
+
+    Raises:
+        Exception: whatever Pillow raises for a file it cannot open.
+    """
+    image, orientation = _open(data)
+    with image:
+        width, height = image.size
+        turned_by_pillow = image.format == "TIFF" and ORIENTATION in image.tag_v2  # its size is upright already
+        if orientation >= 5 and not turned_by_pillow:
+            width, height = height, width
+        try:
+            _profile_of(image)
+        except ValueError:
+            return Measured(width, height, False)
+    return Measured(width, height, True)
+
+
+def decode(data: bytes) -> Image.Image:
+    """The upright picture in sRGB, transparency laid over white: mode RGB.
+
+    A colour profile that cannot be used is taken for sRGB.
+
+    Raises:
+        Exception: whatever Pillow raises for a file it cannot decode.
+    """
+    image, orientation = _open(data)
+    with image:
+        image.load()
+        turn = None if image.format == "TIFF" else _TURNS.get(orientation)  # Pillow turns TIFF while it loads
+        try:
+            profile = _profile_of(image)
+        except ValueError:
+            profile = None
+        return _to_rgb(image if turn is None else image.transpose(turn), profile)
+
+
+# ---------------------------------------------------------------- orientation
+
+
+def _open(data):
+    """(the opened image, its orientation 1 to 8); pixels are decoded only where the orientation stands behind them."""
+    image = Image.open(io.BytesIO(data))
+    if image.format == "PNG" and _has_orientation_behind_pixels(data):
+        image.load()
+    return image, _orientation(image)
+
+
+def _orientation(image):
+    """EXIF's or XMP's orientation; 1, as stored, where it says nothing that has a meaning."""
+    try:
+        value = Image.Image.getexif(image).get(ORIENTATION, 1)  # PngImageFile's own decodes the whole picture first
+    except MemoryError:
+        raise
+    except Exception:  # a damaged note on a sound picture: struct.error, TypeError, ValueError and more
+        return 1
+    return int(value) if value in range(1, 9) else 1
+
+
+def _has_orientation_behind_pixels(data):
+    """Whether a PNG has EXIF or XMP after its first IDAT chunk, where reading the header does not come."""
+    start, after_pixels = 8, False
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        holds_text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[start + 8 : start + 40].startswith(_BEHIND_PIXELS)
+        if after_pixels and (kind == b"eXIf" or holds_text):
+            return True
+        after_pixels = after_pixels or kind == b"IDAT"
+        start += 12 + length
+    return False
+
+
+# ---------------------------------------------------------------- colour
+
+
+def _to_rgb(image, profile):
+    image = _eight_bits(image)
+    if not image.has_transparency_data:
+        return _in_srgb(image, profile)
+    with_alpha = image.convert("RGBA")
+    colours = with_alpha.getchannel("R") if _family(image.mode) == "L" else with_alpha.convert("RGB")
+    converted = _in_srgb(colours, profile)
+    converted.putalpha(with_alpha.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), converted).convert("RGB")
+
+
+def _eight_bits(image):
+    if not (image.mode.startswith("I") or image.mode == "F"):
+        return image
+    white = 1.0 if image.mode == "F" else 65535.0  # Pillow's own conversion of 16-bit grey clips it to white
+    return Image.fromarray((np.asarray(image, dtype=np.float32) / white * 255).clip(0, 255).astype(np.uint8))
+
+
+def _in_srgb(image, profile):
+    """An image without transparency, mode 1, L, P, RGB, CMYK, LAB ... -> RGB."""
+    mode, transform = profile or (None, None)
+    if image.mode == "LAB" and transform is None:
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if transform is None:
+        return image.convert("RGB")
+    return ImageCms.applyTransform(image.convert(mode), transform)
+
+
+def _family(mode):
+    """The kind of colours that an image of Pillow's `mode` holds: L, RGB, CMYK or LAB."""
+    if mode in ("CMYK", "LAB"):
+        return mode
+    return "L" if mode[0] in "1LIF" else "RGB"
+
+
+def _profile_of(image):
+    """(mode, transform) of an image's colour profile, see `_transform`; None where it has none.
+
+    Raises:
+        ValueError: the profile is damaged, or one for other colours than the image's.
+    """
+    profile = image.info.get("icc_profile")
+    return _transform(profile, _family(image.mode)) if profile else None
+
+
+@functools.lru_cache(maxsize=64)
+def _transform(profile, family):
+    """(mode the image must have, transform to sRGB); the transform is None for a profile that is sRGB in other words."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
+        if mode != family and (family, mode) != ("L", "RGB"):  # grey pictures may carry the profile of a display
+            raise ValueError(f"a profile of {source.profile.xcolor_space.strip()} colours in a picture of {family}")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, TypeError, AttributeError) as error:
+        raise ValueError(f"the colour profile cannot be used ({error})") from None
+    return mode, None if _changes_nothing(transform, mode) else transform
+
+
+def _changes_nothing(transform, mode):
+    """Whether a transform moves no colour of a 9 x 9 x 9 lattice by more than 1 of 255, which is rounding."""
+    if mode not in ("RGB", "L"):
+        return False
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    lattice = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    colours = Image.fromarray(lattice).convert(mode)
+    moved = np.asarray(ImageCms.applyTransform(colours, transform)).astype(int) - np.asarray(colours.convert("RGB"))
+    return np.abs(moved).max() <= 1
+'''
+
+# ============================================================================================== common/device.py
+
+MODULES['common.device'] = r'''
+"""Where to compute and in which precision, and why: decided here once, printed once."""
+
+import contextlib
+import gc
+import logging
+import sys
+import time
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+from common.cards import unsupported_card
+from common.command_line import UserError
+
+GIB = 2**30
+LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
+_earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
+
+
+@dataclass(frozen=True)
+class Host:
+    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+    rank: int
+    world: int
+    started_s: float  # when the run began, on the monotonic clock
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def on_cpu(self):
+        """The same process computing on its CPU, in fp32."""
+        return replace(self, device=torch.device("cpu"), dtype=torch.float32)
+
+    def say(self, line):
+        if self.is_main:
+            print(line, flush=True)
+
+    def gather(self, items):
+        """The lists of all processes as one list, on every process."""
+        with _all_processes():
+            return gather_object(items) if self.world > 1 else items
+
+    def barrier(self):
+        with _all_processes():
+            PartialState().wait_for_everyone()
+
+    def main_first(self, make):
+        """`make()` on the main process, then on the others, which find what it left on the disk. Where it fails there, they end without a word."""
+        if not self.is_main:
+            if self.gather([]) != [True]:
+                raise SystemExit(0)  # the launcher then reports the main process, not this one
+            return make()
+        done = False
+        try:
+            made = make()
+            done = True
+            return made
+        finally:
+            self.gather([done])
+
+    def sum(self, tensor):
+        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
+        if self.world > 1:
+            with _all_processes():
+                torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+@contextlib.contextmanager
+def _all_processes():
+    """Around a call that all processes make together.
+
+    Raises:
+        UserError: it failed, as it does when another process has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
+
+
+def start(mixed_precision="fp16", seed=0):
+    """Join the process group that `accelerate launch` or torchrun prepared, if any; choose device and dtype, and say so.
+
+    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
+
+    Raises:
+        UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
+    """
+    global _earlier_peak_gib
+    started_s, _earlier_peak_gib = time.monotonic(), 0.0
+    quieten_libraries()
+    torch.manual_seed(seed)
+    # without a GPU: gloo
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
+    where = state.device if state.device.type == "cuda" else torch.device("cpu")
+    gc.collect()  # what an earlier run in this process has left
+    free_memory(where)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    dtype, reason = _choose_dtype(where, mixed_precision)
+    host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
+    processes = f", {host.world} processes" if host.world > 1 else ""
+    idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
+    if idle > 0:
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
+    host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
+    return host
+
+
+def quieten_libraries():
+    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _choose_dtype(device, mixed_precision):
+    if device.type != "cuda":
+        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
+        raise UserError(fault)
+    if mixed_precision == "no":
+        return torch.float32, f"{name}, --mixed_precision no"
+    if mixed_precision == "bf16":
+        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
+        if capability < (8, 0):
+            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+        return torch.bfloat16, f"{name}, --mixed_precision bf16"
+    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def limit_memory(device, max_gib):
+    """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
+    free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
+    limit_gib = min(max_gib or free_gib, free_gib)
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    return limit_gib
+
+
+def peak_gib(device):
+    """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+
+
+def start_new_peak(device):
+    """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
+    global _earlier_peak_gib
+    _earlier_peak_gib = peak_gib(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_ram_gib():
+    """Highest resident memory of this process so far, in GiB."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource  # not there on Windows
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
+
+
+def seconds_since_start():
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def free_memory(device):
+    """Hand cached blocks of freed models back to the GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+'''
+
+# ================================================================================================ common/dora.py
+
+MODULES['common.dora'] = r'''
+"""DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
+
+DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
+reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers draw m on that too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+# What a kohya file with DoRA says of itself. An open proposal would have ComfyUI divide by ||W + s B A|| instead.
+DORA_NORM = "dora_norm"
+METADATA = {
+    DORA_NORM: "base",
+    "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
+    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula (comfy/weight_adapter/base.py, weight_decompose); Forge",
+    "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
+}
+
+
+def frozen_weights(unet: torch.nn.Module, files: list[Path]) -> Callable[[str], torch.Tensor]:
+    """name of an adapted layer -> its W as readers have it: a 4-bit layer's is read from the model's `files`."""
+    homes = {}
+
+    def weight(name):
+        held = unet.get_submodule(name).get_base_layer().weight
+        if held.dtype != torch.uint8:
+            return held.detach()
+        if not homes:
+            for file in files:
+                with safe_open(file, "pt") as tensors:
+                    homes.update(dict.fromkeys(tensors.keys(), file))
+        with safe_open(homes[f"{name}.weight"], "pt", device=str(held.device)) as tensors:
+            return tensors.get_tensor(f"{name}.weight")
+
+    return weight
+
+
+def dora_scale(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """PEFT's magnitude m -> the dora_scale [N, 1] with which ComfyUI and Forge compute the same weight.
+
+    For a scale of this shape, with more axes of 1 for a convolution, they compute (W + s B A) dora_scale / ||W||:
+    weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py.
+    """
+    base, merged = row_norms(weight, delta)
+    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
+
+
+def change(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """W' - W, fp32, of the shape of W."""
+    _, merged = row_norms(weight, delta)
+    gain = (magnitude.float().flatten() / merged).view(-1, *[1] * (weight.dim() - 1))
+    return (weight.float() + delta.to(merged.dtype)) * gain - weight.float()
+
+
+def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(||W||, ||W + delta||) over rows, each [N], in fp32."""
+    weight = weight.detach().float()
+    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+
+
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young); of equal size, for fp16's sake.
+
+    From the eigenvectors of the smaller Gram matrix, in fp64: R of them are needed, and nothing of the other side.
+    """
+    if len(matrix) > matrix.shape[1]:
+        up, down = low_rank(matrix.t(), rank)
+        return down.t(), up.t()
+    values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
+    rank = min(rank, len(values))
+    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)  # what is nothing but rounding is not blown up
+    roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
+    vectors = vectors[:, -rank:]
+    return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
+'''
+
+# ============================================================================================ common/encoding.py
+
+MODULES['common.encoding'] = r'''
+"""Pictures -> latent moments, captions -> text conditioning: the VAE and the text encoders, leaner where GPU memory runs out."""
+
+import functools
+
+import torch
+
+from common import loading
+from common.memory import StepDown
+
+MAX_TOKENS = 77
+
+
+# ---------------------------------------------------------------- images
+
+
+class ImageEncoder:
+    """Pictures -> normalised latent moments, by the VAE on the device; where memory runs out, one at a time, then on the CPU."""
+
+    def __init__(self, model, host):
+        ways = {"on the GPU": host, "it works on the CPU, slowly,": host.on_cpu()}
+        load = {way: functools.partial(loading.load_vae, model, place) for way, place in ways.items()}
+        self._vae = StepDown("while loading the VAE", load, host)()
+        ways = {
+            "together": self._moments,
+            "one at a time": self._one_by_one,
+            "one at a time on the CPU, which is slow,": self._one_by_one_on_cpu,
+        }
+        self._encode = StepDown("while encoding images", ways, host)
+
+    @property
+    def dtype_name(self):
+        return str(self._vae.dtype).removeprefix("torch.")
+
+    def __call__(self, images):
+        """[fp32 [3, H, W]] of one shape -> (mean, std), each fp32 [B, C, h, w] on the CPU."""
+        return self._encode(images)
+
+    @torch.no_grad()
+    def _moments(self, images):
+        posterior = self._vae.encode(torch.stack(images).to(self._vae.device, self._vae.dtype)).latent_dist
+        mean, std = _normalise(self._vae.config, posterior.mean.float(), posterior.std.float())
+        return mean.cpu(), std.cpu()
+
+    def _one_by_one(self, images):
+        means, stds = zip(*(self._moments([image]) for image in images))
+        return torch.cat(means), torch.cat(stds)
+
+    def _one_by_one_on_cpu(self, images):
+        self._vae.to("cpu", torch.float32)
+        return self._one_by_one(images)
 
 
 def _normalise(config, mean, std):
@@ -1131,745 +2532,34 @@ def encode_text(encoders, input_ids):
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
 
-class CachedText:
-    """Captions whose embeddings were computed once. A batch carries the embeddings."""
-
-    encoders = ()  # none stay on the device
-
-    def __init__(self, store):
-        self.store = store
-
-    def fields(self, caption):
-        """What one example's batch row carries: prompt_embeds [77, 2048] and pooled [1280]."""
-        prompt_embeds, pooled = self.store[content_key(caption)]
-        return {"prompt_embeds": prompt_embeds, "pooled": pooled}
-
-    def __call__(self, fields):
-        """(prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the device."""
-        return fields["prompt_embeds"], fields["pooled"]
-
-
-class LiveText:
-    """Captions that are encoded in every step, by encoders that stay on the device. A batch carries token ids."""
-
-    def __init__(self, pairs):
-        self.tokenizers, self.encoders = zip(*pairs)
-
-    def fields(self, caption):
-        return {"input_ids": tokenize(self.tokenizers, [caption])[0]}
-
-    def __call__(self, fields):
-        return encode_text(self.encoders, fields["input_ids"])
-
-
-def cache_text(captions, model, host, mode, cache_dir):
-    """Text conditioning for `captions`: CachedText in RAM or on disk, or LiveText when `mode` is "none"."""
-    if mode == "none":
-        return LiveText(loading.load_text_encoders(model, host))
-    parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
-    made_by = content_key("text", VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
-    store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
-    missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
-    host.barrier()  # as for the images
-    mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM
-    if missing:
-        _encode_captions(mine, store, model, host)
-    host.barrier()
-    store.reload()
-    host.say(
-        f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})"
-    )
-    return CachedText(store)
-
-
-@torch.no_grad()
-def _encode_captions(captions, store, model, host):
-    pairs = loading.load_text_encoders(model, host)
-    tokenizers, encoders = zip(*pairs)
-    cut = sum(len(tokenizers[0](caption).input_ids) > MAX_TOKENS for caption in captions)
-    if cut:
-        host.say(f"text: {cut} captions are longer than {MAX_TOKENS} tokens; what follows is not seen")
-    with contextlib.ExitStack() as at_exit:
-        at_exit.callback(store.flush)
-        for start in tqdm(range(0, len(captions), TEXT_BATCH), desc="encoding captions", disable=not host.is_main):
-            batch = captions[start : start + TEXT_BATCH]
-            prompt_embeds, pooled = encode_text(encoders, tokenize(tokenizers, batch).to(host.device))
-            for caption, p, q in zip(batch, prompt_embeds.to("cpu", host.dtype), pooled.to("cpu", host.dtype)):
-                store[content_key(caption)] = (p, q)
-    del pairs, encoders
-    device.free_memory(host.device)
-'''
-
-# ========================================================================================== common/checkpoint.py
-
-MODULES['common.checkpoint'] = r'''
-"""Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
-
-import json
-import math
-import re
-import shutil
-from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from common.command_line import UserError
-from common.files import write_json, write_safetensors
-
-KAGGLE_INPUT = Path("/kaggle/input")
-
-
-def save_checkpoint(output_dir, step, engine, progress, limit):
-    """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
-    folder = Path(output_dir) / f"checkpoint-{step:06d}"
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tensors, numbers = {"flat": engine.flat.data}, {}
-    if engine.ema is not None:
-        tensors["ema"] = engine.ema.average
-    for i, group in enumerate(engine.flat.groups):
-        for key, value in engine.optimizer.state[group["params"][0]].items():
-            (tensors if torch.is_tensor(value) else numbers)[f"optimizer.{i}.{key}"] = value
-    write_safetensors(partial / "state.safetensors", tensors)
-    scale = {"value": engine.loss_scale.value.item(), "good_steps": engine.loss_scale.good_steps}
-    made_with = {"layout": engine.flat.layout, "optimizer_class": type(engine.optimizer).__name__}
-    write_json(partial / "state.json", {**made_with, "optimizer": numbers, "loss_scale": scale, "progress": progress})
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in find_checkpoints(output_dir)[:-limit] if limit else ():
-        shutil.rmtree(old)
-
-
-def find_checkpoints(output_dir):
-    """Complete checkpoint folders, oldest first."""
-    return sorted(path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
-
-
-def find_resume(resume_from_checkpoint, output_dir):
-    """The folder that `--resume_from_checkpoint` means, or None when there is nothing to resume.
-
-    'latest' is the newest of this output folder; on Kaggle, where each version of a notebook starts with an empty one, else the newest of
-    a folder of the same name below /kaggle/input, where the output of an earlier version was attached.
-    """
-    if resume_from_checkpoint != "latest":
-        return Path(resume_from_checkpoint) if resume_from_checkpoint else None
-    found = find_checkpoints(output_dir) or _checkpoints_of_earlier_versions(Path(output_dir).resolve().name)
-    return found[-1] if found else None
-
-
-def _checkpoints_of_earlier_versions(name):
-    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
-    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
-
-
-def step_of(folder):
-    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
-    number = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-    return int(number[1]) if number else 0
-
-
-def read_config(output_dir):
-    """The recipe in a run's config.json: {"flags": ..., "data": ...}, empty where it is absent or damaged."""
-    try:
-        recipe = json.loads((output_dir / "config.json").read_text())
-        return {"flags": dict(recipe["flags"]), "data": dict(recipe["data"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"flags": {}, "data": {}}
-
-
-def _numbers(layout):
-    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
-
-
-def load_checkpoint(folder, engine):
-    """Put the engine where the checkpoint was made; returns its `progress`.
-
-    Raises:
-        UserError: a damaged checkpoint, or one of another adapter.
-    """
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        layout, optimizer_class = [(name, tuple(shape)) for name, shape in state["layout"]], state["optimizer_class"]
-        tensors = load_file(folder / "state.safetensors", device=str(engine.host.device))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error}); remove it, or name an earlier one"
-        ) from None
-    if layout != engine.flat.layout:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: its adapter has {_numbers(layout)}, this one {_numbers(engine.flat.layout)}; resume with the"
-            " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
-        )
-    if optimizer_class != type(engine.optimizer).__name__:
-        raise UserError(f"--resume_from_checkpoint {folder}: made with {optimizer_class}; resume with the same --use_8bit_adam")
-    if ("ema" in tensors) != (engine.ema is not None):
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"
-        )
-    engine.flat.data.copy_(tensors.pop("flat"))
-    engine.flat.publish()
-    if engine.ema is not None:
-        engine.ema.average.copy_(tensors.pop("ema"))
-    for name, value in {**tensors, **state["optimizer"]}.items():
-        _, group, key = name.split(".", 2)
-        parameter = engine.flat.groups[int(group)]["params"][0]
-        # torch keeps AdamW's step count on the CPU unless the optimizer is fused
-        on_cpu = key == "step" and torch.is_tensor(value) and not engine.optimizer.defaults.get("fused")
-        engine.optimizer.state[parameter][key] = value.cpu() if on_cpu else value
-    engine.loss_scale.value.fill_(state["loss_scale"]["value"])
-    engine.loss_scale.good_steps = state["loss_scale"]["good_steps"]
-    return state["progress"]
-'''
-
-# ======================================================================================== common/command_line.py
-
-MODULES['common.command_line'] = r'''
-"""The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
-
-Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
-"""
-
-import argparse
-import dataclasses
-import difflib
-import errno
-import json
-import os
-import re
-import sys
-from pathlib import Path
-from typing import get_args
-
-import argparse_dataclass
-
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
-DEMO_ROOT = Path(CACHE_DIR) / "demo"
-
-
-class UserError(Exception):
-    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do."""
-
-
-def flag(default, help, **metadata):
-    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
-def local_path(text):
-    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return os.path.expanduser(text)
-
-
-class Switch(argparse.Action):
-    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
-        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
-
-
-class Parser(argparse_dataclass.ArgumentParser):
-    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
-    the help, and errors raised as UserError."""
-
-    def __init__(self, cls):
-        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
-        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
-        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
-
-    def add_argument(self, *names, **kwargs):
-        if names[0] == "-h":
-            return super().add_argument(*names, **kwargs)
-        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
-        if str(kwargs.get("action")).startswith("store_"):
-            kwargs["action"] = Switch
-        elif "nargs" in kwargs:
-            kwargs["action"] = "extend"
-        if dest in self._optional:
-            kwargs["type"] = _or_none(kwargs["type"])
-        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
-        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
-        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
-        return super().add_argument(*spellings, dest=dest, **kwargs)
-
-    def error(self, message):
-        known = [option for action in self._actions for option in action.option_strings]
-        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            close = difflib.get_close_matches(typed, known, n=1)
-            message += f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{message} (--help lists every flag)")
-
-
-def _or_none(convert):
-    """A type for argparse that also takes the word "none"."""
-
-    def converter(text):
-        return None if text.lower() == "none" else convert(text)
-
-    converter.__name__ = convert.__name__
-    return converter
-
-
-def _shown(field):
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
-
-
-def parse(cls, argv=None):
-    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
-
-    Raises:
-        UserError: for whatever argparse refuses.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    typed = {text[2:].partition("=")[0].replace("-", "_") for text in argv if text.startswith("--")}
-    parser = Parser(cls)
-    if "demo" in typed:
-        # a typed list would be added to a default one
-        parser.set_defaults(**{name: value for name, value in _demo_defaults(cls).items() if name not in typed})
-    if "num_train_epochs" in typed and "max_train_steps" not in typed:
-        parser.set_defaults(max_train_steps=None)  # typed epochs win over steps that are only a default
-    return parser.parse_args(argv)
-
-
-def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the class's own DEMO."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.settings import demo_settings
-
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in {**demo_settings(DEMO_ROOT), **cls.DEMO}.items() if name in names}
-
-
-def print_config(flags):
-    """What --dry_run shows: the resolved flags as JSON."""
-    print(json.dumps(dataclasses.asdict(flags), indent=2))
-
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as does a full disk; Ctrl-C one line and 130."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        said, status = "interrupted", 130
-    except UserError as error:
-        said, status = f"error: {error}", 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        said, status = f"error: {error}: make room there, or name another place", 2
-    print(f"{os.path.basename(sys.argv[0])}: {said}", file=sys.stderr)
-    sys.exit(status)
-
-
-class Described:
-    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
-
-    def __init_subclass__(cls):
-        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        for name in cls.__dict__.get("__annotations__", {}):
-            default = cls.__dict__.get(name)
-            if name in inherited and not isinstance(default, dataclasses.Field):
-                metadata = dict(inherited[name].metadata)
-                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
-'''
-
-# ============================================================================================= common/dataset.py
-
-MODULES['common.dataset'] = r'''
-"""Image-caption pairs from the hub or a folder -> Sample; and a sample's picture -> pixels with its micro-conditioning."""
-
-import csv
-import functools
-import hashlib
-import io
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-
-from common.command_line import UserError
-from common.flags import find_data_dir
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-BUCKET_RATIO = 2.0  # widest and tallest bucket
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training pair. `key` is a hash of the file's bytes; width and height are those of the upright picture, in pixels."""
-
-    name: str
-    key: str
-    caption: str
-    width: int
-    height: int
-    read: Callable[[], bytes]
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a picture becomes a training square or bucket: resize to cover, then crop. All in pixels."""
-
-    resized: tuple  # (width, height)
-    left: int
-    top: int
-    width: int
-    height: int
-
-
-# ---------------------------------------------------------------- sources
-
-
-def load_samples(dataset_name, train_data_dir, image_column, caption_column, max_samples, max_bad):
-    """All readable samples of a folder or a hub data set, and a count of what was skipped.
-
-    Returns:
-        (samples, bad): a list of Sample, and the number of unreadable images.
-    Raises:
-        UserError: no such data, no captions, or more than `max_bad` unreadable images.
-    """
-    if train_data_dir is not None:
-        source, pairs = train_data_dir, _folder_pairs(find_data_dir(train_data_dir), caption_column)
-    else:
-        source, pairs = dataset_name, _hub_pairs(dataset_name, image_column, caption_column)
-    samples, bad = [], []
-    for name, caption, read in pairs[:max_samples]:
-        try:
-            samples.append(_open_sample(name, caption, read))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            bad.append(f"{name} ({error})")
-    refuse_bad(bad, max_bad)
-    if not samples:
-        raise UserError(f"{source}: holds no image" if not bad else f"{source}: none of its {len(bad)} images can be read, e.g. {bad[0]}")
-    return samples, len(bad)
-
-
-def refuse_bad(bad, max_bad, before=0):
-    """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
-    if bad and before + len(bad) > max_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"unreadable image {bad[0]}{more}: repair or remove it, or allow it with --max_bad_images {before + len(bad)}")
-    for name in bad:
-        print(f"skipped unreadable image {name}")
-
-
-def _open_sample(name, caption, read):
-    data = read()
-    with Image.open(io.BytesIO(data)) as image:  # reads the header only
-        width, height = image.size
-        in_header = image.format != "PNG" or "exif" in image.info  # Pillow decodes a whole PNG to look behind the pixels
-        if in_header and image.getexif().get(0x0112, 1) >= 5:  # orientations 5-8 lie on their side
-            width, height = height, width
-    key = hashlib.blake2b(data, digest_size=16).hexdigest()
-    return Sample(name, key, (caption or "").strip(), width, height, read)
-
-
-def _folder_pairs(folder, caption_column):
-    """[(file name, caption, read)] of a folder with metadata.jsonl, metadata.csv or .txt captions beside the images."""
-    for metadata, rows_of in (("metadata.jsonl", _jsonl_rows), ("metadata.csv", _csv_rows)):
-        if (folder / metadata).exists():
-            return _metadata_pairs(folder / metadata, rows_of(folder / metadata), caption_column)
-    images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not _is_litter(path, folder))
-    if not images:
-        raise UserError(f"--train_data_dir {folder}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
-    captions = [path.with_suffix(".txt") for path in images]
-    if not any(path.exists() for path in captions):
-        elsewhere = sorted(folder.glob("*/metadata.*"))
-        hint = f" (there is {elsewhere[0]}: name that folder)" if elsewhere else ""
-        raise UserError(
-            f"--train_data_dir {folder}: no captions{hint}; add metadata.jsonl or .csv (columns file_name and {caption_column}),"
-            f" or a .txt beside each image ({captions[0].name})"
-        )
-    return [(str(image), _read_text(text) if text.exists() else "", image.read_bytes) for image, text in zip(images, captions)]
-
-
-def _is_litter(path, folder):
-    """Hidden files, and what notebooks and archivers leave behind: copies that would be trained on twice."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-
-
-def _metadata_pairs(metadata, rows, caption_column):
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{metadata}: row {number} is not an object with file_name and {caption_column}")
-        for column in ("file_name", caption_column):
-            if column not in row:
-                raise UserError(f"{metadata}: row {number} has no {column!r} (it has {', '.join(map(str, row))}); see --caption_column")
-            if not isinstance(row[column], (str, type(None))) or (row[column] is None and column == "file_name"):
-                raise UserError(f"{metadata}: row {number}: {column} is {row[column]!r}, not a text")
-    folder = metadata.parent
-    return [(str(folder / row["file_name"]), row[caption_column], (folder / row["file_name"]).read_bytes) for row in rows]
-
-
-def _jsonl_rows(path):
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # splitlines() would cut captions at U+2028 too
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
-    return rows
-
-
-def _csv_rows(path):
-    return list(csv.DictReader(io.StringIO(_read_text(path))))
-
-
-def _read_text(path):
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-
-
-def _hub_pairs(dataset_name, image_column, caption_column):
-    """The same of a hub data set's train split; pictures stay encoded bytes, memory-mapped by `datasets`."""
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-
-    data = load_dataset(dataset_name, split="train")
-    for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column not in data.column_names:
-            raise UserError(f"--{flag} {column}: {dataset_name} has the columns {', '.join(data.column_names)}")
-    data = data.cast_column(image_column, ImageFeature(decode=False))
-    captions = data[caption_column]
-
-    def read(index):
-        cell = data[index][image_column]
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-
-    return [(f"{dataset_name}[{i}]", captions[i], functools.partial(read, i)) for i in range(len(data))]
-
-
-def hold_out(samples, share):
-    """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
-
-    Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures; equal
-    pictures are never on both sides.
-    """
-    if not share:
-        return samples, []
-    keys = sorted({sample.key for sample in samples}, key=lambda key: hashlib.blake2b(f"held out {key}".encode()).digest())
-    count = max(1, round(len(keys) * share))
-    if count >= len(keys):
-        raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")
-    held_out = set(keys[:count])
-    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
-
-
-# ---------------------------------------------------------------- framing
-
-
-def buckets(resolution):
-    """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2 (SDXL, arXiv 2307.01952, app. I)."""
-    step = 64 if resolution >= 512 else 16
-    sides = range(resolution // step * step, int(resolution * BUCKET_RATIO), step)
-    wide = [(width, resolution**2 // width // step * step) for width in sides]
-    wide = [(w, h) for w, h in wide if h and 1 <= w / h <= BUCKET_RATIO] + [(resolution, resolution)]
-    return sorted({*wide, *((h, w) for w, h in wide)})
-
-
-def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
-    """Choose the Framing of a sample. A random crop is drawn from the image's content, so it is the same in every run."""
-    width, height = resolution, resolution
-    if aspect_ratio_buckets:
-        ratio = sample.width / sample.height
-        width, height = min(buckets(resolution), key=lambda bucket: abs(np.log(bucket[0] / bucket[1] / ratio)))
-    scale = max(width / sample.width, height / sample.height)
-    resized = max(width, round(sample.width * scale)), max(height, round(sample.height * scale))
-    spare_x, spare_y = resized[0] - width, resized[1] - height
-    across, down = (0.5, 0.5) if center_crop else np.random.default_rng(int(sample.key, 16)).random(2)
-    return Framing(resized, round(spare_x * across), round(spare_y * down), width, height)
-
-
-def time_ids(sample, framing, flip=False):
-    """SDXL's micro-conditioning of one example: (original height, width, crop top, left, target height, width), pixels, [6].
-
-    Original size is the file's; the crop is counted in the resized picture, from the edge that is left after a flip.
-    """
-    left = framing.resized[0] - framing.left - framing.width if flip else framing.left
-    return torch.tensor([sample.height, sample.width, framing.top, left, framing.height, framing.width], dtype=torch.float32)
-
-
-def pixels(sample, framing, flip=False):
-    """Decode, turn upright, resize, crop, flip -> fp32 [3, H, W] in [-1, 1].
-
-    Raises:
-        OSError, ValueError or SyntaxError from Pillow, for a file that cannot be decoded.
-    """
-    with Image.open(io.BytesIO(sample.read())) as image:
-        image = _to_rgb(ImageOps.exif_transpose(image))
-    if image.size != (sample.width, sample.height):
-        raise ValueError(f"is {image.size}, but its header says {(sample.width, sample.height)}")
-    image = image.resize(framing.resized, Image.Resampling.LANCZOS)
-    image = image.crop((framing.left, framing.top, framing.left + framing.width, framing.top + framing.height))
-    if flip:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
-
-
-def _to_rgb(image):
-    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey: Pillow's own conversion clips it to white
-        white = 1.0 if image.mode == "F" else 65535.0
-        image = Image.fromarray((np.asarray(image, dtype=np.float32) / white * 255).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-'''
-
-# ============================================================================================== common/device.py
-
-MODULES['common.device'] = r'''
-"""Where to compute and in which precision, and why: decided here once, printed once."""
-
-import gc
-import logging
-import resource
-import time
-from dataclasses import dataclass
-
-import psutil
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-
-from common.command_line import UserError
-
-GIB = 2**30
-_earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
-
-
-@dataclass(frozen=True)
-class Host:
-    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    reason: str
-    rank: int
-    world: int
-    started_s: float  # when the run began, on the monotonic clock
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def say(self, line):
-        if self.is_main:
-            print(line, flush=True)
-
-    def gather(self, items):
-        """The lists of all processes as one list, on every process."""
-        return gather_object(items) if self.world > 1 else items
-
-    def barrier(self):
-        PartialState().wait_for_everyone()
-
-    def sum(self, tensor):
-        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor)
-        return tensor
-
-
-def start(mixed_precision="fp16", seed=0):
-    """Join the process group that `accelerate launch` or torchrun prepared, if any; choose device and dtype, and say so.
-
-    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
-
-    Raises:
-        UserError: for bf16 on a card that only emulates it.
-    """
-    global _earlier_peak_gib
-    started_s, _earlier_peak_gib = time.monotonic(), 0.0
-    quieten_libraries()
-    torch.manual_seed(seed)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()))  # on CPUs: gloo
-    where = state.device if state.device.type == "cuda" else torch.device("cpu")
-    gc.collect()  # what an earlier run in this process has left
-    free_memory(where)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-    dtype, reason = _choose_dtype(where, mixed_precision)
-    host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
-    processes = f", {host.world} processes" if host.world > 1 else ""
-    idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
-    if idle > 0:
-        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch uses all of them")
-    host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
-    return host
-
-
-def quieten_libraries():
-    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def _choose_dtype(device, mixed_precision):
-    if device.type != "cuda":
-        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if mixed_precision == "no":
-        return torch.float32, f"{name}, --mixed_precision no"
-    if mixed_precision == "bf16":
-        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
-        if capability < (8, 0):
-            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
-        return torch.bfloat16, f"{name}, --mixed_precision bf16"
-    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
-
-
-def peak_gib(device):
-    """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
-
-
-def start_new_peak(device):
-    """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
-    global _earlier_peak_gib
-    _earlier_peak_gib = peak_gib(device)
-    torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_ram_gib():
-    """Highest resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-def seconds_since_start():
-    """Seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
-
-
-def free_memory(device):
-    """Hand cached blocks of freed models back to the GPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+class CaptionEncoder:
+    """Captions -> text conditioning, by the encoders on the device; where memory runs out, one at a time, then on the CPU."""
+
+    def __init__(self, model, host):
+        ways = {"on the GPU": host, "they work on the CPU": host.on_cpu()}
+        load = {way: functools.partial(loading.load_text_encoders, model, place) for way, place in ways.items()}
+        self.tokenizers, self._encoders = zip(*StepDown("while loading the text encoders", load, host)())
+        ways = {"together": self._together, "one at a time": self._one_by_one, "on the CPU": self._on_cpu}
+        self._encode = StepDown("while encoding captions", ways, host)
+
+    def __call__(self, captions):
+        """Captions -> (prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the CPU."""
+        return self._encode(captions)
+
+    @torch.no_grad()
+    def _together(self, captions):
+        input_ids = tokenize(self.tokenizers, captions).to(self._encoders[0].device)
+        prompt_embeds, pooled = encode_text(self._encoders, input_ids)
+        return prompt_embeds.cpu(), pooled.cpu()
+
+    def _one_by_one(self, captions):
+        embeds, pooled = zip(*(self._together([caption]) for caption in captions))
+        return torch.cat(embeds), torch.cat(pooled)
+
+    def _on_cpu(self, captions):
+        for encoder in self._encoders:
+            encoder.to("cpu", torch.float32)
+        return self._together(captions)
 '''
 
 # ============================================================================================== common/engine.py
@@ -1882,10 +2572,11 @@ Within the passes of a step nothing waits for the GPU; the host reads one small 
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from common import noise
+from common import memory, noise
 from common.adapters import without_dropout
 from common.graphs import Graphed
 
@@ -1910,16 +2601,56 @@ class LossScale:
             self.value.mul_(2.0)
 
 
-def lr_schedule(name, warmup_steps, total_steps, peak_lr):
-    """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state."""
+def lr_schedule(name, warmup_steps, total_steps, peak_lr, num_cycles=1, power=1.0):
+    """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state.
+
+    `num_cycles` counts the cosines of "cosine_with_restarts"; `power` is the exponent of "polynomial".
+    """
     from diffusers.optimization import get_scheduler
 
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak_lr)  # "polynomial" ends at an absolute rate
-    return get_scheduler(name, unused, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas[0]
+    lengths = dict(num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    return get_scheduler(name, unused, num_cycles=num_cycles, power=power, **lengths).lr_lambdas[0]
 
 
 class PassOutOfMemory(Exception):
-    """A forward and backward pass needs more GPU memory than there is."""
+    """A forward and backward pass needs more GPU memory than there is: on this process (`here`), or only on another one."""
+
+    def __init__(self, here: bool) -> None:
+        super().__init__("out of GPU memory in a pass")
+        self.here = here
+
+
+class StepNumbers(NamedTuple):
+    """What one attempt at a step measures. On the device it is one fp32 vector, so that passes and processes add up in one operation.
+
+    `pack` and `unpack` alone know the order; a field that is not packed is 0.
+    """
+
+    loss: float  # as optimised
+    mse: float
+    mse_by_quarter: list  # sums over the examples of each quarter of the timesteps
+    count_by_quarter: list
+    stops: float  # processes that were asked to stop
+    out_of_memory: float  # processes whose passes did not fit
+    grad_norm: float
+    loss_scale: float
+
+    @classmethod
+    def pack(cls, device: torch.device, **fields: torch.Tensor | float) -> torch.Tensor:
+        parts = []
+        for name in cls._fields:
+            value = fields.get(name, 0.0)
+            size = noise.QUARTERS if name.endswith("_by_quarter") else 1
+            parts.append(value.view(size) if torch.is_tensor(value) else torch.full((size,), value, device=device))
+        return torch.cat(parts)
+
+    @classmethod
+    def unpack(cls, vector: torch.Tensor) -> "StepNumbers":
+        """Wait for the device and read a vector of `pack`."""
+        numbers = iter(vector.tolist())
+        quarter = lambda: [next(numbers) for _ in range(noise.QUARTERS)]  # noqa: E731
+        return cls(*(quarter() if name.endswith("_by_quarter") else next(numbers) for name in cls._fields))
 
 
 @dataclass(frozen=True)
@@ -1974,6 +2705,8 @@ class Engine:
         self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
+        ways = {"as in training": self._summed_mse, "one image at a time": self._one_at_a_time, "no held-out loss": self._no_room}
+        self._validate = memory.StepDown("while validating", ways, host)
         self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
         self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False)
 
@@ -1992,20 +2725,29 @@ class Engine:
         return self.unet(x_t, fields["t"], prompt_embeds, added_cond_kwargs=added, return_dict=False)[0], target
 
     def losses(self, fields):
-        """(loss as optimised, statistics): the weighted loss of these examples, and [mse, mse by quarter, count by quarter]."""
+        """(loss as optimised, StepNumbers vector): the weighted loss of these examples, and their share of the step's numbers."""
         mse = noise.mse_per_sample(*self.predict(fields))
         weighted = mse * fields["weight"]
         if self.min_snr_gamma is not None:
             weighted = weighted * self.schedule.min_snr_weight(fields["t"], self.min_snr_gamma)
+        loss = weighted.sum()
+
+        # What the log line shows
         mse, t = mse.detach(), fields["t"]
-        quarters = [noise.by_quarter(values, t, self.num_timesteps) for values in (mse, torch.ones_like(mse))]
-        return weighted.sum(), torch.cat([(mse * fields["weight"]).sum().view(1), *quarters])
+        numbers = StepNumbers.pack(
+            mse.device,
+            loss=loss.detach(),
+            mse=(mse * fields["weight"]).sum(),
+            mse_by_quarter=noise.by_quarter(mse, t, self.num_timesteps),
+            count_by_quarter=noise.by_quarter(torch.ones_like(mse), t, self.num_timesteps),
+        )
+        return loss, numbers
 
     def forward_backward(self, fields):
-        """Add the gradients of these examples to the flat gradient -> [loss, *statistics] on the device."""
-        loss, statistics = self.losses(fields)
+        """Add the gradients of these examples to the flat gradient -> StepNumbers vector on the device."""
+        loss, numbers = self.losses(fields)
         (loss * self.loss_scale.value).backward()
-        return torch.cat([loss.detach().view(1), statistics])
+        return numbers
 
     def step(self, number, batches, stop=False, meanwhile=lambda: None):
         """One attempt at an optimizer step on this process's share of an effective batch.
@@ -2016,30 +2758,43 @@ class Engine:
             stop: this process was asked to stop; every process hears of it with the statistics.
             meanwhile: called while the GPU works, before the host waits for it.
         Raises:
-            PassOutOfMemory: a pass does not fit; nothing has moved.
+            PassOutOfMemory: a pass does not fit on some process; nothing has moved.
         """
-        total = torch.cat([self._passes(number, batches), torch.full((1,), float(stop), device=self.host.device)])
+        device = self.host.device
+        total = self._passes(number, batches)
+        here = total is None
+        flags = StepNumbers.pack(device, stops=float(stop), out_of_memory=float(here))
+        total = flags if here else total + flags
         meanwhile()
+
+        # Every process takes part in the sums, whether its passes fitted or not: the others would wait for it for ever
         self.host.sum(self.flat.grad)
         self.host.sum(total)
-        norm = (
-            torch.linalg.vector_norm(self.flat.grad) / self.loss_scale.value
-        )  # inf or NaN anywhere shows here: this is the overflow check too
-        numbers = torch.cat([total, norm.view(1), self.loss_scale.value.view(1)]).tolist()  # the one wait of the step
-        return self._finish(number, *numbers)
+
+        # Inf or NaN anywhere shows in the norm: it is the overflow check too
+        norm = torch.linalg.vector_norm(self.flat.grad) / self.loss_scale.value
+        total = total + StepNumbers.pack(device, grad_norm=norm, loss_scale=self.loss_scale.value)
+        numbers = StepNumbers.unpack(total)  # the one wait of the step
+        if numbers.out_of_memory:
+            self.flat.grad.zero_()
+            raise PassOutOfMemory(here)
+        return self._finish(number, numbers)
 
     def _passes(self, number, batches):
+        """The StepNumbers vector of all batches, with their gradients in the flat gradient; None, and no gradients, when one does not fit."""
         try:
             total = 0
             for index, batch in enumerate(batches):
                 self._seed_dropout(number, index)
                 total = total + self.run_pass(batch.tensors)
             return total
-        except torch.OutOfMemoryError:
-            pass  # outside of this block the failed pass's tensors are free
-        self.flat.grad.zero_()
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
         self.run_pass.clear()
-        raise PassOutOfMemory
+        memory.release(self.host.device)  # outside of the block above the failed pass's tensors are free
+        self.flat.grad.zero_()
+        return None
 
     def _seed_dropout(self, number, index):
         seed = noise.generator_for(self.seed, "dropout", number, index, self.host.rank).initial_seed() >> 1
@@ -2047,73 +2802,236 @@ class Engine:
         if self.dropout_seed is not None:
             self.dropout_seed.fill_(seed)
 
-    def _finish(self, number, loss, mse, *rest):
-        sums, counts, (stop, norm, scale) = rest[: noise.QUARTERS], rest[noise.QUARTERS : 2 * noise.QUARTERS], rest[2 * noise.QUARTERS :]
-        applied, lr_factor = math.isfinite(norm) and math.isfinite(loss), self.lr_factor(number - 1)
+    def _finish(self, number, numbers):
+        """Clip, update the parameters and the average -> StepResult; after an overflow only the loss scale moves."""
+        applied = math.isfinite(numbers.grad_norm) and math.isfinite(numbers.loss)
+        lr_factor = self.lr_factor(number - 1)
         if applied:
-            clip = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
-            self.flat.grad.mul_(clip / scale)
+            clip = min(1.0, self.max_grad_norm / (numbers.grad_norm + 1e-6)) if self.max_grad_norm else 1.0
+            self.flat.grad.mul_(clip / numbers.loss_scale)
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
                 group["lr"] = peak * lr_factor
-            self.optimizer.step()
-            self.publish({})
+            self._update()
             if self.ema is not None:
                 self.ema.update(number)
         self.loss_scale.update(overflow=not applied)
         self.flat.grad.zero_()
-        quarters = [total / n if n else None for total, n in zip(sums, counts)]
-        return StepResult(loss, mse, quarters, norm, scale, self.peak_lrs[0] * lr_factor, stop > 0, applied)
+        return StepResult(
+            loss=numbers.loss,
+            mse=numbers.mse,
+            mse_quarters=[total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)],
+            grad_norm=numbers.grad_norm,
+            loss_scale=numbers.loss_scale,
+            lr=self.peak_lrs[0] * lr_factor,
+            stop=numbers.stops > 0,
+            applied=applied,
+        )
+
+    def _update(self):
+        """Step the optimizer. Its first step makes its state: the graphs make room for it, as it could not be repeated half done."""
+        if not self.optimizer.state:
+            self.run_pass.clear()
+        self.optimizer.step()
+        self.publish({})
 
     @torch.no_grad()
-    def validate(self, batches):
-        """Mean unweighted mse over validation batches, on every process; without dropout."""
-        totals = torch.zeros(2, device=self.host.device)
+    def validate(self, make_batches, micro_batch):
+        """Mean unweighted mse over the examples of `make_batches(micro_batch)`, on every process; without dropout.
+
+        Where memory runs out, the graphs of the passes are dropped and the examples go through one at a time.
+        Returns:
+            the mean; None when some process had no room for a single example.
+        """
         with without_dropout([self.unet, *self.text.encoders]):
-            for batch in batches:
-                fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-                mse = noise.mse_per_sample(*self.predict(fields))
-                totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
+            totals = self._validate(make_batches, micro_batch)
         total, examples = self.host.sum(totals).tolist()
-        return total / examples
+        return total / examples if math.isfinite(examples) else None
+
+    def _one_at_a_time(self, make_batches, micro_batch):
+        self.run_pass.clear()
+        return self._summed_mse(make_batches, 1)
+
+    def _no_room(self, make_batches, micro_batch):
+        return torch.full((2,), math.nan, device=self.host.device)
+
+    def _summed_mse(self, make_batches, micro_batch):
+        """[sum of mse, number of examples] of validation batches, on the device."""
+        totals = torch.zeros(2, device=self.host.device)
+        for batch in make_batches(micro_batch):
+            fields = {name: tensor.to(self.host.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+            mse = noise.mse_per_sample(*self.predict(fields))
+            totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
+        return totals
 '''
 
 # =============================================================================================== common/files.py
 
 MODULES['common.files'] = r'''
-"""Files that a reader finds whole or not at all."""
+"""Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
 
+import contextlib
+import errno
 import json
 import os
 import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from common.command_line import UserError
 
-def write_json(path, value):
+HASHES = "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a folder
+
+
+class DamagedFile(UserError):
+    """A file that is not what was written."""
+
+
+# ---------------------------------------------------------------- whole or absent
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to write to until it can take the place of `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Inside, the name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # that of the block itself says more
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which is yet to be made; one that has the name already goes out of the way first, and then away."""
+    partial = partial_name(folder)
+    try:
+        yield partial
+        _sync(partial)
+        if folder.exists():
+            remove_folder(folder, replaced_by=partial)
+        else:
+            partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_folder(folder: Path, replaced_by: Path | None = None) -> None:
+    """Remove a folder so that it is whole or absent at every instant; another one may take its name."""
+    doomed = partial_name(folder)
+    folder.rename(doomed)
+    if replaced_by is not None:
+        replaced_by.rename(folder)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut (fsync). Windows has no such call for folders."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_safetensors(path, tensors, metadata=None):
-    """The same for tensors.
+# ---------------------------------------------------------------- tensors
+
+
+def write_safetensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """The same for tensors, with a hash of each in the metadata.
 
     Raises:
         OSError: where it cannot be written; safetensors has an error of its own for that, with the number in its text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = metadata or {}
+    hashes = {"": _hash_of_metadata(metadata), **{name: _hash(name, tensor) for name, tensor in copies.items()}}
+    with replacing(path) as partial:
+        try:
+            save_file(copies, partial, {**metadata, HASHES: json.dumps(hashes)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        partial.chmod(0o644)  # safetensors makes its files unreadable for others
+
+
+def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, dict]:
+    """({name: tensor on the CPU}, metadata) of a safetensors file, each tensor as it was written.
+
+    Args:
+        from_anywhere: another tool may have written it and copied our metadata into it; it is then read as one without hashes.
+    Raises:
+        DamagedFile: naming the file and what in it has changed.
+    """
     try:
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial, metadata)
+        with safe_open(path, "pt") as opened:
+            if damaged := first_damage(opened, from_anywhere=from_anywhere):
+                raise DamagedFile(f"{path}: damaged, {damaged} is not what was written; make it or copy it again")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    partial.chmod(0o644)  # safetensors makes its files unreadable for others
-    os.replace(partial, path)
+        raise DamagedFile(f"{path}: damaged or not a safetensors file ({error}); make it or copy it again") from None
+
+
+def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
+    """What in an open safetensors file is not as it was written; None where all is, and where the file has no hashes.
+
+    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata: it has no hashes of its own.
+    """
+    metadata = dict(opened.metadata() or {})
+    try:
+        hashes = dict(json.loads(metadata.pop(HASHES, "{}")))
+    except (ValueError, TypeError):
+        return "its metadata"
+    if not hashes:
+        return None
+    names = set(opened.keys())
+    wrong = [name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])]
+    matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
+    if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
+        return None
+    if wrong:
+        return wrong[0]
+    return None if hashes.get("") == _hash_of_metadata(metadata) else "its metadata"
+
+
+def _hash(name: str, tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_of_metadata(metadata: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
 '''
 
 # ================================================================================================= common/fit.py
@@ -2125,6 +3043,7 @@ Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) t
 memory, block by block; a larger pass uses the GPU better. `measured` times what fits and takes the fastest.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -2135,10 +3054,11 @@ from typing import Optional
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from common import memory
 from common.device import GIB, start_new_peak
 from common.files import write_json
 
-VERSION = 2  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
+VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
 LARGEST_PASS = 8
 TIMED_CANDIDATES = 3
@@ -2188,6 +3108,13 @@ class Fit:
         return True
 
 
+def smallest_pass_too_large(checkpointing: BlockCheckpointing | None) -> memory.OutOfMemory:
+    """The one line for a card that has no room for one image a pass."""
+    if checkpointing is None:
+        return memory.OutOfMemory("with one image a pass", f"add --gradient_checkpointing, or {memory.ADVICE}")
+    return memory.OutOfMemory("with one image a pass and every block recomputed")
+
+
 def measured(engine, make_batches, share, checkpointing, budget_gib, remembered):
     """The fastest Fit within `budget_gib` of GPU memory for `share` images a step on this process.
 
@@ -2199,13 +3126,13 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
     Returns:
         (Fit, the line that says what was chosen).
     """
-    try:
-        plan = json.loads(remembered.read_text())
+    with contextlib.suppress(
+        OSError, ValueError, KeyError, TypeError, AttributeError
+    ):  # there is none, or it is damaged or of another UNet
+        micro_batch, kept, line = _read_plan(remembered, engine.unet)
         if checkpointing:
-            checkpointing.kept = {engine.unet.get_submodule(name) for name in plan["kept"]}
-        return Fit(plan["micro_batch"], checkpointing, remembered), f"{plan['line']} (as an earlier run measured, {remembered})"
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # there is none, or it is damaged or of another UNet
+            checkpointing.kept = kept
+        return Fit(micro_batch, checkpointing, remembered), f"{line} (as an earlier run measured, {remembered})"
     fit, line, seconds = _measure(engine, make_batches, share, checkpointing, budget_gib)
     if math.isfinite(seconds):
         kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
@@ -2214,25 +3141,50 @@ def measured(engine, make_batches, share, checkpointing, budget_gib, remembered)
     return replace(fit, remembered=remembered), line
 
 
+def _read_plan(remembered, unet):
+    """(images a pass, blocks that are not recomputed, the line that says it) of a plan's file; an error where it cannot be such a plan."""
+    plan = json.loads(remembered.read_text())
+    micro_batch, line = plan["micro_batch"], plan["line"]
+    if not (isinstance(micro_batch, int) and 1 <= micro_batch <= LARGEST_PASS and isinstance(line, str)):
+        raise ValueError(f"{remembered}: {micro_batch} images a pass")
+    return micro_batch, {unet.get_submodule(name) for name in plan["kept"] if name}, line
+
+
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
     """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
+    engine.host.say("measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards")
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
-    candidates = []
-    for size in (n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0):
-        if size * lowest <= room or size == 1:
-            candidates.append((size, _blocks_to_keep(sizes, (room - size * lowest) / size)))
-    timed = [(_seconds_per_image(engine, make_batches, checkpointing, *c), *c) for c in candidates[-TIMED_CANDIDATES:]]
+
+    # Time the largest passes that may fit, and take the fastest
+    candidates = [n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)]
+    timed = []
+    for size in candidates[-TIMED_CANDIDATES:]:
+        seconds, kept = _timed(engine, make_batches, checkpointing, size, sizes, (room - size * lowest) / size)
+        timed.append((seconds, size, kept))
     seconds, size, kept = min(timed, key=lambda row: row[0])
     if checkpointing:
         checkpointing.kept = kept
+
+    # What to say of it
     used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
     passes = share // size
+    speed = f"{seconds:.3f} s/img" if math.isfinite(seconds) else "the least there is"
     line = (
         f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
-        f" recomputed, {seconds:.3f} s/img, about {used_gib:.1f} of {budget_gib:.1f} GiB"
+        f" recomputed, {speed}, about {used_gib:.1f} of {budget_gib:.1f} GiB"
     )
     return Fit(size, checkpointing), line, seconds
+
+
+def _timed(engine, make_batches, checkpointing, size, sizes, room):
+    """(seconds per image, blocks kept) of passes of `size` images. The room is an estimate: where it is too much, half of it, then none."""
+    for part in (1.0, 0.5, 0.0):
+        kept = _blocks_to_keep(sizes, part * room)
+        seconds = _seconds_per_image(engine, make_batches, checkpointing, size, kept)
+        if math.isfinite(seconds) or not kept:
+            break
+    return seconds, kept
 
 
 def _probe(engine, batch, checkpointing):
@@ -2242,7 +3194,12 @@ def _probe(engine, batch, checkpointing):
     if checkpointing:
         checkpointing.sizes = {}
     start_new_peak(engine.host.device)
-    engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    try:
+        engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    except RuntimeError as error:
+        if memory.ran_out(error):
+            raise smallest_pass_too_large(checkpointing) from None
+        raise
     lowest, sizes = torch.cuda.max_memory_allocated() - before, {}
     if checkpointing:
         sizes, checkpointing.sizes = checkpointing.sizes, None
@@ -2264,15 +3221,17 @@ def _seconds_per_image(engine, make_batches, checkpointing, size, kept):
     """Time one pass as it will be run; infinite when it does not fit after all."""
     if checkpointing:
         checkpointing.kept = kept
-    tensors, seconds = make_batches(size)[0].tensors, float("inf")
+    tensors, seconds = make_batches(size)[0].tensors, math.inf
     try:
         for _ in range(4):  # as it is, captured, replayed twice
             started = time.perf_counter()
             engine.run_pass(tensors)
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - started) / size
-    except torch.OutOfMemoryError:
-        seconds = float("inf")
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        seconds = math.inf
     engine.run_pass.clear()
     engine.flat.grad.zero_()
     return seconds
@@ -2286,30 +3245,33 @@ MODULES['common.flags'] = r'''
 Nothing here imports torch: a wrong value is answered at once.
 """
 
+import contextlib
 import importlib.util
 import math
+import netrc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, List, Literal, Optional
+from typing import List, Literal, Optional
+from urllib.parse import urlsplit
 
+from common import packages, run_folder
 from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' polynomial schedule ends
 
 
 @dataclass
 class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
-    DEMO: ClassVar[dict] = {}  # what a script's own --demo changes beside the settings of all
-
     pretrained_model_name_or_path: str = flag(
         "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
-        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model and the model's own VAE for a local one",
+        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model with SDXL's original VAE, else the model's own",
         type=local_path,
     )
     config_name_or_path: str = flag(
@@ -2319,6 +3281,12 @@ class ModelFlags(Described):
     )
     variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
+    prediction_type: Optional[str] = flag(
+        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+    )
+    zero_terminal_snr: Optional[bool] = flag(
+        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
     cache_dir: str = flag(
         CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
@@ -2333,9 +3301,11 @@ class TrainFlags(ModelFlags):
 
     # data
     dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
-    train_data_dir: Optional[str] = flag(
-        None,
-        "folder of images with metadata.jsonl/.csv or .txt captions; wins over --dataset_name; a name under /kaggle/input works too",
+    train_data_dir: List[str] = flag(
+        [],
+        "folder of images with metadata.jsonl/.csv or .txt captions, of parquet or arrow files, or written by save_to_disk; repeatable;"
+        " FOLDER:2 shows each of its images twice an epoch, and so does a folder 2_NAME in it; wins over --dataset_name; a name under"
+        " /kaggle/input works too",
         type=local_path,
     )
     image_column: str = flag("image", "column of the images in a hub data set")
@@ -2351,6 +3321,15 @@ class TrainFlags(ModelFlags):
         False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
     )
     caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
+    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
+    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
+    shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
+    keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
+    tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
+    caption_variants: int = flag(
+        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+    )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
     )
@@ -2359,7 +3338,7 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: int = flag(16, "the adapter is scaled by alpha / rank")
+    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
     lora_dropout: float = flag(
         0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
     )
@@ -2377,7 +3356,9 @@ class TrainFlags(ModelFlags):
     enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
-    gradient_accumulation_steps: int = flag(4, "passes in one optimizer step; effective batch = batch size x accumulation x processes")
+    gradient_accumulation_steps: int = flag(
+        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+    )
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
@@ -2386,6 +3367,8 @@ class TrainFlags(ModelFlags):
         "cosine", "schedule of the learning rate over the optimizer steps"
     )
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
+    lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
+    lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
     use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
     adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
     adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
@@ -2415,6 +3398,10 @@ class TrainFlags(ModelFlags):
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
     early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
 
+    def __post_init__(self):
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_rank
+
 
 def check(flags):
     """Refuse values that cannot work, before anything heavy is imported or anything is written.
@@ -2424,16 +3411,16 @@ def check(flags):
     """
     positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
     positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
+    positive += " caption_variants lr_num_cycles lr_power"
     for name in positive.split():
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    for (
-        name
-    ) in "max_bad_images lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength checkpointing_steps".split():
+    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
-    for name in "caption_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
+    for name in "caption_dropout tag_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
         if not 0 <= getattr(flags, name) < 1:
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
@@ -2441,6 +3428,10 @@ def check(flags):
         raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
+    if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
+        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+    if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
+        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
     if not all(name.strip() for name in flags.lora_target_modules):
         raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
     _check_places(flags)
@@ -2449,7 +3440,9 @@ def check(flags):
 
 
 def check_model(flags):
-    """The part of `check` that every script needs: a model that is meant to be local is there, and what is written finds a place."""
+    """The part of `check` that every script needs: packages, a model that is meant to be local, and a place for what is written."""
+    if found := packages.lacking():
+        raise UserError(packages.refusal(found))
     if not 0 <= flags.seed < 2**32:
         raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
@@ -2457,7 +3450,7 @@ def check_model(flags):
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
         looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
-        if looks_local and not os.path.exists(place) and not _of_the_demo(place):
+        if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
@@ -2476,15 +3469,31 @@ def _of_the_demo(place):
 
 
 def _check_places(flags):
-    if flags.train_data_dir is not None and not _of_the_demo(flags.train_data_dir):
-        find_data_dir(flags.train_data_dir)
     output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    for name in flags.train_data_dir:
+        if not _of_the_demo(name):
+            _check_data_dir(name, output)
     if resume not in (None, "latest") and not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
+    run_folder.check_free(output)
     continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
-    if not continues and any((output / name).exists() for name in ("metrics.jsonl", "pytorch_lora_weights.safetensors")):
+    if not continues and any((output / name).exists() for name in ("metrics.jsonl", run_folder.WEIGHTS)):
         raise UserError(
             f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+        )
+    if resume == "latest" and (output / run_folder.WEIGHTS).exists() and not run_folder.find_checkpoints(output):
+        raise UserError(
+            f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over, and no checkpoint to go on from;"
+            " name another --output_dir"
+        )
+
+
+def _check_data_dir(name, output):
+    folder, _ = find_data_dir(name)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"--output_dir {output}: lies in --train_data_dir {folder}, so the pictures of the run would be trained on;"
+            " name a folder outside, and move a run that is there already"
         )
 
 
@@ -2496,17 +3505,38 @@ def _check_packages(flags):
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
+    if flags.report_to == "wandb":
+        _check_wandb_login()
+
+
+def _check_wandb_login():
+    """wandb itself would ask for a key, or fail, when everything is loaded; it reads the same three places."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    for place in filter(os.path.isfile, places):
+        with contextlib.suppress(netrc.NetrcParseError, OSError):
+            if netrc.netrc(place).authenticators(server):
+                return
+    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
 
 
 def find_data_dir(name):
-    """The folder `name`, or /kaggle/input/`name`, as a Path.
+    """(folder, weight) of a value of --train_data_dir: the folder NAME, or /kaggle/input/NAME, with weight 1; of NAME:2, 2.
+
+    A folder whose own name ends in a colon and a number is found first.
 
     Raises:
-        UserError: when neither is a folder.
+        UserError: there is no such folder, or the weight is no whole number from 1.
     """
-    for folder in (Path(name), Path("/kaggle/input") / name):
-        if folder.is_dir():
-            return folder
+    before, _, after = name.rpartition(":")
+    for place, weight in ((name, "1"), (before, after)):
+        for folder in (Path(place), Path("/kaggle/input") / place):
+            if place and folder.is_dir():
+                if not (weight.isdecimal() and int(weight)):
+                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
 
@@ -2517,18 +3547,16 @@ MODULES['common.formats'] = r'''
 
 import copy
 import json
-import re
 
 import torch
 
+from common import dora
+from common.adapter_names import COMPONENTS, kohya_key, portable
 from common.files import write_safetensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
-DORA_NORM = "dora_norm"  # our key in a kohya file's metadata: what its dora_scale is to be divided by
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 
 
 def save_adapter(path, unet, recipe, text_encoders=()):
@@ -2543,10 +3571,22 @@ def save_adapter(path, unet, recipe, text_encoders=()):
     for component, module in zip(COMPONENTS, (unet, *text_encoders)):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
         weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
-        config = module.peft_config["default"].to_dict()
-        described |= {f"{component}.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
     metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
     write_safetensors(path, weights, metadata)
+
+
+def _described(config):
+    """What of a LoraConfig a loader needs.
+
+    Not the dropout of training, with which it would draw; nor defaults, of which an older PEFT may not know all.
+    """
+    from peft import LoraConfig
+
+    settings = {**config.to_dict(), "lora_dropout": 0.0}
+    defaults = LoraConfig().to_dict()
+    needed = {name: value for name, value in settings.items() if name in ("r", "lora_alpha") or value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
 
 
 def _spelt_by_diffusers(component, weights):
@@ -2573,96 +3613,179 @@ def save_peft(folder, unet, recipe, text_encoders=()):
         weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
         write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
         config = copy.copy(module.peft_config["default"])
-        config.base_model_name_or_path, config.inference_mode = recipe["base_model"], True
+        config.base_model_name_or_path = recipe["base_model"]
+        config.inference_mode = True
+        config.lora_dropout = 0.0  # of training: the recipe keeps it
         base = type(module)
         config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
 
 
-def save_kohya(path, unet, recipe, text_encoders=()):
+def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
     """Write the same adapters for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
 
     Their format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha`
     and, for DoRA, `dora_scale` [out, 1]; layers are named by the original SDXL layout with underscores.
-    """
-    from peft import get_peft_model_state_dict
 
-    config, tensors = unet.peft_config["default"], {}
+    Args:
+        weight_of: see dora.frozen_weights; the model's own weights when None.
+        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
+    Returns:
+        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
+    """
+    weight_of = weight_of or dora.frozen_weights(unet, [])
+    config = unet.peft_config["default"]
+    tensors, squares = {}, torch.zeros(2)  # of what is left out, and of all
     for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        for name, tensor in get_peft_model_state_dict(module).items():
-            layer, _, kind = name.rpartition(".lora_")
+        for layer, parts in _by_layer(module).items():
             key = kohya_key(component, layer, unet.config.layers_per_block)
-            if kind == "magnitude_vector":
-                tensors[f"{key}.dora_scale"] = _dora_scale(module.get_submodule(layer), tensor)
-            else:
-                tensors[f"{key}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[kind] }.weight"] = tensor.half()
-                tensors[f"{key}.alpha"] = torch.tensor(float(module.peft_config["default"].lora_alpha))
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(config.r), "ss_network_alpha": str(config.lora_alpha)}
+            up, down = parts["B.weight"], parts["A.weight"]
+            alpha = module.peft_config["default"].lora_alpha
+            if "magnitude_vector" in parts:
+                known = parts["magnitude_vector"], weight_of(layer), module.get_submodule(layer).get_delta_weight("default")
+                if dora_rank:
+                    up, down, left_out = _as_lora(dora.change(*known), dora_rank)
+                    alpha = len(down)
+                    squares += left_out
+                else:
+                    tensors[f"{key}.dora_scale"] = dora.dora_scale(*known)
+            tensors[f"{key}.lora_down.weight"] = down.half()
+            tensors[f"{key}.lora_up.weight"] = up.half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
+
+    rank, alpha = (dora_rank, dora_rank) if dora_rank else (config.r, config.lora_alpha)
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
     metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
     metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-    if config.use_dora:
-        metadata[DORA_NORM] = "base"
+    metadata |= _kind_metadata(recipe)
+    if dora_rank:
+        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
+    elif config.use_dora:
+        metadata |= dora.METADATA
     write_safetensors(path, tensors, {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+    return share
 
 
-def _dora_scale(layer, magnitude):
-    """PEFT's magnitude m -> the dora_scale [out, 1] (convolutions: [out, 1, 1, 1]) with which ComfyUI and Forge compute the same weight.
+def _kind_metadata(recipe):
+    """What the base model predicts, as modelspec (https://github.com/Stability-AI/ModelSpec) and kohya's scripts write it."""
+    velocity = recipe.get("prediction_type") == "v_prediction"
+    return {
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "ss_v_parameterization": str(velocity),
+        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
+    }
 
-    DoRA is (W + s B A) m / ||W + s B A|| (arXiv 2402.09353, eq. 5), norms over rows. For a scale of this shape they compute
-    (W + s B A) dora_scale / ||W|| (weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py).
+
+def _by_layer(module):
+    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, tensor in get_peft_model_state_dict(module).items():
+        layer, _, kind = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
+
+
+def _as_lora(change, rank):
+    """The best LoRA of `rank` for a weight's change -> (up, down, squared norms of what it leaves out and of all [2])."""
+    up, down = dora.low_rank(change.flatten(1), rank)
+    left_out = (change.flatten(1) - up @ down).square().sum()
+    kernel = change.shape[2:]
+    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
+    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
+'''
+
+# ============================================================================================= common/framing.py
+
+MODULES['common.framing'] = r'''
+"""A sample's size -> how its picture is cut, and what SDXL is told about it; and the cut picture -> pixels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from common import decoding
+
+BUCKET_RATIO = 2.0  # widest and tallest bucket
+THIN = 8  # a resized picture with more than this many times the area of its crop is cropped first
+LARGEST_FP16 = 65504.0
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How a picture becomes a training square or bucket: resize to cover, then crop. All in pixels."""
+
+    resized: tuple  # (width, height)
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def buckets(resolution):
+    """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2.
+
+    SDXL, arXiv 2307.01952, app. I.
     """
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(layer.get_base_layer())
-    base, merged = row_norms(weight, layer.get_delta_weight("default"))
-    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
-
-
-def row_norms(weight, delta):
-    """(||W||, ||W + delta||) over rows, each [out], in fp32."""
-    weight = weight.detach().float()
-    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+    step = 64 if resolution >= 512 else 16
+    sides = range(resolution // step * step, int(resolution * BUCKET_RATIO), step)
+    wide = [(width, resolution**2 // width // step * step) for width in sides]
+    wide = [(w, h) for w, h in wide if h and 1 <= w / h <= BUCKET_RATIO] + [(resolution, resolution)]
+    return sorted({*wide, *((h, w) for w, h in wide)})
 
 
-def portable(component, name):
-    """A name as every tool knows it: transformers 5 dropped `text_model.` from those inside CLIPTextModel."""
-    return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
+    """Choose the Framing of a sample. A random crop is drawn from the image's content: it is the same in every run."""
+    width, height = resolution, resolution
+    if aspect_ratio_buckets:
+        ratio = sample.width / sample.height
+        width, height = min(buckets(resolution), key=lambda bucket: abs(np.log(bucket[0] / bucket[1] / ratio)))
+    scale = max(width / sample.width, height / sample.height)
+    resized = max(width, round(sample.width * scale)), max(height, round(sample.height * scale))
+    spare_x, spare_y = resized[0] - width, resized[1] - height
+    across, down = (0.5, 0.5) if center_crop else np.random.default_rng(int(sample.key, 16)).random(2)
+    return Framing(resized, round(spare_x * across), round(spare_y * down), width, height)
 
 
-def kohya_key(component, layer, layers_per_block):
-    """Name of a layer in a kohya file: prefix, then the UNet's original or the text encoder's portable name, with underscores."""
-    name = _original_layout(layer, layers_per_block) if component == "unet" else portable(component, layer)
-    return KOHYA_PREFIXES[component] + name.replace(".", "_")
+def time_ids(sample, framing, flip=False):
+    """SDXL's micro-conditioning: (original height, width, crop top, left, target height, width) in pixels, [6].
 
-
-_OUTSIDE_BLOCKS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-
-
-def _original_layout(name, layers_per_block):
-    """Module name in diffusers' UNet -> in the original one (https://github.com/Stability-AI/generative-models, openaimodel.py).
-
-    There the blocks of all levels are numbered through; within one, 0 is the residual part (or the downsampler), 1 the attention
-    (or an upsampler without one before it), 2 the upsampler.
+    Original size is the file's; the crop is counted in the resized picture, from the edge that is left after a flip.
+    The crop of a line of pixels can lie beyond what fp16 holds, and counts as its largest number then.
     """
-    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    if not found:
-        return _OUTSIDE_BLOCKS.get(name, name)
-    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
-    if side == "mid":
-        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
-    if kind.endswith("samplers"):
-        index = layers_per_block  # they close their level
-    first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
-    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+    left = framing.resized[0] - framing.left - framing.width if flip else framing.left
+    ids = [sample.height, sample.width, framing.top, left, framing.height, framing.width]
+    return torch.tensor(ids, dtype=torch.float32).clamp(max=LARGEST_FP16)
+
+
+def pixels(sample, framing, flip=False):
+    """Decode, turn upright, resize, crop, flip -> fp32 [3, H, W] in [-1, 1].
+
+    Raises:
+        Exception: whatever Pillow raises for a file that cannot be decoded.
+    """
+    image = decoding.decode(sample.read())
+    if image.size != (sample.width, sample.height):
+        raise ValueError(f"is {image.size}, but its header says {(sample.width, sample.height)}")
+    image = _cut(image, framing)
+    if flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
+
+
+def _cut(image, framing):
+    """Resize and crop; a thin picture is cropped first, or a line of 1 x 1000 pixels would become 1024 x 1,024,000."""
+    right, bottom = framing.left + framing.width, framing.top + framing.height
+    if framing.resized[0] * framing.resized[1] <= THIN * framing.width * framing.height:
+        resized = image.resize(framing.resized, Image.Resampling.LANCZOS)
+        return resized.crop((framing.left, framing.top, right, bottom))
+    across, down = image.width / framing.resized[0], image.height / framing.resized[1]
+    end = min(right * across, image.width), min(bottom * down, image.height)
+    box = (framing.left * across, framing.top * down, *end)
+    return image.resize((framing.width, framing.height), Image.Resampling.LANCZOS, box=box)
 '''
 
 # =============================================================================================== common/fused.py
@@ -2681,7 +3804,8 @@ import torch
 import torch.nn.functional as F
 
 from common.command_line import UserError
-from common.kernels import gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
+from common.kernel_check import adopt_kernels
+from common.operations import OF_DORA, gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
 
 
 class AdapterLinear(torch.autograd.Function):
@@ -2791,9 +3915,12 @@ class FusedLayer:
         update_gain(self.weight(), self.A, self.B, self.m, self.scale, self.gain, self.scaled_b)
 
 
-def fuse(models, flat, seed):
+def fuse(models, flat, seed, say=print):
     """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`.
 
+    Args:
+        flat, seed: as of FusedLayer.
+        say: prints a line.
     Raises:
         UserError: a convolution has an adapter.
     """
@@ -2806,7 +3933,16 @@ def fuse(models, flat, seed):
         layer.forward = FusedLayer(layer, flat, seed, salt)
         if layer.forward.m is not None:
             flat.followers.append(layer.forward.update_gain)
+    _adopt_kernels([layer.forward for layer in layers], say)
     flat.publish()
+
+
+def _adopt_kernels(layers, say):
+    """The kernels that these layers will launch."""
+    first = layers[0]
+    wanted = [seeded_dropout] if any(layer._p for layer in layers) else []
+    wanted += OF_DORA if any(layer.m is not None for layer in layers) else ()
+    adopt_kernels(wanted, first.a.device, dtype=first.a.dtype, rank=len(first.A), say=say)
 '''
 
 # ========================================================================================== common/fused_unet.py
@@ -2824,8 +3960,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from common.kernels import geglu
-from common.norm_kernels import add_bias, add_norm, group_norm
+from common.kernel_check import adopt_kernels
+from common.operations import OF_THE_UNET, add_bias, add_norm, geglu, group_norm
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -2933,14 +4069,16 @@ def forwards():
     }
 
 
-def fuse_unet(unet, device):
+def fuse_unet(unet, device, say=print):
     """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
 
     Args:
         device: where it will compute.
+        say: prints a line.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
+    adopt_kernels(OF_THE_UNET, device, dtype=unet.conv_in.weight.dtype, say=say)
     for module in list(unet.modules()):
         forward, known = forwards().get(type(module), (None, None))
         if forward and known(module):
@@ -3072,34 +4210,70 @@ class Graphed:
 MODULES['common.hub'] = r'''
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
+import json
 import os
 from pathlib import Path
 
+from common import launch
+from common.attached import find_attached
 from common.command_line import DEMO_ROOT, UserError
+from common.hub_ids import check_id
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
 
-
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+# What makes a VAE the original one, of which FP16_VAE is a drop-in replacement.
+ORIGINAL_VAE = dict(
+    scaling_factor=0.13025,
+    latent_channels=4,
+    block_out_channels=[128, 256, 512, 512],
+    latents_mean=None,
+    latents_std=None,
+)
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+CONFIGS = ("model_index.json", "scheduler/", "tokenizer/", "tokenizer_2/")
 
 
 def check(flags):
     """Every repo that the flags name and that is not a local path is cached or within reach.
 
+    A default that is not gives way, in `flags`, to what is attached to a Kaggle notebook.
+
     Raises:
         UserError: naming the flag, the repo and the ways to work offline.
     """
-    if "dataset_name" in vars(flags) and flags.train_data_dir is None:
-        _require(flags.dataset_name, "dataset", "dataset_name", "README.md")
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
+        _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
+    if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
+        _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
     model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
-    is_local, in_demo = model.exists(), model.is_relative_to(DEMO_ROOT)
     if model.is_file() and not os.path.isdir(flags.config_name_or_path):
-        _require(flags.config_name_or_path, "model", "config_name_or_path", "model_index.json")
-    if not is_local and not in_demo:
-        _require(flags.pretrained_model_name_or_path, "model", "pretrained_model_name_or_path", "model_index.json")
-        vae = vae or FP16_VAE
+        _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
+    if not model.exists() and not _in_demo(model):
+        vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
     if vae and not Path(vae).is_dir():
         _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _in_demo(place):
+    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
+
+
+def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
+    """`_require` of what the flag `name` says; where a default cannot be had, the flag `into` gets the one attached folder of its kind."""
+    repo_id, into = getattr(flags, name), into or name
+    try:
+        _require(repo_id, repo_type, name, filename)
+    except UserError as error:
+        is_default = repo_id == type(flags).__dataclass_fields__[name].default
+        folders = getattr(find_attached(), kind) if is_default else []
+        if not folders:
+            raise
+        if len(folders) > 1:
+            raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
+        setattr(flags, into, folders if isinstance(getattr(flags, into), list) else folders[0])
+        if launch.rank() == 0:
+            print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
 
 
 def _require(repo_id, repo_type, flag, filename):
@@ -3107,6 +4281,7 @@ def _require(repo_id, repo_type, flag, filename):
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    check_id(repo_id, flag)
     if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
         return
     offline = "offline, give a local path instead, or try --demo"
@@ -3115,176 +4290,535 @@ def _require(repo_id, repo_type, flag, filename):
     try:
         HfApi().repo_info(repo_id, repo_type=repo_type, timeout=PROBE_S)
     except RepositoryNotFoundError:
-        raise UserError(f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)") from None
+        raise UserError(
+            f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)"
+        ) from None
     except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
         raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def default_vae(repo_id, revision):
+    """FP16_VAE where the model's own VAE is SDXL's original one; None where it is another, and the model's UNet knows only that."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        config = json.loads(
+            Path(hf_hub_download(repo_id, "vae/config.json", revision=revision)).read_text(encoding="utf-8")
+        )
+    except LocalEntryNotFoundError:
+        return FP16_VAE  # a cached model whose VAE was never needed
+    except EntryNotFoundError:
+        return None  # a repo that holds a single file
+    return FP16_VAE if all(config.get(name) == value for name, value in ORIGINAL_VAE.items()) else None
+
+
+def download_model(repo_id, variant, revision, *, with_vae, say):
+    """The model's files that are used, and no others (fp16: about 7 GB, not 14) -> its local folder, or its single file.
+
+    Args:
+        variant: weight files to prefer; parts without it come as plain ones, with a line.
+    Raises:
+        UserError: no such revision, no access, or no safetensors files of a model.
+    """
+    files = _files_of(repo_id, revision)
+    if files is None:
+        return _model_in(download_files(repo_id, None, revision), repo_id)
+    if "model_index.json" not in files:
+        file = _single_file(files, repo_id)
+        say(f"model: {repo_id} holds the single file {file}, and no diffusers folder: taking that")
+        return download_files(repo_id, [file], revision) / file
+    parts = {part: _weights_of(part, files, variant, repo_id) for part in PARTS if part != "vae" or with_vae}
+    plain = [part for part, chosen in parts.items() if variant and not any(f".{variant}" in file for file in chosen)]
+    if plain:
+        say(f"model: {repo_id} has no {variant} files of {', '.join(plain)}: taking the plain ones")
+    configs = [file for file in files if file.startswith(CONFIGS) or file.partition("/")[2] == "config.json"]
+    return download_files(repo_id, configs + sum(parts.values(), []), revision)
+
+
+def download_files(repo_id, patterns, revision=None):
+    """The local folder with the files of `repo_id` that match; with None, what an earlier download has left there.
+
+    Raises:
+        UserError: no access, or nothing there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=patterns is None)
+        )
+    except GatedRepoError:
+        raise UserError(f"{repo_id}: accept its terms on the hub, then log in (hf auth login)") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo_id}: not in the local cache, and the hub cannot be reached; give a local path instead"
+        ) from None
+
+
+def _files_of(repo_id, revision):
+    """Names of all files of a repo, None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
+    except Exception:  # whatever the HTTP stack of the day raises for a dead network
+        return None
+
+
+def _model_in(folder, repo_id):
+    if (folder / "model_index.json").exists():
+        return folder
+    return folder / _single_file([path.name for path in folder.iterdir()], repo_id)
+
+
+def _single_file(files, repo_id):
+    """The one model file among `files`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    if len(found) == 1:
+        return found[0]
+    what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
+    raise UserError(
+        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what}; download one file and give its path"
+    )
+
+
+def _weights_of(part, files, variant, repo_id):
+    """The weight files of a part: those of the variant when there are any, else the plain ones."""
+    names = [
+        file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors") and file.count("/") == 1
+    ]
+    chosen = [file for file in names if variant and f".{variant}" in file] or [
+        file for file in names if file.count(".") == 1
+    ]
+    if not chosen:
+        raise UserError(
+            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part} (only those are read; pickles can run code)"
+        )
+    return chosen
+'''
+
+# ============================================================================================= common/hub_ids.py
+
+MODULES['common.hub_ids'] = r'''
+"""What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
+
+import os
+import re
+from pathlib import PureWindowsPath
+from urllib.parse import urlsplit
+
+from common.command_line import UserError
+
+NAME = r"\w(?:[\w.-]*\w)?"
+HUB_ID = re.compile(rf"(?:{NAME}/)?{NAME}", re.ASCII)
+LONGEST = 96
+HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
+INSTEAD = {  # what to do where the value is no hub id
+    "dataset_name": "for a folder of images use --train_data_dir FOLDER",
+    "pretrained_model_name_or_path": "name a folder or .safetensors file that exists, or a hub id OWNER/NAME",
+    "pretrained_vae_model_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+    "config_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+}
+
+
+def check_id(repo_id: str, flag: str) -> None:
+    """Refuse what cannot be a hub id.
+
+    Raises:
+        UserError: naming the flag, what the value is instead, and the cure.
+    """
+    instead = INSTEAD[flag]
+    if not repo_id.strip():
+        raise UserError(f"--{flag}: is empty; {instead}")
+    if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
+        raise UserError(f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}")
+    if "\\" in repo_id or PureWindowsPath(repo_id).drive:
+        raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
+    if os.path.isdir(repo_id):
+        raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
+    if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
+        raise UserError(f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}")
+
+
+def _id_in(address: str) -> str | None:
+    """The cure for the address of a page on the hub: the id in it."""
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    names = [name for name in parts.path.split("/") if name and name != "datasets"]
+    return f"write its id, {'/'.join(names[:2])}" if parts.hostname in HUBS and len(names) > 1 else None
+'''
+
+# ======================================================================================== common/kernel_check.py
+
+MODULES['common.kernel_check'] = r'''
+"""Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
+
+Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
+compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from common import operations
+from common.memory import ran_out
+from common.operations import Operation
+
+# Largest error of an element, as a share of the largest element: some roundings of the dtype.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+
+
+def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
+
+    Args:
+        wanted: the operations of the layers that will compute; what was tried before in this process is not tried again.
+        dtype: of the frozen weights.
+        rank: of the adapter.
+    """
+    if device.type == "cuda":
+        try_kernels(wanted, device, dtype=dtype, rank=rank, say=say)
+
+
+def try_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+    """`adopt_kernels` on any device: Triton's interpreter runs kernels on a CPU."""
+    tried = (str(device), dtype, rank)
+    untried = [operation for operation in wanted if tried not in operation.faults]
+    if untried:
+        say(f"GPU kernels: compiling and checking {len(untried)}; up to a minute the first time, seconds later on")
+    names_by_fault = {}
+    for operation in untried:
+        fault = operation.faults[tried] = _fault(operation, device, dtype, rank)
+        names_by_fault.setdefault(fault, []).append(operation.__name__)
+    for fault, names in names_by_fault.items():
+        if fault is not None:
+            say(f"GPU kernels: plain PyTorch, which is slower, in place of {', '.join(names)}: {fault}")
+    for operation in wanted:
+        operation.on_gpu = operation.plain if operation.faults[tried] else kernel_of(operation)
+
+
+def refused() -> list[str]:
+    """Names of the operations with a fault: with their plain forms a pass takes other time and memory."""
+    return [operation.__name__ for operation in operations.EVERY_OPERATION if any(operation.faults.values())]
+
+
+def kernel_of(operation):
+    """The GPU's form of an operation.
+
+    Raises:
+        ImportError: there is no Triton.
+    """
+    from common import kernels, norm_kernels
+
+    return {**vars(kernels), **vars(norm_kernels)}[operation.__name__]
+
+
+def _fault(operation, device, dtype, rank):
+    """Why an operation's kernels cannot be used, or None."""
+    attempt = ATTEMPTS[operation]
+    try:
+        found = attempt(kernel_of(operation), _Inputs(device, dtype), rank)
+        expected = attempt(operation.plain, _Inputs(device, dtype, exact=True), rank)
+        error = torch.stack([_error(*pair) for pair in zip(found, expected, strict=True)]).max().item()  # NaN stays NaN
+    except Exception as fault:  # a compiler's, a driver's, a library's: each has classes of its own
+        if ran_out(fault):
+            raise
+        return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    return None if error <= TOLERANCES[dtype] else f"wrong numbers, an error of {error:.2g}"
+
+
+def _error(found, expected):
+    """Largest difference as a share of the largest expected element."""
+    return (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+
+
+class _Inputs:
+    """Random tensors, always the same: in `dtype` for kernels, the same numbers in fp32 for the exact result."""
+
+    def __init__(self, device, dtype, exact=False):
+        self.device, self.dtype, self.exact = device, dtype, exact
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape, dtype=None):
+        values = torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+        return values.to(self.device, torch.float32 if self.exact else values.dtype)
+
+    def weights_of(self, norm):
+        """`norm` with random frozen weights."""
+        for name in ("weight", "bias"):
+            setattr(norm, name, torch.nn.Parameter(self(*getattr(norm, name).shape), requires_grad=False))
+        return norm
+
+
+# ---------------------------------------------------------------- one small launch of each, of shapes that SDXL has too
+
+
+def _attempt_dropout(form, new, rank):
+    x, y = new(64, 640), new(64, 640)
+    seed = torch.tensor(7, device=x.device)
+    return form(x, 0.1, seed, 3), form(x, 0.1, seed, 3, add_to=y, alpha=0.5)
+
+
+def _attempt_geglu(form, new, rank):
+    h = new(64, 2 * 2560).requires_grad_()
+    y = form(h)
+    y.backward(new(*y.shape))
+    return y, h.grad
+
+
+def _attempt_gain_backward(form, new, rank):
+    dy, y, bias = new(512, 640), new(512, 640), new(640)
+    gain, m, dm = (new(640, dtype=torch.float32) for _ in range(3))
+    return form(dy, y, bias, gain, m, dm), form(dy, y, None, gain, m, dm), dm
+
+
+def _attempt_scale_rows(form, new, rank):
+    return [form(new(64, 640), new(64, dtype=torch.float32))]
+
+
+def _attempt_update_gain(form, new, rank):
+    w, b = new(640, 640), new(640, rank)
+    A, B, m, gain = (new(*shape, dtype=torch.float32) for shape in ((rank, 640), (640, rank), (640,), (640,)))
+    form(w, A, B, m, 0.5, gain, b)
+    return gain, b
+
+
+def _attempt_group_norm(form, new, rank):
+    x, shift = new(2, 320, 32, 32).requires_grad_(), new(2, 320).requires_grad_()
+    norm = new.weights_of(torch.nn.GroupNorm(32, 320))
+    y, z = form(x, norm, True, shift), form(x, norm)
+    torch.autograd.backward([y, z], [new(*x.shape), new(*x.shape)])
+    return y, z, x.grad, shift.grad
+
+
+def _attempt_add_norm(form, new, rank):
+    h, a = new(64, 640).requires_grad_(), new(64, 640).requires_grad_()
+    norm = new.weights_of(torch.nn.LayerNorm(640))
+    outputs = [*form(h, a, norm), *form(h, None, norm)]
+    torch.autograd.backward(outputs, [new(64, 640) for _ in outputs])
+    return *outputs, h.grad, a.grad
+
+
+def _attempt_add_bias(form, new, rank):
+    x, h, bias = new(2, 320, 32, 32).requires_grad_(), new(2, 320, 32, 32).requires_grad_(), new(320)
+    y = form(x, h, bias)
+    y.backward(new(*y.shape))
+    return y, x.grad, h.grad
+
+
+ATTEMPTS = {
+    operations.seeded_dropout: _attempt_dropout,
+    operations.geglu: _attempt_geglu,
+    operations.gain_backward: _attempt_gain_backward,
+    operations.scale_rows: _attempt_scale_rows,
+    operations.update_gain: _attempt_update_gain,
+    operations.group_norm: _attempt_group_norm,
+    operations.add_norm: _attempt_add_norm,
+    operations.add_bias: _attempt_add_bias,
+}
 '''
 
 # ============================================================================================= common/kernels.py
 
 MODULES['common.kernels'] = r'''
-"""Small GPU kernels where PyTorch would pass over memory several times: dropout from a seed, GEGLU, DoRA's norms and gradients.
+"""Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
-Each has a plain PyTorch form too: the same formula on a CPU, and what the kernels are tested against.
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
+compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is masked.
 """
 
 import functools
 
 import torch
-import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        bits = i.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
-        bits = (bits ^ (bits >> 16)) * 0x21F0AAAD  # the integer hash of https://github.com/skeeto/hash-prospector
-        bits = (bits ^ (bits >> 15)) * 0xD35A2D97
-        keep = ((bits ^ (bits >> 15)) >> 8).to(tl.float32) / 16777216.0 >= p
-        result = tl.where(keep, tl.load(x + i, mask=i < n).to(tl.float32) * (alpha / (1 - p)), 0.0)
-        if ADD:
-            result += tl.load(add_to + i, mask=i < n).to(tl.float32)
-        tl.store(out + i, result, mask=i < n)
-
-    @triton.jit
-    def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = row * 2 * width + i, i < width
-        value = tl.load(h + at, mask=inside).to(tl.float32)
-        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
-        tl.store(out + row * width + i, value * gate * 0.5 * (1 + tl.erf(gate * 0.7071067811865476)), mask=inside)
-
-    @triton.jit
-    def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        at, inside = row * 2 * width + i, i < width
-        value = tl.load(h + at, mask=inside).to(tl.float32)
-        gate = tl.load(h + at + width, mask=inside).to(tl.float32)
-        d = tl.load(dy + row * width + i, mask=inside).to(tl.float32)
-        cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
-        tl.store(dh + at, d * gate * cdf, mask=inside)
-        tl.store(dh + at + width, d * value * (cdf + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327), mask=inside)
-
-    @triton.jit
-    def _gain_backward_kernel(
-        dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
-        BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        known, at = column < columns, row * columns + column[None, :]
-        inside = (row < rows) & known[None, :]
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-        if BIAS:
-            u -= tl.load(bias + column, mask=known, other=0.0).to(tl.float32)[None, :]
-        tl.store(scaled + at, d * tl.load(gain + column, mask=known, other=0.0)[None, :], mask=inside)
-        tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=known)
-        tl.debug_barrier()  # the atomic addition publishes what every thread of the program has stored
-        if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:  # the last program for these columns adds all up
-            sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
-            for start in range(0, tl.num_programs(0), PARTS):
-                part = start + tl.arange(0, PARTS)[:, None]
-                there = (part < tl.num_programs(0)) & known[None, :]
-                sums += tl.load(partial + part * columns + column[None, :], mask=there, other=0.0)
-            total = tl.sum(sums, axis=0) / tl.load(m + column, mask=known, other=1.0)
-            tl.store(dm + column, tl.load(dm + column, mask=known, other=0.0) + total, mask=known)
-            tl.store(arrived + tl.program_id(1), 0)
-
-    @triton.jit
-    def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
-        row, i = tl.program_id(0), tl.arange(0, BLOCK)
-        value = tl.load(w + row * columns + i, mask=i < columns).to(tl.float32) * tl.load(gain + row)
-        tl.store(out + row * columns + i, value, mask=i < columns)
-
-    @triton.jit
-    def _gain_kernel(w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
-        squares, known = tl.zeros((ROWS, COLUMNS), dtype=tl.float32), row < rows
-        in_b = row[:, None] * rank + j[None, :], known[:, None] & (j < rank)[None, :]
-        of_b = tl.load(B + in_b[0], mask=in_b[1], other=0.0)
-        for start in range(0, columns, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            inside = (column < columns)[None, :]
-            of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=(j < rank)[:, None] & inside, other=0.0)
-            of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=known[:, None] & inside, other=0.0).to(tl.float32)
-            value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
-            squares += value * value
-        g = tl.load(m + row, mask=known, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
-        tl.store(gain + row, g, mask=known)
-        tl.store(b + in_b[0], of_b * g[:, None], mask=in_b[1])
-
+from common.operations import spread_salt
 
 BLOCK = 1024
 
 
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
-    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+@triton.jit
+def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """out = alpha / (1 - p) x where a hash of seed, salt and place says keep, else 0; plus add_to.
 
-    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
-
-    Args:
-        x: tensor of any shape.
-        seed: int64 scalar tensor on x's device, read when the kernel runs.
-        salt: integer that differs between layers.
-        add_to: when given, it becomes add_to + alpha d(x), in place.
+    x, add_to, out: [n]; seed: int64 scalar. The integer hash is one of https://github.com/skeeto/hash-prospector.
     """
-    if not x.is_cuda:
-        generator = torch.Generator().manual_seed(int(seed) + salt)
-        dropped = x * (torch.rand(x.shape, generator=generator) >= p).to(x.dtype) / (1 - p)
-        return dropped if add_to is None else add_to.add_(dropped, alpha=alpha)
-    x, salt = x.contiguous(), salt * 0x5EBCA6B % 2**31
-    out, n = torch.empty_like(x) if add_to is None else add_to, x.numel()
-    _dropout_kernel[(triton.cdiv(n, BLOCK),)](x, out, out, seed, salt, n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    bits = offsets.to(tl.uint32) * 0x9E3779B9 + tl.load(seed).to(tl.uint32) + salt
+    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD
+    bits = (bits ^ (bits >> 15)) * 0xD35A2D97
+    uniform = ((bits ^ (bits >> 15)) >> 8).to(tl.float32) / 16777216.0
+    result = tl.where(uniform >= p, tl.load(x + offsets, mask=mask).to(tl.float32) * (alpha / (1 - p)), 0.0)
+    if ADD:
+        result += tl.load(add_to + offsets, mask=mask).to(tl.float32)
+    tl.store(out + offsets, result, mask=mask)
+
+
+@triton.jit
+def _load_halves(h, width, BLOCK: tl.constexpr):
+    """Of this program's part of a row: column offsets, mask, value and gate in fp32. h: [rows, 2 width]."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    start = h + tl.program_id(0).to(tl.int64) * 2 * width
+    value = tl.load(start + column, mask=mask).to(tl.float32)
+    gate = tl.load(start + width + column, mask=mask).to(tl.float32)
+    return column, mask, value, gate
+
+
+@triton.jit
+def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
+    """out = value gelu(gate). h = [value, gate]: [rows, 2 width]; out: [rows, width]."""
+    column, mask, value, gate = _load_halves(h, width, BLOCK)
+    cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out + tl.program_id(0).to(tl.int64) * width + column, value * gate * cdf, mask=mask)
+
+
+@triton.jit
+def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
+    """dh = dy [gelu(gate), value gelu'(gate)]. dy: [rows, width]; h, dh: [rows, 2 width]."""
+    column, mask, value, gate = _load_halves(h, width, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.load(dy + row * width + column, mask=mask).to(tl.float32)
+    cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+    density = tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    start = dh + row * 2 * width
+    tl.store(start + column, d * gate * cdf, mask=mask)
+    tl.store(start + width + column, d * value * (cdf + gate * density), mask=mask)
+
+
+@triton.jit
+def _gain_backward_kernel(
+    dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m.
+
+    dy, y, scaled: [rows, columns]; bias, and fp32 gain, m, dm: [columns].
+    partial: fp32 [tiles of rows, columns], the sums of every tile; arrived: int32 [tiles of columns], 0 before and after.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column_mask = column < columns
+    offsets = row * columns + column[None, :]
+    mask = (row < rows) & column_mask[None, :]
+    d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(y + offsets, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        u -= tl.load(bias + column, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    g = tl.load(gain + column, mask=column_mask, other=0.0)
+    tl.store(scaled + offsets, d * g[None, :], mask=mask)
+    tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=column_mask)
+
+    # The atomic addition publishes what every thread of the program has stored; the last program for these columns adds all up.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:
+        sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
+        for start in range(0, tl.num_programs(0), PARTS):
+            part = start + tl.arange(0, PARTS)[:, None]
+            part_mask = (part < tl.num_programs(0)) & column_mask[None, :]
+            sums += tl.load(partial + part * columns + column[None, :], mask=part_mask, other=0.0)
+        total = tl.sum(sums, axis=0) / tl.load(m + column, mask=column_mask, other=1.0)
+        tl.store(dm + column, tl.load(dm + column, mask=column_mask, other=0.0) + total, mask=column_mask)
+        tl.store(arrived + tl.program_id(1), 0)
+
+
+@triton.jit
+def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
+    """out = diag(gain) w, one row a program. w, out: [rows, columns]; gain: fp32 [rows]."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    mask = column < columns
+    value = tl.load(w + row * columns + column, mask=mask).to(tl.float32) * tl.load(gain + row)
+    tl.store(out + row * columns + column, value, mask=mask)
+
+
+@triton.jit
+def _gain_kernel(
+    w, A, B, m, gain, b, scale, rows, columns, rank, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """gain = m / the norms of the rows of w + scale B A; b = diag(gain) B. A group of rows a program, tile by tile.
+
+    w: [rows, columns]; fp32 A: [rank, columns], B: [rows, rank], m, gain: [rows]; b: [rows, rank].
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    j = tl.arange(0, RANK)
+    j_mask = j < rank
+    b_offsets = row[:, None] * rank + j[None, :]
+    b_mask = row_mask[:, None] & j_mask[None, :]
+    of_b = tl.load(B + b_offsets, mask=b_mask, other=0.0)
+    squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        column_mask = column < columns
+        a_mask = j_mask[:, None] & column_mask[None, :]
+        w_mask = row_mask[:, None] & column_mask[None, :]
+        of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=a_mask, other=0.0)
+        of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=w_mask, other=0.0).to(tl.float32)
+        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
+        squares += value * value
+    g = tl.load(m + row, mask=row_mask, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
+    tl.store(gain + row, g, mask=row_mask)
+    tl.store(b + b_offsets, of_b * g[:, None], mask=b_mask)
+
+
+def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+    x = x.contiguous()
+    n = x.numel()
+    out = torch.empty_like(x) if add_to is None else add_to
+    grid = (triton.cdiv(n, BLOCK),)
+    _dropout_kernel[grid](x, out, out, seed, spread_salt(salt), n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
     return out
 
 
-class Geglu(torch.autograd.Function):
-    """h [..., 2D] -> value * gelu(gate) [..., D] (arXiv 2002.05202), keeping only h for the backward pass."""
+class _Geglu(torch.autograd.Function):
+    """Keeps only h for the backward pass."""
 
     @staticmethod
     def forward(ctx, h):
         h = h.contiguous()
         ctx.save_for_backward(h)
-        out = h.new_empty(*h.shape[:-1], width := h.shape[-1] // 2)
+        width = h.shape[-1] // 2
+        out = h.new_empty(*h.shape[:-1], width)
         _geglu_kernel[(out.numel() // width, triton.cdiv(width, BLOCK))](h, out, width, BLOCK=BLOCK)
         return out
 
     @staticmethod
     def backward(ctx, dy):
         (h,) = ctx.saved_tensors
-        dy, dh, width = dy.contiguous(), torch.empty_like(h), dy.shape[-1]
+        dy, dh = dy.contiguous(), torch.empty_like(h)
+        width = dy.shape[-1]
         _geglu_backward_kernel[(dy.numel() // width, triton.cdiv(width, BLOCK))](dy, h, dh, width, BLOCK=BLOCK)
         return dh
 
 
-def geglu(h):
-    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D]."""
-    if h.is_cuda:
-        return Geglu.apply(h)
-    value, gate = h.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+geglu = _Geglu.apply
 
 
 def gain_backward(dy, y, bias, gain, m, dm):
-    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
-
-    One call at a time: on a GPU all of them count in the same place.
-
-    Args:
-        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
-    """
-    if not dy.is_cuda:
-        dm.addcdiv_((dy * (y if bias is None else y - bias)).sum(0, dtype=torch.float32), m)
-        return (dy * gain).to(dy.dtype)
-    (rows, columns), bias_or_any, scaled = dy.shape, dy if bias is None else bias, torch.empty_like(dy)
+    rows, columns = dy.shape
+    scaled = torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
-    partial, arrived = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32), _arrivals(dy.device)
+    partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
     sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
-    _gain_backward_kernel[grid](dy, y, bias_or_any, gain, m, scaled, partial, arrived, dm, rows, columns, **sizes)
+    bias_or_any = dy if bias is None else bias
+    _gain_backward_kernel[grid](
+        dy, y, bias_or_any, gain, m, scaled, partial, _arrivals(dy.device), dm, rows, columns, **sizes
+    )  # fmt: skip
     return scaled
 
 
@@ -3295,32 +4829,213 @@ def _arrivals(device):
 
 
 def scale_rows(w, gain):
-    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
-    if not w.is_cuda:
-        return (w * gain[:, None]).to(w.dtype)
     out = torch.empty_like(w)
     _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
     return out
 
 
-def row_norms(w, A, B, scale):
-    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
-
-    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
-    """
-    w = w.float()
-    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
-
-
 def update_gain(w, A, B, m, scale, gain, b):
-    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, on a GPU by one pass over w, tile by tile."""
-    if not w.is_cuda:
-        torch.div(m, row_norms(w, A, B, scale), out=gain)
-        b.copy_(B * gain[:, None])
-    else:
-        rank = max(16, triton.next_power_of_2(len(A)))
-        options = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank), num_warps=4)  # a tile of A fits the shared memory of any card
-        _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **options)
+    rank = max(16, triton.next_power_of_2(len(A)))
+    tile = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank))  # of A it fits the shared memory of any card
+    _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **tile, num_warps=4)
+'''
+
+# ============================================================================================== common/launch.py
+
+MODULES['common.launch'] = r'''
+"""How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+
+SPEAKS_AFTER_S = 2.0  # a launcher that has seen one process fail ends the others well within it
+
+
+def rank():
+    """The place of this process among those of the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say_last(said):
+    """One line on stderr before the process ends, said once: another process than the first speaks only if none has ended the run."""
+    line = f"{os.path.basename(sys.argv[0])}: {said}"
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
+        time.sleep(SPEAKS_AFTER_S)
+        line += f" (process {rank()})"
+    print(line, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows its content at the end of its own report
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def resuming_command(argv):
+    """The command line `argv` of this script, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if re.fullmatch("--resume[_-]from[_-]checkpoint", word):
+            next(words, None)
+        elif not re.match("--resume[_-]from[_-]checkpoint=", word):
+            kept.append(word)
+    return shlex.join([*_launcher(), *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _launcher():
+    """The words before the script; a launcher's own options are not known here, but for the number of processes."""
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # every launch by accelerate sets it
+        return ["accelerate", "launch", "--quiet", *(["--num_processes", world] if world != "1" else [])]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", world]
+    return ["python"]
+'''
+
+# ======================================================================================= common/layer_reading.py
+
+MODULES['common.layer_reading'] = r'''
+"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> weights under PEFT's names."""
+
+import json
+from pathlib import Path
+
+from common import dora, formats, lycoris
+from common.adapter_checks import adaptable_layers, check_number, drawing_config, misfit
+from common.adapter_names import layer_spellings
+from common.command_line import UserError
+
+EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adapter
+DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
+_SUFFIXES = {
+    **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
+    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN),
+    **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
+}
+
+
+def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tuple[dict, dict]:
+    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere. Returns as adapter_reading.read_adapter.
+
+    alpha comes from the metadata that diffusers writes, or from tensors, else it is the rank.
+    Raises:
+        UserError: names that this model does not have, layers that are incomplete, an alpha that is no number.
+    """
+    weights_of = {component: adaptable_layers(module) for component, module in modules.items()}
+    layers = _by_layer(file, tensors, layer_spellings(weights_of, modules["unet"].config.layers_per_block))
+
+    # each layer as a pair and, with DoRA, a magnitude
+    weights, alphas, identities = {}, {}, {}
+    for (component, layer), keys in layers.items():
+        weight = weights_of[component][layer]
+        parts = {kind: _readable(tensors[key]).to(weight.device) for kind, key in keys.items()}
+        read = _read_layer(file, layer, weight, parts, metadata, identities)
+        if read is None:
+            raise misfit(file, list(keys.values()), len(tensors))
+        kinds, alphas.setdefault(component, {})[layer] = read
+        weights.setdefault(component, {}).update({f"{layer}.{kind}": tensor for kind, tensor in kinds.items()})
+
+    # rank and alpha: as diffusers wrote them, or as the tensors say
+    described = _described(file, metadata)
+    by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
+    configs = {
+        component: described[component] if component in described.keys() - by_tensors else lora_arguments(part, alphas[component])
+        for component, part in weights.items()
+    }
+    return weights, configs
+
+
+def _by_layer(file, tensors, spellings):
+    """{(component, layer): {kind: key}}."""
+    layers, unknown = {}, []
+    for key in tensors:
+        name = key.replace(".processor.", ".").removesuffix(".weight") if MAGNITUDE in key else key.replace(".processor.", ".")
+        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
+        place = spellings.get(name.removesuffix(suffix)) if suffix else None
+        if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
+            unknown.append(key)
+        else:
+            layers.setdefault(place, {})[_SUFFIXES[suffix]] = key
+    if unknown:
+        raise misfit(file, unknown, len(tensors))
+    return layers
+
+
+def _readable(tensor):
+    """8-bit floats as fp16, which holds each of them exactly; torch computes with neither kind."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
+def _read_layer(file, layer, weight, parts, metadata, identities):
+    """({PEFT kind: tensor}, alpha) of one layer; None where its tensors do not make a change of `weight`."""
+    alpha = _alpha(file, layer, parts.pop("alpha", None))
+    dora_scale, magnitude = parts.pop("dora_scale", None), parts.pop(MAGNITUDE, None)
+    pair = lycoris.read_pair(parts, alpha)
+    n, k = len(weight), weight[0].numel()
+    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
+        return None
+    if UP not in parts:
+        pair = lycoris.smallest(pair, weight, identities)
+
+    if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
+        magnitude = _magnitude(weight, pair, dora_scale, metadata)
+    elif dora_scale is not None and tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+        pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
+    elif dora_scale is not None:
+        return None
+
+    kernel = weight.shape[2:]
+    kinds = {"lora_A.weight": pair.down.view(-1, *weight.shape[1:]), "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel))}
+    if magnitude is not None:
+        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
+    return kinds, pair.scale * len(pair.down)
+
+
+def _alpha(file, layer, tensor):
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise UserError(f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged")
+    check_number(file, f"the alpha of {layer}", float(tensor))
+    return float(tensor)
+
+
+def _magnitude(weight, pair, dora_scale, metadata):
+    """A dora_scale over rows -> PEFT's magnitude [N]: in our files it goes with ||W||, in LyCORIS's with ||W + s U D||."""
+    magnitude = dora_scale.float().flatten()
+    if metadata.get(dora.DORA_NORM) == "base":
+        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
+        magnitude = magnitude * merged / base
+    return magnitude
+
+
+def _described(file, metadata):
+    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata."""
+    try:
+        described = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
+        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
+    except (ValueError, AttributeError):
+        raise UserError(f"--lora {file}: its {formats.ADAPTER_METADATA} cannot be read; the file is damaged") from None
+    components = {component for component, _, _ in fields}
+    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
+    return {component: drawing_config(file, formats.ADAPTER_METADATA, part) for component, part in parts.items()}
+
+
+def lora_arguments(weights: dict, alphas: dict) -> dict:
+    """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return dict(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{layer}": value for layer, value in alphas.items() if value != alpha},
+        target_modules=list(ranks),
+        use_dora=any(key.endswith(MAGNITUDE) for key in weights),
+    )
 '''
 
 # ============================================================================================= common/loading.py
@@ -3332,128 +5047,138 @@ Whatever the user names (hub id, folder, single file) becomes one diffusers fold
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
 
-import inspect
-import itertools
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from common import hub, model_kind, single_file, weights
 from common.command_line import UserError
-from common.hub import FP16_VAE
+from common.model_kind import Kind
 from common.noise import NoiseSchedule
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
-PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
-READ = ["model_index.json", "scheduler/scheduler_config.json", *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
-CHUNK_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Model:
-    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it."""
+    """A local diffusers folder of SDXL, and the folder of the VAE that goes with it.
+
+    `scheduler`: the configuration of its noise schedule, which says what `kind` says.
+    """
 
     name: str
     folder: Path
     vae: Path
     variant: Optional[str]
+    kind: Kind
+    scheduler: dict
 
 
 # ---------------------------------------------------------------- finding it
 
 
-def find_model(name, vae=None, variant="fp16", revision=None, config="stabilityai/stable-diffusion-xl-base-1.0", cache_dir="."):
-    """Turn what the user named into local folders, downloading only the files that are used (fp16: about 7 GB, not 14).
+def model_of(flags, say=print):
+    """`find_model` by the flags of a script, which are command_line's ModelFlags; `say` gets one line about what it is."""
+    return find_model(
+        flags.pretrained_model_name_or_path,
+        flags.pretrained_vae_model_name_or_path,
+        variant=flags.variant,
+        revision=flags.revision,
+        config=flags.config_name_or_path,
+        cache_dir=flags.cache_dir,
+        prediction_type=flags.prediction_type,
+        zero_terminal_snr=flags.zero_terminal_snr,
+        say=say,
+    )
 
+
+def find_model(
+    name,
+    vae=None,
+    *,
+    variant="fp16",
+    revision=None,
+    config="stabilityai/stable-diffusion-xl-base-1.0",
+    cache_dir=".",
+    prediction_type=None,
+    zero_terminal_snr=None,
+    say=print,
+):
+    """Turn what the user named into local folders, downloading only the files that are used, and check that they are a whole SDXL.
+
+    Reads configurations and the headers of weight files.
     Raises:
-        UserError: not a diffusers model.
+        UserError: not a diffusers model, not SDXL, not supported; a weight that is missing or does not fit.
     """
-    place = Path(name)
-    if place.is_file():
-        folder = _convert_single_file(place, config, Path(cache_dir))
-    elif place.is_dir():
-        folder = place
-    else:
-        vae = vae or FP16_VAE
-        folder = _download_pipeline(name, variant, revision)
-    _check_parts(name, folder)
-    return Model(name, folder, _find_vae(vae or str(folder)), variant)
-
-
-def _check_parts(name, folder):
-    """Refuse what is not SDXL: Stable Diffusion 1.5 would be loaded far before it fails."""
     named = f"--pretrained_model_name_or_path {name}"
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"{named}: no model_index.json in it, so it is not a diffusers model folder")
-    for file in READ:
-        _read_object(folder, file, named)
-    for part, wanted in PARTS.items():
-        config = _read_object(folder, f"{part}/config.json", named)
-        found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
-        if found != wanted:
-            raise UserError(f"{named}: its {part} is {found}, SDXL's is {wanted}")
+    place = Path(name)
+    if not place.exists():
+        vae = vae or hub.default_vae(name, revision)
+        place = hub.download_model(name, variant, revision, with_vae=vae is None, say=say)
+    marks = {"prediction_type": [], "zero_terminal_snr": []}
+    folder = place
+    if place.is_file():
+        folder = single_file.convert(place, config, Path(cache_dir))
+        marks = model_kind.marks_in_file(place, named)
+    model_kind.check_folder(folder, named)
+    scheduler = model_kind.read_object(folder, model_kind.SCHEDULER, named)
+    marks = {setting: marks[setting] + more for setting, more in model_kind.marks_in_scheduler(scheduler).items()}
+    kind = model_kind.decide(named, marks, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
+    vae_folder = _find_vae(vae, folder, named)
+    say(f"model: {name} {kind}; VAE: {vae or 'its own'}")
+    model = Model(name, folder, vae_folder, variant, kind, model_kind.scheduler_of(scheduler, kind))
+    _check_weights(model)
+    return model
 
 
-def _read_object(folder, file, named):
-    """The JSON object in folder/file; `named` is the flag and its value, for the message where there is none."""
-    try:
-        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
-
-
-def _download_pipeline(repo_id, variant, revision):
-    from diffusers import StableDiffusionXLPipeline
-
-    unused = dict(vae=None, feature_extractor=None, image_encoder=None, safety_checker=None)
-    return Path(StableDiffusionXLPipeline.download(repo_id, variant=variant, revision=revision, use_safetensors=True, **unused))
-
-
-def _find_vae(vae):
-    folder = Path(vae)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(vae, allow_patterns=VAE_FILES + [f"vae/{name}" for name in VAE_FILES]))
-    for candidate in (folder, folder / "vae"):
+def _find_vae(vae, folder, named):
+    """The folder of the VAE that the user named, else of the model's own."""
+    if vae is not None:
+        named, folder = f"--pretrained_vae_model_name_or_path {vae}", Path(vae)
+        if not folder.is_dir():
+            folder = hub.download_files(vae, VAE_FILES + [f"vae/{name}" for name in VAE_FILES])
+    for candidate in (folder, folder / "vae") if vae is not None else (folder / "vae",):
         if (candidate / "config.json").exists():
-            _read_object(candidate, "config.json", f"--pretrained_vae_model_name_or_path {vae}")
+            config = model_kind.read_object(candidate, "config.json", f"{named}: its vae")
+            if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels", 4) != 4:
+                raise UserError(
+                    f"{named}: its vae is {config.get('_class_name')} of {config.get('latent_channels', 4)} channels,"
+                    " SDXL's is AutoencoderKL of 4"
+                )
             return candidate
-    raise UserError(f"--pretrained_vae_model_name_or_path {vae}: no config.json in it or in its vae folder")
+    raise UserError(
+        f"{named}: no VAE in it (vae/config.json); name one: --pretrained_vae_model_name_or_path {hub.FP16_VAE}"
+    )
 
 
-def _convert_single_file(path, config, cache_dir):
-    """A .safetensors checkpoint in the original layout -> a diffusers folder (fp16) under `cache_dir`, made once."""
-    from diffusers import StableDiffusionXLPipeline
+def _check_weights(model):
+    """Every part is there and fits its configuration, before anything is encoded with one of them."""
+    for part, class_name in model_kind.PARTS.items():
+        weights.check_weights(weights.empty_part(class_name, model.folder / part), _files_of(model, part))
+    weights.check_weights(
+        weights.empty_part("AutoencoderKL", model.vae), weights.weight_files(model.vae, model.variant)
+    )
 
-    if path.suffix != ".safetensors":
-        raise UserError(f"--pretrained_model_name_or_path {path}: only .safetensors files are read; pickles can run code")
-    stat = path.stat()
-    folder = cache_dir / "single_file" / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        try:
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config, dtype=torch.float16)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(f"--pretrained_model_name_or_path {path}: not a readable SDXL checkpoint ({error})") from None
-        pipeline.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    return folder
+
+def _files_of(model, part):
+    stem = weights.TRANSFORMERS_STEM if part.startswith("text_encoder") else weights.DIFFUSERS_STEM
+    return weights.weight_files(model.folder / part, model.variant, stem)
 
 
 def fingerprint(variant, *folders):
     """What identifies the models in `folders` for the caches: the files that are loaded, with size and time of change. Reads no weights."""
     files = []
     for folder in folders:
-        loaded = _variant_in(folder, variant) or ""  # the part after the first dot: model.fp16-00001-of-00002.safetensors
-        weights = [path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded]
-        files += sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
+        loaded = (
+            weights.variant_in(folder, variant) or ""
+        )  # the part after the first dot: model.fp16-00001-of-00002.safetensors
+        found = [
+            path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded
+        ]
+        files += sorted([*found, *folder.glob("*.json"), *folder.glob("*.txt")])
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
@@ -3462,46 +5187,37 @@ def fingerprint(variant, *folders):
 
 def load_noise_schedule(model, device):
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
-    from diffusers import DDPMScheduler
-
-    config = DDPMScheduler.load_config(model.folder, subfolder="scheduler")
-    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
-    scheduler = DDPMScheduler(**{name: config[name] for name in inspect.signature(DDPMScheduler.__init__).parameters if name in config})
-    if scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"{model.name}: prediction type {scheduler.config.prediction_type!r} is not supported, only epsilon and v_prediction"
-        )
-    return NoiseSchedule(scheduler.alphas_cumprod.to(device, torch.float32), scheduler.config.prediction_type)
+    return NoiseSchedule(model_kind.alphas_cumprod(model.scheduler).to(device), model.kind.prediction_type)
 
 
 def load_vae(model, host):
     """AutoencoderKL on the device; in fp32 where its config says that fp16 overflows (`force_upcast`)."""
-    from diffusers import AutoencoderKL
-
-    upcast = AutoencoderKL.load_config(model.vae).get("force_upcast", True)
-    dtype = torch.float32 if upcast else host.dtype
-    vae = AutoencoderKL.from_pretrained(model.vae, variant=_variant_in(model.vae, model.variant), dtype=dtype, use_safetensors=True)
-    return vae.to(host.device).requires_grad_(False).eval()
+    vae = weights.empty_part("AutoencoderKL", model.vae)
+    dtype = torch.float32 if vae.config.force_upcast else host.dtype
+    weights.fill(vae, weights.weight_files(model.vae, model.variant), host.device, dtype)
+    return vae.requires_grad_(False).eval()
 
 
 def load_text_encoders(model, host):
     """[(tokenizer, encoder)] of CLIP-L and bigG. The second must be CLIPTextModelWithProjection: its projection makes `pooled`."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     pairs = []
-    for part, cls in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-        folder = model.folder / f"text_encoder{part}"
-        variant = _variant_in(folder, model.variant)
-        encoder = cls.from_pretrained(folder, variant=variant, dtype=host.dtype, use_safetensors=True).to(host.device)
+    for suffix in ("", "_2"):
+        part = f"text_encoder{suffix}"
+        encoder = weights.empty_part(model_kind.PARTS[part], model.folder / part)
+        weights.fill(encoder, _files_of(model, part), host.device, host.dtype)
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{part}")
+            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{suffix}")
         except (OSError, ValueError) as error:
-            raise UserError(f"{model.folder}/tokenizer{part}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"{model.folder}/tokenizer{suffix}: cannot be read ({str(error).splitlines()[0]})"
+            ) from None
         if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
             raise UserError(
-                f"{model.folder}/tokenizer{part}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
+                f"{model.folder}/tokenizer{suffix}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
             )
-        pairs.append((tokenizer, encoder.requires_grad_(False).eval()))
+        pairs.append((tokenizer, encoder.to(host.device).requires_grad_(False).eval()))
     return pairs
 
 
@@ -3511,14 +5227,11 @@ def load_unet(model, host, quantize="none"):
     `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except those of the
     time and size embeddings; each is quantised as it arrives, so the device never holds the fp16 model either.
     """
-    from diffusers import UNet2DConditionModel
-
-    folder = model.folder / "unet"
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        if quantize == "nf4":
+    unet = weights.empty_part(model_kind.PARTS["unet"], model.folder / "unet")
+    if quantize == "nf4":
+        with torch.device("meta"):
             _make_linears_4bit(unet, host.dtype)
-    fill(unet, weight_files(folder, model.variant), host.device, host.dtype)
+    weights.fill(unet, _files_of(model, "unet"), host.device, host.dtype)
     return unet.requires_grad_(False).train()
 
 
@@ -3528,68 +5241,15 @@ def _make_linears_4bit(unet, compute_dtype):
     for name, module in list(unet.named_modules()):
         if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
             parent, _, child = name.rpartition(".")
-            options = dict(bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
+            options = dict(
+                bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True
+            )
             layer = Linear4bit(module.in_features, module.out_features, **options)
-            layer.support_avx512bf16_for_cpu = False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            layer.support_avx512bf16_for_cpu = (
+                False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
+            )
             setattr(unet.get_submodule(parent), child, layer)
     unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
-
-
-def weight_files(folder, variant):
-    """The safetensors files of a component: those of the variant when there are any, else the plain ones."""
-    stem = f"diffusion_pytorch_model.{_variant_in(folder, variant)}" if _variant_in(folder, variant) else "diffusion_pytorch_model"
-    files = sorted({*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*-of-*.safetensors")})
-    if not files:
-        raise UserError(f"{folder}: no {stem}.safetensors in it (only safetensors are read; pickles can run code)")
-    return files
-
-
-def fill(module, files, device, dtype):
-    """Fill a module made on the meta device from safetensors files.
-
-    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
-    Raises:
-        UserError: a damaged file, or names that do not fit the module.
-    """
-    missing = set(module.state_dict())
-    for file in files:
-        for names in _chunks(file):
-            with safe_open(file, "pt", device=str(device)) as tensors:
-                chunk = {name: tensors.get_tensor(name).to(dtype) for name in names}
-            if unknown := chunk.keys() - missing:
-                raise UserError(f"{file}: {sorted(unknown)[0]} does not belong to this architecture")
-            missing -= chunk.keys()
-            for name in [name for name in chunk if name.endswith(".weight") and _is_4bit(module, name)]:
-                layer = module.get_submodule(name.removesuffix(".weight"))
-                empty = layer.weight
-                options = dict(
-                    requires_grad=False, compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer
-                )
-                layer.weight = type(empty)(chunk.pop(name), **options).to(device)  # Params4bit quantises when it is moved
-            module.load_state_dict(chunk, strict=False, assign=True)
-    if missing:
-        raise UserError(f"{files[0].parent}: {len(missing)} weights are missing, e.g. {sorted(missing)[0]}")
-
-
-def _is_4bit(module, weight_name):
-    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"  # by name: bitsandbytes may not be installed
-
-
-def _chunks(file):
-    """The tensor names of a file, in its own order, in lists of about CHUNK_BYTES."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            names = list(tensors.offset_keys())
-            sizes = {name: 2 * torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
-    ends = itertools.accumulate(sizes.values())
-    for _, group in itertools.groupby(zip(names, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
-        yield [name for name, _ in group]
-
-
-def _variant_in(folder, variant):
-    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
 def zero_unconditional(model):
@@ -3604,15 +5264,15 @@ MODULES['common.loops'] = r'''
 
 import contextlib
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
-from common import checkpoint, device
+from common import checkpoint, device, run_folder
 from common.command_line import UserError
 from common.engine import PassOutOfMemory
+from common.fit import smallest_pass_too_large
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
@@ -3648,31 +5308,38 @@ def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch)
     return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
 
 
-def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights):
+def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights, stopping):
     """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
 
     Args:
         examples, held_out: batching.Examples; held_out may be None.
         fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
-        draw_samples: step -> None, draws the validation images.
+        draw_samples: step -> None, draws the validation images; None when there are none to draw.
         save_weights: step -> None, writes the adapter files of a checkpointed step.
+        report: report.Report, closed at the end.
+        stopping: stopping.StopRequest, listening.
     Raises:
-        UserError: the loss is not finite NON_FINITE_LIMIT times in a row (after a checkpoint).
+        UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
     """
     host, non_finite = engine.host, 0
     ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
-    stopping = StopRequest(plan.ends_s)
     fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
     save = _Saver(engine, plan, save_weights, progress.step)
-    with stopping.listening():
+    with contextlib.closing(report):
         while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
+            # the flag of a process travels with its next step, so that all of them stop after the same one
+            stopping.doing = f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
+
+            # One optimizer step
             batches = fetch(progress.batches)
             try:
                 result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
-            except PassOutOfMemory:
-                _step_down(fit, report)
+            except PassOutOfMemory as error:
                 fetch.forget()
+                if not _step_down(fit, error.here, host, report):
+                    save(progress)
+                    raise smallest_pass_too_large(fit.checkpointing) from None
                 continue
             if not result.applied:
                 skipped = _skip_batch(engine, result, report)
@@ -3684,14 +5351,23 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
                 continue
             non_finite = 0
             progress.step, progress.batches = progress.step + 1, progress.batches + 1
-            row = _row(result, progress, plan, len(examples.latents), time.monotonic() - step_started, engine)
-            if progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps:
-                draw_samples(progress.step)
-                if held_out is not None:
-                    row["val_loss"] = _validate(engine, held_out, fit.micro_batch, progress)
+
+            # What it measured
+            row = _row(result, progress, plan, len(examples), time.monotonic() - step_started, engine)
+            validates = progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps
+            if validates and held_out is not None:
+                row |= _validate(engine, held_out, fit.micro_batch, progress)
             report.log(row)
+
+            # Saved first, then drawn: pictures need memory that training does not
+            if validates and draw_samples is not None:
+                save(progress)
+                draw_samples(progress.step)
             stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
-            if result.stop:
+
+            # Whether to go on
+            asked = result.stop or (host.world == 1 and stopping.reason is not None)
+            if asked and progress.step < plan.total_steps:
                 ended = stopping.reason or "stopped by another process"
             elif _out_of_patience(plan, progress):
                 ended = "early stopping"
@@ -3703,40 +5379,6 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
 
 def _out_of_patience(plan, progress):
     return plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
-
-
-class StopRequest:
-    """SIGINT, SIGTERM or the time limit: the step in flight is finished, then a checkpoint is written.
-
-    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop keeps `longest_step_s` and `longest_save_s` up to date.
-    """
-
-    def __init__(self, ends_s):
-        self._signal, self._ends_s = None, ends_s
-        self.longest_step_s, self.longest_save_s = 0.0, 0.0
-
-    @property
-    def reason(self):
-        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
-        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Inside, the first signal asks for a stop; a second one acts as usual."""
-        before = {}
-
-        def ask(number, frame):
-            self._signal = f"{signal.Signals(number).name} received"
-            signal.signal(number, before[number])
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Prefetch:
@@ -3758,13 +5400,19 @@ class _Prefetch:
 
 
 class _Saver:
-    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took."""
+    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took.
+
+    Raises:
+        UserError: the run has diverged; what is not finite is not saved, so the newest checkpoint is one to go on from.
+    """
 
     def __init__(self, engine, plan, save_weights, step):
         self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
 
     def __call__(self, progress):
         started = time.monotonic()
+        if what := checkpoint.not_finite(self._engine):
+            raise UserError(_diverged_message(what, progress, self._plan))
         if self._engine.host.is_main and progress.step != self._saved:
             self._save_weights(progress.step)  # first: from the checkpoint on, a killed run would not come back to write it
             limit = self._plan.checkpoints_total_limit
@@ -3774,14 +5422,15 @@ class _Saver:
         return time.monotonic() - started
 
 
-def _step_down(fit, report):
-    if not fit.step_down():
-        raise UserError(
-            "out of GPU memory with one image a pass and every block recomputed: lower --resolution or --lora_rank, use --use_8bit_adam,"
-            " or train_qlora.py; --resume_from_checkpoint latest goes on from the last checkpoint"
-        )
-    recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
-    report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
+def _step_down(fit, here, host, report):
+    """After a pass that did not fit on some process: the next smaller plan where it did not; False when one of them has none."""
+    has_smaller = fit.step_down() if here else True
+    if not all(host.gather([has_smaller])):
+        return False
+    if here:
+        recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
+    return True
 
 
 def _skip_batch(engine, result, report):
@@ -3799,6 +5448,16 @@ def _non_finite_message(examples, progress, plan):
     return (
         f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these images,"
         f" lower --learning_rate, or use --mixed_precision no{'; a checkpoint was saved' if progress.step else ''}"
+    )
+
+
+def _diverged_message(what, progress, plan):
+    """The weights themselves are at fault, whatever images the last batches held."""
+    saved = run_folder.find_checkpoints(plan.output_dir)
+    cure = f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    return (
+        f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
+        f" Lower --learning_rate, or use --mixed_precision no; {cure}"
     )
 
 
@@ -3820,11 +5479,557 @@ def _row(result, progress, plan, num_samples, seconds, engine):
 
 
 def _validate(engine, held_out, micro_batch, progress):
-    loss = engine.validate(held_out.validation_batches(micro_batch, engine.host.rank, engine.host.world))
+    """What a validation adds to the row of metrics; `progress` counts how long there was no gain."""
+    loss = engine.validate(
+        lambda size: held_out.validation_batches(size, engine.host.rank, engine.host.world),
+        micro_batch,
+    )
+    if loss is None:  # there was no memory for it, which has been said
+        return {}
     gained = loss < progress.best_val_loss
     progress.best_val_loss = min(loss, progress.best_val_loss)
     progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
-    return loss
+    return {"val_loss": loss}
+'''
+
+# ============================================================================================= common/lycoris.py
+
+MODULES['common.lycoris'] = r'''
+"""What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
+
+The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
+a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard products
+of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R, and loads, scales, mixes and merges as one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Pair(NamedTuple):
+    """The change s U D of a weight, see above."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float = 1.0
+
+    def product(self) -> torch.Tensor:
+        """The change itself, [N, K], fp32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+def read_pair(tensors: dict, alpha: float | None) -> Pair | None:
+    """The change that {kind: tensor} of one layer means; None when they are not exactly those of an algorithm.
+
+    `alpha` is the layer's, None where the file has none: then the scale is 1. Linear layers and convolutions alike.
+    """
+    read = _ALGORITHMS.get(frozenset(tensors))
+    if read is None:
+        return None
+    try:
+        (up, down), rank = read(tensors)
+    except RuntimeError:  # their shapes do not go together
+        return None
+    return Pair(up, down.flatten(1), 1.0 if alpha is None or rank is None else alpha / rank)
+
+
+def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
+    """The same change, as `full_rank` where that is fewer numbers than a pair of high rank."""
+    (n, rank), k = pair.up.shape, pair.down.shape[1]
+    return pair if rank * (n + k) <= n * k else full_rank(pair.product(), weight, identities)
+
+
+def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
+    """Any change [N, K] as a pair: itself, and an identity on its shorter side; in the dtype and on the device of `weight`.
+
+    `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
+    """
+    size = min(change.shape)
+    if size not in identities:
+        identities[size] = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    change = change.to(weight)
+    return Pair(identities[size], change) if len(change) == size else Pair(change, identities[size])
+
+
+def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> torch.Tensor:
+    """What a DoRA over input columns changes, [N, K]: (W + d) dora_scale / ||W + d|| - W, norms over columns.
+
+    lycoris/modules/locon.py with wd_on_output off; ComfyUI's weight_decompose does the same. `dora_scale` is
+    [1, channels], with more axes of 1 for a convolution.
+    """
+    weight = weight.detach().float()
+    merged = weight + pair.product().to(weight).view(weight.shape)
+    norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
+    gains = (dora_scale.to(weight).flatten() / norms).view(1, -1, *[1] * (weight.dim() - 2))
+    return (merged * gains - weight).flatten(1)
+
+
+# ---------------------------------------------------------------- {kind: tensor} -> ((U, D), rank that divides alpha)
+
+
+def _lora(t):
+    """U D; a mid [R, R, height, width] is Tucker's core between them (LoCon, lora_mid)."""
+    up, down = t["lora_up.weight"].flatten(1), t["lora_down.weight"]
+    if "lora_mid.weight" in t:
+        up, down = up.float(), _around(t["lora_mid.weight"], down.flatten(1))
+    return (up, down), up.shape[1]
+
+
+def _loha(t):
+    """(w1_a w1_b) o (w2_a w2_b), element by element: of two sums of R outer products a sum of R x R."""
+    up1, down1 = _factor(t, "hada_w1", "hada_t1")
+    up2, down2 = _factor(t, "hada_w2", "hada_t2")
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
+    return (up, down), len(t["hada_w1_b"])
+
+
+def _lokr(t):
+    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks the second's divides it, as in ComfyUI."""
+    up1, down1 = _factor(t, "lokr_w1")
+    up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
+    rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)
+    return (torch.kron(up1, up2), torch.kron(down1, down2)), rank
+
+
+def _factor(t, name, core=None):
+    """One factor as U [n, r], D [r, k]: whole beside an identity, or w_a w_b, or w_a and w_b around a Tucker core."""
+    if name in t:
+        whole = t[name].float().flatten(1)
+        return full_rank(whole, whole, {})[:2]
+    a, b = t[f"{name}_a"].float(), t[f"{name}_b"].float()
+    return (a.t().contiguous(), _around(t[core], b)) if core in t else (a, b.flatten(1))
+
+
+def _around(core, b):
+    """A Tucker core [R, R, height, width] times b [R, channels] -> [R, channels x height x width]."""
+    return torch.einsum("ijhw,jk->ikhw", core.float(), b.float()).flatten(1).contiguous()
+
+
+def _decomposed(name, core=None):
+    return [f"{name}_a", f"{name}_b", *([core] if core else [])]
+
+
+_LORA = ["lora_up.weight", "lora_down.weight"]
+_ALGORITHMS = {
+    frozenset(_LORA): _lora,
+    frozenset([*_LORA, "lora_mid.weight"]): _lora,
+    frozenset(_decomposed("hada_w1") + _decomposed("hada_w2")): _loha,
+    frozenset(_decomposed("hada_w1", "hada_t1") + _decomposed("hada_w2", "hada_t2")): _loha,
+    **{
+        frozenset(w1 + w2): _lokr
+        for w1 in (["lokr_w1"], _decomposed("lokr_w1"))
+        for w2 in (["lokr_w2"], _decomposed("lokr_w2"), _decomposed("lokr_w2", "lokr_t2"))
+    },
+}
+KINDS = frozenset().union(*_ALGORITHMS)
+'''
+
+# ============================================================================================== common/memory.py
+
+MODULES['common.memory'] = r'''
+"""Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from common import device
+from common.command_line import UserError
+
+ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
+# All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
+ADVICE = "end what else is on this GPU, lower --resolution, or use --quantize nf4; --resume_from_checkpoint latest takes all of these"
+
+
+class OutOfMemory(UserError):
+    """GPU memory is used up, and there is no leaner way left to try."""
+
+    def __init__(self, doing: str, advice: str = ADVICE) -> None:
+        super().__init__(f"out of GPU memory {doing}: {advice}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class."""
+    if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+
+
+def release(where: torch.device) -> None:
+    """Give back what a failed attempt has left; call it outside of the `except` block, which still holds the tensors."""
+    gc.collect()
+    device.free_memory(where)
+
+
+class StepDown:
+    """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
+
+    Args:
+        doing: what is done, for messages: "while encoding images".
+        ways: {what a way is called, for messages: function}; all of them take the same arguments.
+        host: the process whose device is cleared after a failure.
+    """
+
+    def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
+        self.doing, self.ways, self.host = doing, list(ways.items()), host
+
+    def __call__(self, *arguments):
+        """Return what the first way gives that does not run out of memory.
+
+        Raises:
+            OutOfMemory: the last one ran out too.
+        """
+        while self.ways:
+            try:
+                return self.ways[0][1](*arguments)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+            release(self.host.device)
+            self.ways.pop(0)
+            if self.ways:
+                print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)
+        raise OutOfMemory(self.doing)
+'''
+
+# ====================================================================================== common/metadata_files.py
+
+MODULES['common.metadata_files'] = r'''
+"""metadata.jsonl and metadata.csv -> rows, strictly: what could be read in two ways is refused by line and cure."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+from common.command_line import UserError
+
+DELIMITERS = ",;\t"
+# The start of a row within a quoted text: then the quote was never meant to reach that far.
+_ROW_IN_TEXT = re.compile(r"\n[^\n,;\t]+\.[a-zA-Z0-9]{2,4}[,;\t]")
+
+
+def read_rows(path: Path, caption_column: str) -> list[tuple[str, str | None]]:
+    """(file name, caption) of every row of a metadata file; a caption may be None.
+
+    Raises:
+        UserError: naming the file, the line, what is wrong and the cure.
+    """
+    rows = _jsonl_rows(path) if path.suffix == ".jsonl" else _csv_rows(path, caption_column)
+    return [_checked(path, number, row, caption_column) for number, row in rows]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file as text, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def _checked(path, number, row, caption_column):
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: line {number} is not an object with file_name and {caption_column}")
+    for column in ("file_name", caption_column):
+        if column not in row:
+            columns = ", ".join(map(str, row))
+            raise UserError(f"{path}: line {number} has no {column!r} (it has {columns}); see --caption_column")
+        value = row[column]
+        if not isinstance(value, (str, type(None))) or (column == "file_name" and not value):
+            raise UserError(f"{path}: line {number}: {column} is {value!r}, not a text; see --caption_column")
+    return row["file_name"], row[caption_column]
+
+
+def _jsonl_rows(path):
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would cut captions at U+2028 too
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error.msg})") from None
+    return rows
+
+
+def _csv_rows(path, caption_column):
+    text = read_text(path)
+    delimiter = _delimiter(text, caption_column)
+    records = _csv_records(path, text, delimiter)
+    if not records:
+        return []
+    columns = [name.strip() for name in records[0][1]]
+    for number, fields in records[1:]:
+        _check_fields(path, number, fields, columns, delimiter)
+    return [(number, dict(zip(columns, fields))) for number, fields in records[1:]]
+
+
+def _delimiter(text, caption_column):
+    """The delimiter that splits the heading into most of file_name and the caption column; the comma before others."""
+    heading = text.partition("\n")[0]
+    wanted = {"file_name", caption_column}
+    return max(DELIMITERS, key=lambda delimiter: len(wanted & {name.strip(' "') for name in heading.split(delimiter)}))
+
+
+def _csv_records(path, text, delimiter):
+    """[(number of its first line, fields)] of every row that is not blank, the heading included."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
+    records, number = [], 1
+    try:
+        for fields in reader:
+            if any(_ROW_IN_TEXT.search(field) for field in fields):
+                raise csv.Error("a quote is opened and the rows after it are read as its text")
+            if fields:
+                records.append((number, fields))
+            number = reader.line_num + 1
+    except csv.Error as error:
+        cure = 'close every quote, and write a quote within quotes twice ("")'
+        raise UserError(f"{path}: line {number} cannot be read ({error}); {cure}") from None
+    return records
+
+
+def _check_fields(path, number, fields, columns, delimiter):
+    shown = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
+    counted = f"{path}: line {number} has {len(fields)} fields where the heading has {len(columns)}"
+    if len(fields) > len(columns):
+        raise UserError(f'{counted}; put a caption that holds {shown} between double quotes ("...")')
+    if len(fields) < len(columns):
+        raise UserError(f"{counted} (delimiter: {shown}); write every field, an empty one too")
+'''
+
+# ========================================================================================== common/model_kind.py
+
+MODULES['common.model_kind'] = r'''
+"""What a model is, by its own files: SDXL or not, what its UNet predicts, on which noise schedule. The flags speak where the files are silent.
+
+v-prediction: arXiv 2202.00512. Zero-terminal SNR (the last timestep is pure noise): arXiv 2305.08891.
+"""
+
+import inspect
+import json
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from common.command_line import UserError
+
+PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
+SCHEDULER = "scheduler/scheduler_config.json"
+READ = ["model_index.json", SCHEDULER, *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+# The samplers whose configuration describes DDPM's noise schedule. EDM and flow matching have another one.
+DDPM_FAMILY = (
+    "DDPM DDIM DDPMParallel DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete"
+    " KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver LCM TCD"
+).split()
+_SPELLINGS = {
+    "v": V_PREDICTION,
+    "v_prediction": V_PREDICTION,
+    "v-prediction": V_PREDICTION,
+    "epsilon": EPSILON,
+    "eps": EPSILON,
+}
+
+
+class Mark(NamedTuple):
+    """What one place in a model's files says about it."""
+
+    value: object
+    where: str
+
+
+class Kind(NamedTuple):
+    """What the noise schedule and the UNet's target are. `said_by`: the flag, or the place in the model's files."""
+
+    prediction_type: str  # EPSILON or V_PREDICTION
+    zero_terminal_snr: bool
+    said_by: str
+
+    def __str__(self):
+        snr = ", zero-terminal SNR" if self.zero_terminal_snr else ""
+        return f"predicts {self.prediction_type}{snr} (by {self.said_by})"
+
+
+# ---------------------------------------------------------------- is it SDXL
+
+
+def read_object(folder, file, named):
+    """The JSON object in folder/file.
+
+    Args:
+        named: the flag and its value, for the message.
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return dict(json.loads((folder / file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
+
+
+def check_folder(folder, named):
+    """Refuse what is not SDXL, by its configuration files: Stable Diffusion 1.5 would be loaded far before it fails.
+
+    Raises:
+        UserError: naming the flag, the part and what is not supported about it.
+    """
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"{named}: no model_index.json in it, so it is not a diffusers model folder")
+    for file in READ:
+        read_object(folder, file, named)
+    configs = {part: read_object(folder, f"{part}/config.json", named) for part in PARTS}
+    for part, wanted in PARTS.items():
+        found = configs[part].get("_class_name") or (configs[part].get("architectures") or ["nothing known"])[0]
+        if found != wanted:
+            raise UserError(f"{named}: its {part} is {found}, SDXL's is {wanted}")
+    _check_unet(configs["unet"], configs["text_encoder"], configs["text_encoder_2"], named=named)
+    check_scheduler(read_object(folder, SCHEDULER, named), named)
+
+
+def _check_unet(unet, text_encoder, text_encoder_2, *, named):
+    for name in ("in_channels", "out_channels"):
+        if unet.get(name, 4) != 4:
+            hint = " (an inpainting or editing model)" if name == "in_channels" else ""
+            raise UserError(f"{named}: its unet has {unet[name]} {name}{hint}; only SDXL models with 4 are supported")
+    if unet.get("addition_embed_type") != "text_time":
+        raise UserError(f"{named}: its unet takes no picture sizes (addition_embed_type), so it is not SDXL's")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"{named}: its unet takes the guidance as an input (time_cond_proj_dim, as LCM has), which is not supported"
+        )
+    try:
+        widths = {
+            "cross_attention_dim": text_encoder["hidden_size"] + text_encoder_2["hidden_size"],
+            "projection_class_embeddings_input_dim": 6 * unet["addition_time_embed_dim"]
+            + text_encoder_2["projection_dim"],
+        }
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{named}: the configuration of its unet or of a text encoder lacks widths that SDXL has"
+        ) from None
+    for name, width in widths.items():
+        if unet.get(name) != width:
+            raise UserError(
+                f"{named}: its unet has the {name} {unet.get(name)}, its text encoders give {width}; they do not fit"
+            )
+
+
+def check_scheduler(config, named):
+    """Refuse a noise schedule or a target that training does not know.
+
+    Raises:
+        UserError: naming the flag and what the configuration says.
+    """
+    name = str(config.get("_class_name"))
+    if (
+        name.removesuffix("Scheduler") not in DDPM_FAMILY
+        or config.get("use_flow_sigmas")
+        or config.get("timestep_type") == "continuous"
+    ):
+        raise UserError(
+            f"{named}: its scheduler, {name}, has another noise schedule than SDXL's (EDM or flow matching?): not supported"
+        )
+    if (found := config.get("prediction_type", EPSILON)) not in (EPSILON, V_PREDICTION):
+        raise UserError(f"{named}: prediction type {found!r} is not supported, only {EPSILON} and {V_PREDICTION}")
+    try:
+        finite = bool(alphas_cumprod(config).isfinite().all())
+    except (TypeError, ValueError, NotImplementedError, RuntimeError):
+        finite = False
+    if not finite:
+        raise UserError(f"{named}: its {SCHEDULER} describes no noise schedule that can be computed")
+
+
+def alphas_cumprod(config):
+    """The noise schedule of a scheduler configuration: [T], in fp32 on the CPU."""
+    from diffusers import DDPMScheduler
+
+    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    known = inspect.signature(DDPMScheduler.__init__).parameters
+    return DDPMScheduler(**{name: config[name] for name in known if name in config}).alphas_cumprod.float()
+
+
+# ---------------------------------------------------------------- what it predicts
+
+
+def marks_in_file(file, named):
+    """{"prediction_type": [Mark], "zero_terminal_snr": [Mark]}: what a single file says, by NoobAI's keys, modelspec's and kohya's.
+
+    Raises:
+        UserError: a damaged file, a prediction type that is not supported.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            keys, metadata = set(tensors.keys()), tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{named}: damaged, or no safetensors file ({error}); download or copy it again") from None
+    prediction = [Mark(V_PREDICTION, "its key v_pred")] if "v_pred" in keys else []
+    zero_snr = [Mark(True, "its key ztsnr")] if "ztsnr" in keys else []
+    if (spec := metadata.get("modelspec.prediction_type")) is not None:
+        if spec.lower() not in _SPELLINGS:
+            raise UserError(f"{named}: modelspec.prediction_type {spec!r} is not supported, only {EPSILON} and v")
+        prediction.append(Mark(_SPELLINGS[spec.lower()], "its modelspec.prediction_type"))
+    if metadata.get("ss_v_parameterization") in ("True", "False"):
+        value = V_PREDICTION if metadata["ss_v_parameterization"] == "True" else EPSILON
+        prediction.append(Mark(value, "its ss_v_parameterization"))
+    if metadata.get("ss_zero_terminal_snr") == "True":
+        zero_snr.append(Mark(True, "its ss_zero_terminal_snr"))
+    return {"prediction_type": prediction, "zero_terminal_snr": zero_snr}
+
+
+def marks_in_scheduler(config):
+    """The same of a scheduler configuration. Only what differs from the default counts: converters leave the default where nothing was said."""
+    where = "its scheduler configuration"
+    return {
+        "prediction_type": [Mark(V_PREDICTION, where)] if config.get("prediction_type") == V_PREDICTION else [],
+        "zero_terminal_snr": [Mark(True, where)] if config.get("rescale_betas_zero_snr") else [],
+    }
+
+
+def decide(named, marks, *, prediction_type=None, zero_terminal_snr=None):
+    """What the files say, or the flags where they are given -> Kind.
+
+    Args:
+        marks: [Mark] for each of the two settings.
+        prediction_type, zero_terminal_snr: the flags, None where they were not given.
+    Raises:
+        UserError: the files contradict each other, or the flag contradicts them.
+    """
+    prediction = _agreed(named, "prediction_type", marks["prediction_type"], asked=prediction_type, default=EPSILON)
+    zero_snr = _agreed(named, "zero_terminal_snr", marks["zero_terminal_snr"], asked=zero_terminal_snr, default=False)
+    said_by = [prediction.where, *([zero_snr.where] if zero_snr.value and zero_snr.where != prediction.where else [])]
+    return Kind(prediction.value, zero_snr.value, " and ".join(said_by))
+
+
+def _agreed(named, setting, marks, *, asked, default):
+    """The Mark that counts. Trainers write the default where nobody told them anything, so a flag may contradict that."""
+    told = [mark for mark in marks if mark.value != default]
+    if asked is not None:
+        if told and all(mark.value != asked for mark in marks):
+            raise UserError(
+                f"--{setting} {asked}: contradicts {told[0].where}, by which {named} has {told[0].value}; leave the flag out"
+            )
+        return Mark(asked, f"--{setting}")
+    if told and len(told) < len(marks):
+        other = next(mark for mark in marks if mark.value == default)
+        raise UserError(
+            f"{named}: {told[0].where} says {told[0].value}, {other.where} says {other.value}; decide with --{setting}"
+        )
+    return next(iter(marks), Mark(default, "its scheduler configuration"))
+
+
+def scheduler_of(config, kind):
+    """A scheduler configuration that says what `kind` says. Zero-terminal SNR starts at the last timestep: "trailing" spacing (sec. 3.3)."""
+    config = {**config, "prediction_type": kind.prediction_type}
+    return (
+        {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if kind.zero_terminal_snr else config
+    )
 '''
 
 # =============================================================================================== common/noise.py
@@ -3913,167 +6118,206 @@ def by_quarter(values, t, num_timesteps):
 # ======================================================================================== common/norm_kernels.py
 
 MODULES['common.norm_kernels'] = r'''
-"""Normalisations of frozen layers on a GPU, in one or two passes over memory, with what comes before and after them.
+"""Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
 
 GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
 Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
 All sums are in fp32 over deviations from the mean, never differences of large squares.
+
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py. GroupNorm's kernels share
+these arguments, of a batch of images whose pixels are cut into tiles of ROWS:
+    x, y, dy, dx: [images, pixels, channels]; shift: [images, channels]; weight, bias: [channels].
+    mean, deviation, sum_dz, sum_dz_u: fp32 [images, tiles, channels], of one tile each.
+    scale, centre: fp32 [images, channels], with u = x + centre and y = u scale + bias.
+    inverse, offset, slope: fp32 [images, groups], with dx = dz scale - offset - slope u. SIZE: channels of a group.
 """
 
 import torch
-import torch.nn.functional as F
-
-if torch.cuda.is_available():  # Triton comes with the CUDA builds of torch only
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Offsets in one image, channel numbers and mask of the tile of this program."""
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        at = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + column
-        return at, column, (row < pixels) & (column < channels)
-
-    @triton.jit
-    def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of every tile and channel: mean, and sum of squared deviations from it."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        if SHIFT:
-            value += tl.load(shift + tl.program_id(2) * channels + column, mask=column < channels, other=0.0).to(tl.float32)
-        count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
-        average = tl.sum(tl.where(inside, value, 0.0), axis=0)[None, :] / count
-        apart = tl.where(inside, value - average, 0.0)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        tl.store(mean + to, average, mask=column < channels)
-        tl.store(deviation + to, tl.sum(apart * apart, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _group_tile(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
-        """Tile numbers, offsets in per-tile sums and mask: the channels of this program's group."""
-        tile = start + tl.arange(0, TILES)[:, None]
-        inside_group = tl.arange(0, WIDTH)[None, :]
-        at = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + inside_group
-        return tile, at, (tile < tiles) & (inside_group < SIZE)
-
-    @triton.jit
-    def _merge_moments_kernel(
-        mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
-        SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
-        """Of every group: 1 / standard deviation; of every channel: y = (x + centre) scale + bias."""
-        total = pixels * SIZE
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            sums += tl.load(mean + at, mask=inside, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
-        average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
-        sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            tile, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            apart = tl.where(inside, tl.load(mean + at, mask=inside, other=0.0) - average, 0.0)
-            sums += tl.load(deviation + at, mask=inside, other=0.0) + apart * apart * tl.minimum(ROWS, pixels - tile * ROWS)
-        r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
-        tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
-        channel, inside = tl.program_id(0) * SIZE + tl.arange(0, WIDTH), tl.arange(0, WIDTH) < SIZE
-        to = tl.program_id(1) * channels + channel
-        tl.store(scale + to, r * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32), mask=inside)
-        added = tl.load(shift + to, mask=inside, other=0.0).to(tl.float32) if SHIFT else tl.zeros((WIDTH,), dtype=tl.float32)
-        tl.store(centre + to, added - average, mask=inside)
-
-    @triton.jit
-    def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        z = u * tl.load(scale + of_channel, mask=known, other=0.0) + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-        if SILU:
-            z = z * tl.sigmoid(z)
-        tl.store(y + at, z, mask=inside)
-
-    @triton.jit
-    def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Of this program's tile: offsets, channels, mask, deviation u from the group's mean, dL/dz, scale."""
-        at, column, inside = _tile(pixels, channels, ROWS, COLUMNS)
-        of_channel, known = tl.program_id(2) * channels + column, column < channels
-        u = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + tl.load(centre + of_channel, mask=known, other=0.0)
-        k, dz = tl.load(scale + of_channel, mask=known, other=0.0), tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        if SILU:
-            z = u * k + tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
-            s = tl.sigmoid(z)
-            dz = dz * s * (1 + z * (1 - s))
-        return at, column, inside, u, dz, k
-
-    @triton.jit
-    def _gradient_sums_kernel(
-        x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        """Of every tile and channel: sums of dz scale and of dz scale u."""
-        _, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        to = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + column
-        dz = tl.where(inside, dz * k, 0.0)
-        tl.store(sum_dz + to, tl.sum(dz, axis=0)[None, :], mask=column < channels)
-        tl.store(sum_dz_u + to, tl.sum(dz * u, axis=0)[None, :], mask=column < channels)
-
-    @triton.jit
-    def _merge_gradient_kernel(
-        sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
-    ):
-        """Of every group: dx = dz scale - offset - slope u."""
-        first, second = tl.zeros((TILES, WIDTH), dtype=tl.float32), tl.zeros((TILES, WIDTH), dtype=tl.float32)
-        for start in range(0, tiles, TILES):
-            _, at, inside = _group_tile(start, tiles, channels, SIZE, TILES, WIDTH)
-            first += tl.load(sum_dz + at, mask=inside, other=0.0)
-            second += tl.load(sum_dz_u + at, mask=inside, other=0.0)
-        to, total = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), pixels * SIZE
-        r = tl.load(inverse + to)
-        tl.store(offset + to, tl.sum(tl.sum(first, axis=1), axis=0) / total)
-        tl.store(slope + to, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
-
-    @triton.jit
-    def _group_norm_backward_kernel(
-        x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
-        SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    ):  # fmt: skip
-        at, column, inside, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
-        group, known = tl.program_id(2) * (channels // SIZE) + column // SIZE, column < channels
-        a, b = tl.load(offset + group, mask=known, other=0.0), tl.load(slope + group, mask=known, other=0.0)
-        tl.store(dx + at, dz * k - a - b * u, mask=inside)
-
-    @triton.jit
-    def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
-        if ADD:
-            value += tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(total + at, value, mask=inside)
-            value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        w, b = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32), tl.load(bias + i, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + at, apart * r * w + b, mask=inside)
-
-    @triton.jit
-    def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
-        i = tl.arange(0, BLOCK)
-        at, inside = tl.program_id(0).to(tl.int64) * width + i, i < width
-        value = tl.load(total + at, mask=inside, other=0.0).to(tl.float32)
-        apart = tl.where(inside, value - tl.sum(value, axis=0) / width, 0.0)
-        r = tl.rsqrt(tl.sum(apart * apart, axis=0) / width + eps)
-        g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-        g = r * (g - tl.sum(g, axis=0) / width - apart * r * r * tl.sum(g * apart, axis=0) / width)
-        tl.store(dx + at, g + tl.load(dtotal + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
-
-    @triton.jit
-    def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + i, mask=i < n).to(tl.float32) + tl.load(h + i, mask=i < n).to(tl.float32)
-        tl.store(y + i, value + tl.load(bias + i % channels, mask=i < n).to(tl.float32), mask=i < n)
-
+import triton
+import triton.language as tl
 
 COLUMNS, TILES, BLOCK = 64, 32, 1024
+
+
+@triton.jit
+def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile of an image: offsets [ROWS, COLUMNS], channels [1, COLUMNS], and the masks of both."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + channel
+    channel_mask = channel < channels
+    return offsets, channel, (row < pixels) & channel_mask, channel_mask
+
+
+@triton.jit
+def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of this program's group, in what is kept per tile: tile numbers [TILES, 1], offsets [TILES, WIDTH] and their mask."""
+    tile = start + tl.arange(0, TILES)[:, None]
+    in_group = tl.arange(0, WIDTH)[None, :]
+    offsets = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + in_group
+    return tile, offsets, (tile < tiles) & (in_group < SIZE)
+
+
+@triton.jit
+def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + tl.program_id(2) * channels + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+    average = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :] / count
+    residual = tl.where(mask, value - average, 0.0)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    tl.store(mean + out, average, mask=channel_mask)
+    tl.store(deviation + out, tl.sum(residual * residual, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of every group: inverse = 1 / standard deviation; of its channels: scale = inverse weight, centre = shift - mean."""
+    total = pixels * SIZE
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        sums += tl.load(mean + offsets, mask=mask, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+    average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        residual = tl.where(mask, tl.load(mean + offsets, mask=mask, other=0.0) - average, 0.0)
+        count = tl.minimum(ROWS, pixels - tile * ROWS)
+        sums += tl.load(deviation + offsets, mask=mask, other=0.0) + residual * residual * count
+    r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+    tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+
+    channel = tl.program_id(0) * SIZE + tl.arange(0, WIDTH)
+    mask = tl.arange(0, WIDTH) < SIZE
+    out = tl.program_id(1) * channels + channel
+    tl.store(scale + out, r * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    added = tl.zeros((WIDTH,), dtype=tl.float32)
+    if SHIFT:
+        added += tl.load(shift + out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(centre + out, added - average, mask=mask)
+
+
+@triton.jit
+def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y = (x + centre) scale + bias, through SiLU if asked for."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + offsets, z, mask=mask)
+
+
+@triton.jit
+def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    return offsets, channel, mask, channel_mask, u, dz, k
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Of every tile and channel: the sums of dz scale and of dz scale u."""
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    dz = tl.where(mask, dz * k, 0.0)
+    tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
+    tl.store(sum_dz_u + out, tl.sum(dz * u, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_gradient_kernel(
+    sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of every group: offset = mean of dz scale, slope = inverse^2 times the mean of dz scale u."""
+    first = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    second = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        _, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
+        first += tl.load(sum_dz + offsets, mask=mask, other=0.0)
+        second += tl.load(sum_dz_u + offsets, mask=mask, other=0.0)
+    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    total = pixels * SIZE
+    r = tl.load(inverse + group)
+    tl.store(offset + group, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+    tl.store(slope + group, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx = dz scale - offset - slope u."""
+    offsets, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )  # fmt: skip
+    group = tl.program_id(2) * (channels // SIZE) + channel // SIZE
+    a = tl.load(offset + group, mask=channel_mask, other=0.0)
+    b = tl.load(slope + group, mask=channel_mask, other=0.0)
+    tl.store(dx + offsets, dz * k - a - b * u, mask=mask)
+
+
+@triton.jit
+def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total = h + a, y = LayerNorm(total), one row a program. h, a, total, y: [rows, width]; weight, bias: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + offsets, value, mask=mask)
+        value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, residual * r * w + b, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+    """dx = dtotal + the gradient through LayerNorm(total). total, dy, dtotal, dx: [rows, width]; weight: [width]."""
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
+    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
+    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+    """y = x + h + bias. x, h, y: [n], channels last; bias: [channels]."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
 
 
 def _rows(pixels):
@@ -4083,7 +6327,7 @@ def _rows(pixels):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, norm, silu):
+    def forward(ctx, x, norm, silu, shift):
         x = x.contiguous(memory_format=torch.channels_last)
         (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
         pixels, rows = height * width, _rows(height * width)
@@ -4117,23 +6361,12 @@ class _GroupNorm(torch.autograd.Function):
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
-        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[1] else None
-        return dx, dshift, None, None
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dshift
 
 
 def group_norm(x, norm, silu=False, shift=None):
-    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
-
-    Args:
-        x: [B, C, H, W]; channels-last on a GPU.
-        norm: torch.nn.GroupNorm whose parameters need no gradient.
-        shift: [B, C] or None.
-    """
-    if x.is_cuda:
-        return _GroupNorm.apply(x, shift, norm, silu)
-    x = x if shift is None else x + shift[:, :, None, None]
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(y) if silu else y
+    return _GroupNorm.apply(x, norm, silu, shift)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -4159,12 +6392,7 @@ class _AddNorm(torch.autograd.Function):
         return dx, dx if ctx.added else None, None
 
 
-def add_norm(h, a, norm):
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
-    if h.is_cuda:
-        return _AddNorm.apply(h, a, norm)
-    total = h if a is None else a + h
-    return total, norm(total)
+add_norm = _AddNorm.apply
 
 
 class _AddBias(torch.autograd.Function):
@@ -4180,9 +6408,469 @@ class _AddBias(torch.autograd.Function):
         return dy, dy, None
 
 
+add_bias = _AddBias.apply
+'''
+
+# ========================================================================================== common/operations.py
+
+MODULES['common.operations'] = r'''
+"""What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
+
+Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
+take its place on a GPU once kernel_check.py has found that they compute the same there.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+class Operation:
+    """A function whose first argument says where it computes.
+
+    Attributes:
+        plain: its form in PyTorch; on a GPU it neither waits nor draws random numbers, so that a CUDA graph can hold it.
+        on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
+        faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
+    """
+
+    def __init__(self, plain):
+        functools.update_wrapper(self, plain)
+        self.plain = self.on_gpu = plain
+        self.faults = {}
+
+    def __call__(self, x, *args, **kwargs):
+        return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
+
+
+@Operation
+def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+
+    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
+
+    Args:
+        x: tensor of any shape.
+        seed: int64 scalar tensor on x's device, read when the GPU computes.
+        salt: integer that differs between layers.
+        add_to: when given, it becomes add_to + alpha d(x), in place.
+    """
+    keep = _uniform(x.numel(), seed, salt).view(x.shape) >= p
+    dropped = torch.where(keep, x.float() * (alpha / (1 - p)), 0.0)
+    return dropped.to(x.dtype) if add_to is None else add_to.add_(dropped)
+
+
+def _uniform(count, seed, salt):
+    """fp32 [count] in [0, 1): a hash of seed, salt and place, see https://github.com/skeeto/hash-prospector.
+
+    It computes with 32 unsigned bits, of which PyTorch has few operations: these are the lower ones of int64, which wraps.
+    """
+    bits_32 = 0xFFFFFFFF
+    bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
+    bits = (bits ^ bits >> 16) * 0x21F0AAAD & bits_32
+    bits = (bits ^ bits >> 15) * 0xD35A2D97 & bits_32
+    return ((bits ^ bits >> 15) >> 8).float() / 2**24
+
+
+def spread_salt(salt):
+    """31 bits that differ widely between neighbouring layers."""
+    return salt * 0x5EBCA6B % 2**31
+
+
+@Operation
+def geglu(h):
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+@Operation
+def gain_backward(dy, y, bias, gain, m, dm):
+    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+
+    One call at a time: the kernels of all calls count in the same place.
+
+    Args:
+        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
+    """
+    u = y.float() if bias is None else y.float() - bias
+    dm.addcdiv_((dy * u).sum(0), m)
+    return (dy * gain).to(dy.dtype)
+
+
+@Operation
+def scale_rows(w, gain):
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    return (w * gain[:, None]).to(w.dtype)
+
+
+def row_norms(w, A, B, scale):
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
+
+    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    """
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+@Operation
+def update_gain(w, A, B, m, scale, gain, b):
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, of which the kernel forms w + scale B A tile by tile."""
+    torch.div(m, row_norms(w, A, B, scale), out=gain)
+    b.copy_(B * gain[:, None])
+
+
+@Operation
+def group_norm(x, norm, silu=False, shift=None):
+    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
+
+    Args:
+        x: [B, C, H, W]; channels-last on a GPU.
+        norm: torch.nn.GroupNorm whose parameters need no gradient.
+        shift: [B, C] or None.
+    """
+    x = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+@Operation
+def add_norm(h, a, norm):
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+    total = h if a is None else a + h
+    return total, norm(total)
+
+
+@Operation
 def add_bias(x, h, bias):
     """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
-    return _AddBias.apply(x, h, bias) if x.is_cuda else x + (h + bias[:, None, None])
+    return x + (h + bias[:, None, None])
+
+
+OF_DORA = (gain_backward, scale_rows, update_gain)
+OF_THE_UNET = (geglu, group_norm, add_norm, add_bias)
+EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
+'''
+
+# ========================================================================================= common/other_tools.py
+
+MODULES['common.other_tools'] = r'''
+"""What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr unet_lr",
+    "lora_rank": "rank r lora_r network_dim dim",
+    "lora_alpha": "alpha network_alpha",
+    "lora_dropout": "dropout network_dropout",
+    "lora_target_modules": "target_modules",
+    "train_batch_size": "batch_size train_batch bs",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
+    "num_train_epochs": "epochs num_epochs max_train_epochs",
+    "max_train_steps": "steps max_steps num_steps train_steps",
+    "lr_warmup_steps": "warmup_steps warmup",
+    "offset_noise_strength": "noise_offset offset_noise",
+    "min_snr_gamma": "snr_gamma",
+    "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "random_flip": "flip_aug",
+    "use_ema": "ema",
+    "use_8bit_adam": "adam8bit optimizer_type optimizer",
+    "enable_xformers_memory_efficient_attention": "xformers",
+    "mixed_precision": "fp16 bf16 precision dtype",
+    "train_data_dir": "data_dir data train_dir image_dir instance_data_dir",
+    "dataset_name": "dataset",
+    "caption_column": "text_column",
+    "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model",
+    "pretrained_vae_model_name_or_path": "vae vae_path",
+    "output_dir": "output out out_dir outdir save_dir",
+    "resume_from_checkpoint": "resume network_weights",
+    "checkpointing_steps": "save_steps save_every_n_steps",
+    "checkpoints_total_limit": "save_total_limit save_last_n_steps",
+    "validation_steps": "sample_every_n_steps validation_epochs",
+    "validation_prompt": "validation_prompts sample_prompts",
+    "report_to": "log_with",
+    "lora": "lora_weights lora_path lora_model adapter adapter_path",
+    "lora_scale": "lora_weight multiplier",
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "steps": "num_inference_steps inference_steps sampling_steps",
+    "guidance_scale": "guidance cfg cfg_scale scale",
+    "num_images": "num_images_per_prompt num_samples n_samples n_iter",
+    "scheduler": "sampler sampler_name",
+    "image": "init_image input_image",
+    "strength": "denoising_strength",
+    "resolution": "size width height image_size",
+}
+
+
+def our_name(theirs: str, known: set[str]) -> str | None:
+    """What another tool's flag (without dashes, underscores inside) is called here; None where no flag of `known` is meant."""
+    return next((ours for ours, names in OTHER_NAMES.items() if theirs in names.split() and ours in known), None)
+'''
+
+# ============================================================================================ common/packages.py
+
+MODULES['common.packages'] = r'''
+"""The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
+
+import importlib.util
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# The same as requirements.txt, which a one-file script does not have beside it.
+# Floors: what Kaggle and Colab ship with (hosts/). Upper bounds: the newest minor release that was tested.
+REQUIREMENTS = {
+    "torch": ">=2.6",  # transformers switches PyTorch off below
+    "diffusers": ">=0.37.1,<0.43",
+    "transformers": ">=5.0,<5.25",
+    "peft": ">=0.19.1,<0.22",
+    "accelerate": ">=1.13,<1.16",
+    "bitsandbytes": ">=0.50.2,<0.51",
+    "datasets": ">=4.0,<5.3",
+    "argparse-dataclass": ">=2.0,<3",
+    "huggingface_hub": ">=1.11,<2.5",
+    "safetensors": ">=0.7,<0.9",
+    "tqdm": ">=4.67",
+    "pillow": ">=11.3",
+    "numpy": ">=2.0",
+    "psutil": ">=5.9.5",
+    "matplotlib": ">=3.10",
+}
+MODULES = {"argparse-dataclass": "argparse_dataclass", "pillow": "PIL"}  # where the name to import is another one
+WHERE_USED = ("bitsandbytes",)  # asked for by the flags that use it
+
+
+def lacking() -> dict[str, str | None]:
+    """{package: its version, or None when it is absent} of what is missing or too old, those of WHERE_USED left out.
+
+    The upper bounds are for pip: a newer package may well work.
+    """
+    found = {}
+    for name, wanted in REQUIREMENTS.items():
+        if name in WHERE_USED:
+            continue
+        if is_absent(name):
+            found[name] = None
+        elif (installed := installed_version(name)) and release(installed) < release(wanted.removeprefix(">=")):
+            found[name] = installed
+    return found
+
+
+def is_absent(name: str) -> bool:
+    return importlib.util.find_spec(MODULES.get(name, name)) is None
+
+
+def installed_version(name: str) -> str | None:
+    """None also where a package lies on the path without its metadata."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The numbers a version or a list of bounds begins with: (2, 6, 0) of 2.6.0+cu124."""
+    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+def refusal(found: dict[str, str | None]) -> str:
+    """One line that names what `lacking` found, with the command that brings it."""
+    said = ", ".join(f"{name} is missing" if has is None else f"{name} {has} is too old" for name, has in found.items())
+    return f"{said}: pip install " + " ".join(f'"{name}{REQUIREMENTS[name]}"' for name in found)
+
+
+def require_parser() -> None:
+    """Where argparse-dataclass is absent common.command_line cannot be imported: end with one line and exit status 2."""
+    if is_absent("argparse-dataclass"):
+        print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
+        sys.exit(2)
+'''
+
+# =============================================================================================== common/pairs.py
+
+MODULES['common.pairs'] = r'''
+"""A picture that was found and its caption, before anything is known of either; and how faults of files are told."""
+
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple
+
+
+class Pair(NamedTuple):
+    """`read` gives the bytes of the picture's file; an epoch shows the picture `repeats` times."""
+
+    name: str
+    caption: str | None
+    read: Callable[[], bytes]
+    repeats: int = 1
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file; a pipe or a device would never end.
+
+    Raises:
+        OSError: it is something else, or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("is not a regular file")
+    return path.read_bytes()
+
+
+def few(names: Iterable, shown: int = 3) -> str:
+    """The first names in a row: `a, b, c and 4 more`."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def or_fault(read: Callable):
+    """What `read()` returns, or the exception it raises.
+
+    Pillow and the libraries below it raise nearly any class for a damaged file.
+    """
+    try:
+        return read()
+    except MemoryError:  # the machine's, not the file's
+        raise
+    except Exception as error:
+        return error
+
+
+def fault(error: Exception) -> str:
+    """What is wrong, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+'''
+
+# ======================================================================================== common/peft_reading.py
+
+MODULES['common.peft_reading'] = r'''
+"""A PEFT folder -> weights under PEFT's names, for the part of the model that they belong to."""
+
+import json
+from pathlib import Path
+
+from common import formats
+from common.adapter_checks import drawing_config, misfitting_keys
+from common.adapter_names import COMPONENTS
+from common.command_line import UserError
+from common.files import read_safetensors
+
+
+def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
+    """A folder of the UNet or of one text encoder; save_peft's has folders of the text encoders in it. Returns as read_adapter."""
+    nested = [file.parent / component / formats.PEFT_WEIGHTS for component in COMPONENTS[1:]]
+    weights, configs = {}, {}
+    for part in (file, *(part for part in nested if part.exists())):
+        config = _config(part)
+        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
+        component, named = _component(modules, named)
+        weights[component], configs[component] = named, config
+    return weights, configs
+
+
+def _config(file):
+    """LoraConfig arguments beside a PEFT file."""
+    place = file.parent / formats.PEFT_CONFIG
+    if not place.exists():
+        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
+    try:
+        described = dict(json.loads(place.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
+    if described.get("peft_type") != "LORA":
+        raise UserError(
+            f"--lora {file.parent}: holds a PEFT adapter of type {described.get('peft_type')}; only LoRA and DoRA are supported"
+        )
+    return drawing_config(file, formats.PEFT_CONFIG, described)
+
+
+def _component(modules, weights):
+    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
+    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in COMPONENTS}
+    return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
+
+
+def _named_as_in(encoder, weights):
+    """The opposite of adapter_names.portable, where `encoder` is one without the prefix."""
+    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
+    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
+'''
+
+# ============================================================================================== common/places.py
+
+MODULES['common.places'] = r'''
+"""Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
+
+import os
+
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+'''
+
+# ========================================================================================== common/prediction.py
+
+MODULES['common.prediction'] = r'''
+"""What the frozen UNet predicts, measured before it is trained: epsilon or v, by its error on a few cached samples.
+
+The two targets, eps and v = sqrt(a) eps - sqrt(1 - a) z, differ most where noise is strong (a small): there v is nearly -z, of which a
+UNet for epsilon knows nothing. There a UNet for v, in turn, has little of eps in its output. Four forward passes of one image decide.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from common import noise
+from common.adapters import without_dropout
+from common.command_line import UserError
+from common.model_kind import EPSILON, V_PREDICTION
+
+LEVELS = (0.1, 0.06, 0.03, 0.015)  # alphas_cumprod of the passes: timesteps 680 to 890 of SDXL's 1000
+# A target is predicted when its error is below that share of its own mean square (an untrained UNet: 1 and more for both targets) ...
+PREDICTED = 0.85
+CLEARLY = 0.7  # ... and below that share of the other target's
+
+
+@torch.no_grad()
+def relative_errors(engine, examples):
+    """{prediction type: squared error of the UNet against that target, as a share of the target's own mean square}."""
+    schedules = {kind: replace(engine.schedule, prediction_type=kind) for kind in (EPSILON, V_PREDICTION)}
+    timesteps = [int((engine.schedule.alphas_cumprod - level).abs().argmin()) for level in LEVELS]
+    errors, squares = dict.fromkeys(schedules, 0.0), dict.fromkeys(schedules, 0.0)
+    with without_dropout([engine.unet, *engine.text.encoders]):
+        for batch in examples.probes(timesteps):
+            fields = {name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()}
+            predicted, _ = engine.predict(fields)
+            z = fields["mean"].float() + fields["std"].float() * fields["posterior_eps"]
+            for kind, schedule in schedules.items():
+                target = schedule.noise(z, fields["eps"], fields["t"])[1]
+                errors[kind] += noise.mse_per_sample(predicted, target).item()
+                squares[kind] += target.square().mean().item()
+    return {kind: errors[kind] / squares[kind] for kind in schedules}
+
+
+def check(engine, data):
+    """Compare what the model's files or the flags say with what its UNet does, before the first step.
+
+    A UNet that was not trained yet, or one in between, passes. A mark of v-prediction in the model's own files is nobody's default, so
+    there a disagreement is said and training goes on.
+    Raises:
+        UserError: the UNet clearly predicts the other target.
+    """
+    kind = data.model.kind
+    other = V_PREDICTION if kind.prediction_type == EPSILON else EPSILON
+    errors = relative_errors(engine, data.examples)
+    if not (errors[other] < PREDICTED and errors[other] < CLEARLY * errors[kind.prediction_type]):
+        return
+    measured = (
+        f"--pretrained_model_name_or_path {data.model.name}: is said to predict {kind.prediction_type} (by {kind.said_by}), but its error is"
+        f" {errors[other]:.2f} for {other} and {errors[kind.prediction_type]:.2f} for {kind.prediction_type} (untrained: 1)"
+    )
+    if kind.prediction_type == V_PREDICTION and not kind.said_by.startswith("--prediction_type"):
+        engine.host.say(f"warning: {measured}; if that mark is wrong, correct it: what is trained would be of no use")
+        return
+    raise UserError(f"{measured}; use --prediction_type {other}")
 '''
 
 # ============================================================================================== common/report.py
@@ -4192,11 +6880,15 @@ MODULES['common.report'] = r'''
 
 import importlib
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
+from common.files import replacing
+
+# Notebooks cut the bar at 80 columns; the numbers come first and what is left belongs to the bar itself.
+BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+REQUIRED = ("step", "loss", "mse", "lr")  # what makes a line of metrics.jsonl a row
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
 
 
@@ -4211,15 +6903,15 @@ class Report:
 
     def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
         self.is_main = is_main
-        self.bar = tqdm(total=total_steps, initial=resumed_step, desc="training", unit="step", disable=not is_main)
+        self.bar = tqdm(total=total_steps, initial=resumed_step, bar_format=BAR_FORMAT, disable=not is_main)
         if not is_main:
             return
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a")
+        self.plotted_rows, self.rows = 0, len(kept)
         self.tracker = None
         if report_to != "none":
             tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
@@ -4233,13 +6925,25 @@ class Report:
         """One optimizer step: to the bar, the file and the tracker."""
         if not self.is_main:
             return
-        shown = dict(loss=f"{row['loss']:.4f}", lr=f"{row['lr']:.1e}", s_img=f"{row['s_per_img']:.3f}", peak_gib=f"{row['peak_gib']:.2f}")
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix_str(shown_numbers(row), refresh=False)
         self.bar.update()
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        self.rows += 1
         if self.tracker:
             self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+        if "val_loss" in row:
+            self.plot()
+
+    def plot(self):
+        """Draw training.png anew, unless it shows all there is already. A picture is not worth a run: what goes wrong is said."""
+        if not self.is_main or self.rows == self.plotted_rows:
+            return
+        self.plotted_rows = self.rows
+        try:
+            plot_training(self.path.parent)
+        except Exception as error:
+            self.say(f"training.png could not be drawn ({type(error).__name__}: {error})")
 
     def say(self, line):
         """Print a line without breaking the bar."""
@@ -4250,47 +6954,60 @@ class Report:
         self.bar.close()
         if self.is_main:
             self.file.close()
+            self.plot()
             if self.tracker:
                 self.tracker.finish()
 
 
+def shown_numbers(row):
+    """What the bar says of a step: "loss 0.1234 lr 1.0e-04 2.345 s/img 13.05 GiB"."""
+    return f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['s_per_img']:.3f} s/img {row['peak_gib']:.2f} GiB"
+
+
 def read_metrics(path):
-    """Rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """Rows of a metrics.jsonl; a line that is damaged, or cut short by a kill, is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if all(isinstance(row[name], (int, float)) for name in REQUIRED):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError):  # no JSON, or not a row of ours
+            continue
     return rows
 
 
 def plot_training(output_dir):
-    """training.png from metrics.jsonl: loss with a running mean, held-out loss, and the learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """training.png from metrics.jsonl, a panel each: the loss that is minimised, the mse beside the held-out mse, the learning rate."""
+    from matplotlib.figure import Figure
 
     rows = read_metrics(Path(output_dir) / "metrics.jsonl")
     if not rows:
         return
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[3, 1], constrained_layout=True)
-    top.plot(steps, losses, color="0.75", linewidth=0.8, label="loss of each step")
-    top.plot(steps, _running_mean(losses, max(5, len(losses) // 20)), color="tab:blue", label="running mean")
-    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if held_out:
-        top.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held-out mse")
-    top.set_ylabel("loss")
-    top.legend(frameon=False)
-    bottom.plot(steps, [row["lr"] for row in rows], color="tab:green")
+    panels = [name for name in ("loss", "mse") if name == "mse" or any(row["loss"] != row["mse"] for row in rows)]
+    figure = Figure(figsize=(9, 2.6 * len(panels) + 1.6), layout="constrained")
+    *above, bottom = figure.subplots(len(panels) + 1, 1, sharex=True, height_ratios=[*[2] * len(panels), 1])
+    for axis, name in zip(above, panels):
+        _draw_loss(axis, rows, name)
+    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:green")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
-    for axis in (top, bottom):
+    for axis in (*above, bottom):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(Path(output_dir) / "training.png", dpi=120)
-    plt.close(figure)
+    with replacing(Path(output_dir) / "training.png") as partial:
+        figure.savefig(partial, format="png", dpi=120)
+
+
+def _draw_loss(axis, rows, name):
+    """One panel: `name` of each step, its running mean, and beside the mse that of the held-out images."""
+    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+    axis.plot(steps, values, color="0.75", linewidth=0.8, label="each step")
+    axis.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="tab:blue", label="running mean")
+    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    if held_out and name == "mse":
+        axis.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held out")
+    axis.set_ylabel({"loss": "loss, as weighted", "mse": "mse"}[name])
+    axis.legend(frameon=False)
 
 
 def _running_mean(values, window):
@@ -4307,70 +7024,221 @@ def save_png(path, image, text):
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, value)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG", pnginfo=info)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
+'''
+
+# ============================================================================================ common/resuming.py
+
+MODULES['common.resuming'] = r'''
+"""Where a run starts: at the beginning, or exactly where a checkpoint was made."""
+
+from pathlib import Path
+
+from common import checkpoint, files, loops, run_folder
+from common.command_line import UserError
+
+# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
+_FREE_TO_CHANGE = {
+    "resume_from_checkpoint",
+    "max_train_minutes",
+    "output_dir",
+    "save_peft",
+    "export_dora_as_lora",
+    "cache_dir",
+    "report_to",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
 
 
-CELL_PX, GAP_PX = (256, 512), 10
-PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+def resume(flags, engine, recipe, plan):
+    """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
+
+    Raises:
+        UserError: a damaged or foreign checkpoint, another effective batch, newer checkpoints beside it.
+    """
+    host, found = engine.host, run_folder.find_resume(flags.resume_from_checkpoint, flags.output_dir)
+    if not found:
+        if flags.resume_from_checkpoint:
+            host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
+        return loops.Progress(effective_batch=plan.effective_batch)
+    newest = max([*run_folder.find_checkpoints(flags.output_dir), found[0]], key=run_folder.step_of)
+    if run_folder.step_of(newest) > run_folder.step_of(found[0]):
+        raise UserError(
+            f"--resume_from_checkpoint {found[0]}: {newest} is newer and would be mixed up with what follows;"
+            " resume with 'latest', move the newer ones away, or name another --output_dir"
+        )
+    folder, progress = _load_newest(found, engine)
+    if progress.effective_batch != plan.effective_batch:
+        raise UserError(
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
+        )
+    _set_aside(found[: found.index(folder)], Path(flags.output_dir), host)
+    before = checkpoint.read_config(folder.parent)
+    for name, value in recipe["flags"].items():
+        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
+            host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
+    if before["data"] not in ({}, recipe["data"]):
+        was, now = before["data"]["images"], recipe["data"]["images"]
+        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
+    host.say(f"resumed from {folder}")
+    return progress
 
 
-def grid(rows, column_titles, row_labels, footer):
-    """One labelled picture of many: titles on top, labels at the left, `footer` in small print below.
+def _load_newest(found, engine):
+    """(folder, Progress) of the first checkpoint of `found` that is as it was written; the others are named. UserError: none is."""
+    for folder in found:
+        try:
+            return folder, loops.Progress(**checkpoint.load_checkpoint(folder, engine))
+        except files.DamagedFile as error:
+            if folder == found[-1]:
+                raise
+            engine.host.say(f"passed over: {error}")
+
+
+def _set_aside(damaged, output_dir, host):
+    """Rename damaged checkpoints of this run: as its newest they would be kept, and sound ones rotated away."""
+    host.barrier()
+    for folder in damaged if host.is_main else ():
+        if folder.parent == output_dir:
+            folder.rename(files.partial_name(folder).with_suffix(".damaged"))
+'''
+
+# ========================================================================================== common/run_folder.py
+
+MODULES['common.run_folder'] = r'''
+"""An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
+
+Nothing here imports torch: a folder that cannot be used is refused at once.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.command_line import UserError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer, some network drives
+KAGGLE_INPUT = Path("/kaggle/input")
+WRITTEN_BELOW = (".", "ema_unet", "kohya", "peft", "images")  # where a run writes files through partial ones
+LITTER = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial|(checkpoint-\d+|.+\.(json|jsonl|png|safetensors))\.partial")
+
+
+# ---------------------------------------------------------------- one run at a time
+
+
+@contextlib.contextmanager
+def owned(folder: Path, host) -> Iterator[None]:
+    """Inside, `folder` belongs to this run alone, and what dead runs left half written is gone.
+
+    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is removed.
 
     Args:
-        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
-            label, more makes a file that nobody can send.
+        host: the device.Host; its main process holds the lock, and all of them hear of a refusal.
+    Raises:
+        UserError: another run is writing there.
     """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
-    letters = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"  # Pillow's own font stops at ASCII
-    font, small = ImageFont.truetype(letters, side / 14), ImageFont.truetype(letters, side / 20)
-    left = side * 2 // 3
-    titles = [_wrap(title, font, side) for title in column_titles]
-    top = max(_height(title, font) for title in titles) + 2 * GAP_PX
-    width = left + len(titles) * (side + GAP_PX) + GAP_PX
-    footer = _wrap(footer, small, width - 2 * GAP_PX)
-    height = top + len(rows) * (side + GAP_PX) + _height(footer, small) + GAP_PX
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for j, title in enumerate(titles):
-        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
-        pen.multiline_text((x, top - GAP_PX), title, INK, font, anchor="md", align="center")
-    for i, (label, images) in enumerate(zip(row_labels, rows)):
-        y = top + i * (side + GAP_PX)
-        pen.multiline_text((GAP_PX, y + side // 2), _wrap(label, font, left - GAP_PX), INK, font, anchor="lm")
-        for j, image in enumerate(images):
-            # Enlarged pixels stay sharp: a small image should look like what it is.
-            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
-    pen.multiline_text((GAP_PX, height - GAP_PX), footer, PALE_INK, small, anchor="ld")
-    return sheet
+    is_new = not folder.exists()
+    lock = _take_lock(folder) if host.is_main else None
+    try:
+        if not all(host.gather([lock is not None or not host.is_main])):
+            raise _in_use(folder)
+        if host.is_main:
+            remove_litter(folder)
+        yield
+    finally:
+        if lock is not None:
+            _give_back(lock)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
 
 
-def _wrap(text, font, width_px):
-    """`text` broken into lines that fit; a word that is too long alone is cut."""
-    lines = [""]
-    for word in text.split():
-        while font.getlength(word) > width_px:
-            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width_px:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return "\n".join(line for line in lines if line)
+def check_free(folder: Path) -> None:
+    """Refuse early, before anything is loaded, what `owned` would refuse. One process of a launch asks: they would meet each other.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).exists():
+        lock = _take_lock(folder)
+        if lock is None:
+            raise _in_use(folder)
+        _give_back(lock)
 
 
-def _height(text, font):
-    from PIL import Image, ImageDraw
+def _take_lock(folder: Path):
+    """The lock of `folder`, taken as far as its file system has locks; None where another process has it."""
+    from filelock import FileLock, Timeout
 
-    return ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)[3]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def _give_back(lock) -> None:
+    """Release a lock, and remove its file while nobody else can have it."""
+    with contextlib.suppress(OSError):  # Windows removes it at the release
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another folder")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what runs that were killed have left half written."""
+    for place in WRITTEN_BELOW:
+        for path in (folder / place).glob("*.partial"):
+            if LITTER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def find_checkpoints(folder: Path | str) -> list[Path]:
+    """Complete checkpoint folders, the oldest step first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
+    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(number[1]) if number else 0
+
+
+def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> list[Path]:
+    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; none when there is nothing to resume.
+
+    'latest' is the newest of this output folder, and the older ones in case it is damaged; on Kaggle, where each version of a notebook
+    starts with an empty one, else those of a folder of the same name below /kaggle/input, where the output of an earlier version lies.
+    """
+    if resume_from_checkpoint != "latest":
+        return [Path(resume_from_checkpoint)] if resume_from_checkpoint else []
+    return (find_checkpoints(output_dir) or _of_earlier_versions(Path(output_dir).resolve().name))[::-1]
+
+
+def _of_earlier_versions(name: str) -> list[Path]:
+    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
+    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
 '''
 
 # ============================================================================================ common/sampling.py
@@ -4379,17 +7247,17 @@ MODULES['common.sampling'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
-import gc
+import functools
 import math
 
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, fused_unet, loading
+from common import adapter_loading, device, fused_unet, loading, memory
 from common.adapters import without_dropout
 from common.command_line import UserError
 from common.graphs import Graphed
-from common.schedulers import make_scheduler
+from common.schedulers import default_guidance_rescale, make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
 # GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
@@ -4412,23 +7280,27 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
 
     Returns:
         list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
+    Raises:
+        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
     """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
-    scheduler = EulerDiscreteScheduler.from_pretrained(model.folder, subfolder="scheduler")
-    vae = loading.load_vae(model, host).to(host.dtype)  # the pipeline itself upcasts a VAE that needs it
-    no_text = dict(text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    # The pipeline without its VAE, which would take memory while the UNet needs it
+    scheduler = make_scheduler("euler", model.scheduler)
+    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     zeros = loading.zero_unconditional(model)
     pipeline = StableDiffusionXLPipeline(
-        vae, unet=unet, scheduler=scheduler, **no_text, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
+
+    # One prompt at a time, each to its latent
     unconditional = (None, None) if zeros else condition(text, "", host)
-    images = []
+    latents = []
     with without_dropout([unet, *text.encoders]):
         for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
             prompt_embeds, pooled = condition(text, prompt, host)
-            images += pipeline(
+            latents += pipeline(
                 prompt_embeds=prompt_embeds,
                 pooled_prompt_embeds=pooled,
                 negative_prompt_embeds=unconditional[0],
@@ -4437,12 +7309,45 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 width=resolution,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
+                guidance_rescale=default_guidance_rescale(model.kind),
                 generator=generator(seed + i),
+                output_type="latent",
             ).images
-    del pipeline, vae
-    gc.collect()
-    device.free_memory(host.device)
-    return images
+    del pipeline
+    memory.release(host.device)
+    return _decode(latents, model, host)
+
+
+def _decode(latents, model, host):
+    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = loading.load_vae(model, host)
+    whole = functools.partial(_to_pixels, vae=vae)
+
+    def in_tiles(latent):
+        vae.enable_tiling()
+        return whole(latent)
+
+    def on_cpu(latent):
+        vae.disable_tiling()
+        vae.to("cpu", torch.float32)
+        return whole(latent)
+
+    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
+    decode = memory.StepDown("while decoding", ways, host)
+    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
+
+
+def _to_pixels(latent, vae):
+    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
+    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
+    if config.latents_mean is None:
+        latent = latent / config.scaling_factor
+    else:
+        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        latent = latent * std / config.scaling_factor + mean
+    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4452,6 +7357,7 @@ class Settings:
     resolution: int = 1024
     steps: int = STEPS
     guidance_scale: float = GUIDANCE
+    guidance_rescale: float = 0.0
     negative_prompt: str | None = None
     image: object = None
     strength: float = 0.6
@@ -4509,7 +7415,7 @@ class Sampler:
             tokenizer=tokenizer,
             tokenizer_2=tokenizer_2,
             unet=loading.load_unet(model, home).eval(),
-            scheduler=make_scheduler(scheduler, model.folder),
+            scheduler=make_scheduler(scheduler, model.scheduler),
             force_zeros_for_empty_prompt=loading.zero_unconditional(model),
             add_watermarker=False,
         )
@@ -4519,7 +7425,7 @@ class Sampler:
     def load(self, file):
         """Load an adapter file; returns the name to activate it by. Before `place`."""
         name = f"adapter{len(self.adapters):02d}"
-        adapter_loading.load_adapter(self.pipeline, file, name)
+        adapter_loading.load_adapter(self.pipeline, file, name, say=self.host.say)
         self.adapters.append(name)
         return name
 
@@ -4527,7 +7433,7 @@ class Sampler:
         """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
         unet = self.pipeline.unet
         if self.memory in ("gpu", "offload"):
-            fused_unet.fuse_unet(unet, self.host.device)
+            fused_unet.fuse_unet(unet, self.host.device, self.host.say)
         if self.memory == "gpu":
             self._replay(unet)
         elif self.memory == "offload":
@@ -4572,14 +7478,15 @@ class Sampler:
             return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
         try:
             return self._draw(adapters, prompt, seeds, settings, on_step)
-        except torch.OutOfMemoryError:
-            pass  # outside of this block the failed call's tensors are free
+        except RuntimeError as error:
+            if not memory.ran_out(error):
+                raise
+        # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        gc.collect()
-        device.free_memory(self.host.device)
+        memory.release(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too
@@ -4601,6 +7508,7 @@ class Sampler:
             negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
             generator=[generator(seed) for seed in seeds],
             callback_on_step_end=after_step,
             **framing,
@@ -4653,13 +7561,874 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, folder):
-    """The scheduler `name` of SCHEDULERS with the noise schedule of the model in `folder`."""
+def make_scheduler(name, config):
+    """The scheduler `name` of SCHEDULERS with the noise schedule of a model's scheduler configuration, see loading.Model."""
     import diffusers
 
     class_name, options = SCHEDULERS[name]
-    scheduler = getattr(diffusers, class_name)
-    return scheduler.from_config(scheduler.load_config(folder, subfolder="scheduler"), **options)
+    return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def default_guidance_rescale(kind):
+    """What guidance is rescaled by where the user says nothing: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else not at all."""
+    return 0.7 if kind.zero_terminal_snr else 0.0
+'''
+
+# ========================================================================================= common/single_file.py
+
+MODULES['common.single_file'] = r'''
+"""A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
+
+Part by part: RAM holds one part at a time. Names are converted by diffusers; what comes out is checked against the architecture.
+"""
+
+import hashlib
+import shutil
+import time
+import uuid
+from pathlib import Path
+
+from safetensors import safe_open
+
+from common import hub, model_kind, weights
+from common.command_line import UserError
+from common.files import write_safetensors
+
+VERSION = 1  # raise it when the same file gives another folder: old ones are then never found
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "text_encoder": "conditioner.embedders.0.transformer.",
+    "text_encoder_2": "conditioner.embedders.1.model.",
+    "vae": "first_stage_model.",
+}
+CLASSES = {**model_kind.PARTS, "vae": "AutoencoderKL"}
+DEAD_S = 3600  # a conversion takes minutes
+_OF_EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # by which ComfyUI knows such models
+_OF_ADAPTERS = ("lora_", "lora.", "lokr_", "hada_", "dora_scale")
+_COPIED = ("model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", "*/config.json")
+
+
+def convert(path, config, cache_dir):
+    """The folder of `path` under `cache_dir`. It has no vae folder where the file has no VAE.
+
+    Args:
+        config: folder or hub id of the configurations and tokenizers.
+    Raises:
+        UserError: not a whole SDXL checkpoint, or not of the architecture that `config` describes.
+        OSError: the folder cannot be written.
+    """
+    named = f"--pretrained_model_name_or_path {path}"
+    if path.suffix != ".safetensors":
+        raise UserError(f"{named}: only .safetensors files are read; pickles can run code")
+    names = list(weights.shapes_in(path))
+    _refuse_foreign(names, named)
+    configs = Path(config) if Path(config).is_dir() else hub.download_files(config, list(_COPIED))
+    model_kind.check_folder(configs, f"--config_name_or_path {config}")
+    copied = {
+        file.relative_to(configs): file.read_bytes()
+        for pattern in _COPIED
+        for file in configs.glob(pattern)
+        if file.is_file()
+    }
+    stat = path.stat()
+    identity = VERSION, stat.st_size, stat.st_mtime_ns, sorted((str(file), content) for file, content in copied.items())
+    key = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+    folder = cache_dir / "single_file" / f"{path.stem}-{key}"
+    if not folder.exists():
+        _write(folder, path, names, copied)
+    return folder
+
+
+def _refuse_foreign(names, named):
+    if any(mark in name for name in names for mark in _OF_ADAPTERS):
+        raise UserError(
+            f"{named}: is an adapter (LoRA), not a model; name the model here, and infer.py takes adapters by --lora"
+        )
+    if edm := [name for name in _OF_EDM if name in names]:
+        raise UserError(f"{named}: is an EDM model (it has the key {edm[0]}), which is not supported")
+    if any(name.startswith("cond_stage_model.") for name in names):
+        raise UserError(f"{named}: is Stable Diffusion 1 or 2, not SDXL")
+    if any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        raise UserError(f"{named}: is SDXL's refiner, not its base model")
+    for part, prefix in PREFIXES.items():
+        if part != "vae" and not any(name.startswith(prefix) for name in names):
+            raise UserError(
+                f"{named}: has no {part} (no names in {prefix}); a whole SDXL checkpoint in the original layout is needed"
+            )
+
+
+def _write(folder, path, names, copied):
+    """Convert into a folder of its own name, then rename: other processes see it whole, and whoever comes second drops his own."""
+    _remove_dead(folder.parent)
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
+    try:
+        for file, content in copied.items():
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            (partial / file).write_bytes(content)
+        # Every part is checked before the first is written.
+        parts = {part: _read_part(path, names, part, partial / part) for part in PREFIXES}
+        for part, tensors in parts.items():
+            _write_part(tensors, part, partial / part)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_dead(place):
+    """Remove what killed processes have left: conversions that were begun more than DEAD_S ago."""
+    for partial in place.glob("*.partial"):
+        if time.time() - partial.stat().st_mtime > DEAD_S:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_part(path, names, part, folder):
+    """{name in diffusers: tensor} of a part, mapped rather than read; none of them where the file has no VAE.
+
+    Raises:
+        UserError: it does not fit folder/config.json.
+    """
+    own = [name for name in names if name.startswith(PREFIXES[part])]
+    if not own:
+        return {}
+    empty = weights.empty_part(CLASSES[part], folder)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in own}
+    try:
+        tensors = _respell(part, tensors, empty)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: its {part} is incomplete, or of another architecture ({error})") from None
+    try:
+        matched = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+        weights.refuse_missing(empty, set(matched.values()), path)
+    except UserError as error:
+        raise UserError(f"{error}; is it complete, and is --config_name_or_path of its architecture?") from None
+    return {name: tensors[name] for name in matched}
+
+
+def _write_part(tensors, part, folder):
+    if not tensors:
+        return shutil.rmtree(folder, ignore_errors=True)  # a configuration without weights
+    stem = weights.TRANSFORMERS_STEM if part.startswith("text_encoder") else weights.DIFFUSERS_STEM
+    shards = _shards(tensors)
+    for i, shard in enumerate(shards, 1):
+        halves = {name: tensors[name].half() for name in shard}
+        write_safetensors(folder / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors", halves, {"format": "pt"})
+
+
+def _respell(part, tensors, empty):
+    """Weights by their original names -> by diffusers' names."""
+    from diffusers.loaders.single_file_utils import (
+        convert_ldm_unet_checkpoint,
+        convert_ldm_vae_checkpoint,
+        convert_open_clip_checkpoint,
+    )
+
+    if part == "unet":
+        return convert_ldm_unet_checkpoint(tensors, empty.config)
+    if part == "vae":
+        return convert_ldm_vae_checkpoint(tensors, empty.config)
+    if part == "text_encoder_2":
+        return convert_open_clip_checkpoint(empty, tensors, prefix=PREFIXES[part])
+    return {name.removeprefix(PREFIXES[part]): tensor for name, tensor in tensors.items()}
+
+
+def _shards(tensors):
+    """Names in lists of at most CHUNK_BYTES in fp16 (or one tensor): no more than that is copied at a time."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        size += 2 * tensor.numel()
+        if shards[-1] and size > weights.CHUNK_BYTES:
+            shards.append([])
+            size = 2 * tensor.numel()
+        shards[-1].append(name)
+    return shards
+'''
+
+# ============================================================================================= common/sources.py
+
+MODULES['common.sources'] = r'''
+"""Where image-caption pairs come from: folders with metadata or .txt captions; tables are read by common/tables.py.
+
+Whatever is left out, or taken in without being meant to be, is counted and named in one line.
+"""
+
+import functools
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from common import tables
+from common.command_line import UserError
+from common.flags import find_data_dir
+from common.metadata_files import read_rows, read_text
+from common.pairs import Pair, few, read_file
+
+IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split())
+OTHER_SUFFIXES = set(".heic .heif .jxl .svg .psd .xcf .kra .clip .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
+METADATA = ("metadata.jsonl", "metadata.csv")
+REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
+MOST_REPEATS = 1000  # beyond it, the number is rather a year
+REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
+RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))  # what a trainer, and infer.py, leave behind
+
+
+class Found(NamedTuple):
+    """What lies in a folder and below it; `left_out` maps a reason to files."""
+
+    pictures: list[Path]
+    left_out: dict[str, list[Path]]
+
+
+def read_pairs(dataset_name, folders, *, image_column, caption_column, say) -> list[Pair]:
+    """The pairs of every folder, one after the other, or of the hub data set where no folder is named.
+
+    Raises:
+        UserError: naming the flag or the file.
+    """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if not folders:
+        return tables.hub_pairs(dataset_name, say=say, **columns)
+    pairs = []
+    for name in folders:
+        folder, weight = find_data_dir(name)
+        pairs += [pair._replace(repeats=pair.repeats * weight) for pair in _folder_pairs(folder, columns, say)]
+    return pairs
+
+
+# ---------------------------------------------------------------- one folder
+
+
+def _folder_pairs(folder, columns, say):
+    if tables.is_saved(folder):
+        return tables.saved_pairs(folder, say=say, **columns)
+    found = _find(folder)
+    if metadata := [folder / name for name in METADATA if (folder / name).is_file()]:
+        for path in metadata[1:]:
+            say(f"data: {path} is left out, {metadata[0].name} beside it is read")
+        return _metadata_pairs(metadata[0], found, columns["caption_column"], say)
+    _say_left_out(folder, found.left_out, say)
+    if not found.pictures and (files := tables.table_files(folder)):
+        return tables.file_pairs(folder, files, say=say, **columns)
+    return _text_pairs(folder, found.pictures, columns["caption_column"], say)
+
+
+def _find(folder):
+    """Every picture below a folder, in order of names, without what is not meant to be trained on."""
+    runs = _run_folders(folder)
+    pictures, left_out = [], {}
+    for path in sorted(folder.rglob("*")):
+        suffix = path.suffix.lower()
+        if suffix not in IMAGE_SUFFIXES | OTHER_SUFFIXES or _is_litter(path, folder) or path.is_dir():
+            continue
+        reason = _reason_to_leave(path, folder, runs)
+        if reason:
+            left_out.setdefault(reason, []).append(path)
+        else:
+            pictures.append(path)
+    return Found(pictures, left_out)
+
+
+def _is_litter(path, folder):
+    """Hidden files, and what notebooks and archivers leave behind: copies that would be trained on twice."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+
+
+def _run_folders(folder):
+    """Output folders of this suite below `folder`."""
+    parents = {path.parent for name in ("metrics.jsonl", "compare.png") for path in folder.rglob(name)} - {folder}
+    return {place for place in parents if any(all((place / name).is_file() for name in names) for names in RUN_FILES)}
+
+
+def _reason_to_leave(path, folder, runs):
+    if path.suffix.lower() in OTHER_SUFFIXES:
+        return "of kinds that cannot be read here (convert them to PNG)"
+    if runs.intersection(path.parents):
+        return "output of an earlier run"
+    if any(REGULARISATION.fullmatch(part) for part in path.relative_to(folder).parts[:-1]):
+        return "regularisation pictures (they belong to DreamBooth's prior loss, which is not trained here)"
+    return None
+
+
+def _say_left_out(folder, left_out, say):
+    for reason, paths in left_out.items():
+        if paths:
+            say(f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})")
+
+
+# ---------------------------------------------------------------- captions
+
+
+def _metadata_pairs(metadata, found, caption_column, say):
+    """The pictures that the rows name, whatever they are; all others are left out."""
+    folder = metadata.parent
+    rows = [(folder / name, caption) for name, caption in read_rows(metadata, caption_column)]
+    named = {os.path.normpath(path) for path, _ in rows}
+    by_reason = {f"not named in {metadata.name}": found.pictures, **found.left_out}
+    is_unnamed = lambda path: os.path.normpath(path) not in named  # noqa: E731
+    _say_left_out(folder, {reason: list(filter(is_unnamed, paths)) for reason, paths in by_reason.items()}, say)
+    return [Pair(str(path), caption, functools.partial(read_file, path)) for path, caption in rows]
+
+
+def _text_pairs(folder, pictures, caption_column, say):
+    """Pictures with a .txt beside them; folders named as kohya's scripts read them (`10_name`) are repeated."""
+    if not pictures:
+        raise UserError(f"--train_data_dir {folder}: no images in it (looked for {' '.join(sorted(IMAGE_SUFFIXES))})")
+    texts = [path.with_suffix(".txt") for path in pictures]
+    if not any(text.is_file() for text in texts):
+        elsewhere = sorted(folder.glob("*/metadata.*"))
+        hint = f" (there is {elsewhere[0]}: name that folder)" if elsewhere else ""
+        raise UserError(
+            f"--train_data_dir {folder}: no captions{hint}; add metadata.jsonl or .csv (columns file_name and"
+            f" {caption_column}), or a .txt beside each image ({texts[0].name})"
+        )
+    repeats = _repeats(folder, pictures, say)
+    captions = [read_text(text) if text.is_file() else "" for text in texts]
+    rows = zip(pictures, captions, repeats)
+    return [Pair(str(path), caption, functools.partial(read_file, path), times) for path, caption, times in rows]
+
+
+def _repeats(folder, pictures, say):
+    """How often an epoch shows each picture: the number before its folder's name, one level below the data folder."""
+    repeats, counted = [], Counter()
+    for path in pictures:
+        parts = path.relative_to(folder).parts
+        number = REPEATS.match(parts[0]) if len(parts) > 1 else None
+        repeats.append(int(number[1]) if number else 1)
+        if number:
+            counted[parts[0]] += 1
+    for name in counted:
+        if not 1 <= int(REPEATS.match(name)[1]) <= MOST_REPEATS:
+            raise UserError(
+                f"--train_data_dir {folder}: the name of {name} would mean {int(REPEATS.match(name)[1])} repeats"
+                f" (1 to {MOST_REPEATS} can be given so); rename it, e.g. 1_{name}"
+            )
+    if counted:
+        shown = few((f"{name} (images: {count})" for name, count in counted.items()), 10)
+        say(f"data: folders repeated as their names say: {shown}")
+    return repeats
+'''
+
+# ============================================================================================ common/stopping.py
+
+MODULES['common.stopping'] = r'''
+"""How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+
+from common import launch
+
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]  # Windows has no SIGHUP
+DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
+
+
+def end_in_order():
+    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept; its double is ignored."""
+    raised_s = -math.inf
+
+    def end(number, frame):
+        nonlocal raised_s
+        if time.monotonic() - raised_s <= DOUBLE_PRESS_S:
+            return
+        raised_s = time.monotonic()
+        _leave_the_terminal(number)
+        if _imports(frame):  # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
+            _say(ended_by(number))
+            os._exit(128 + number)
+        raise KeyboardInterrupt(number)
+
+    _handle(end)
+
+
+def ended_by(number):
+    """What is said of a process that a signal has ended."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def _leave_the_terminal(number):
+    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving. A file or pipe is written on."""
+    for stream in (1, 2) if signal.Signals(number).name == "SIGHUP" else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _imports(frame):
+    """Whether `frame` is within an import."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _say(line):
+    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
+    if launch.rank() == 0:
+        os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
+
+
+def _handle(handler):
+    """Install `handler` for SIGNALS -> {number: the handler before}. A SIGHUP that nohup has switched off stays off."""
+    wanted = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+class StopRequest:
+    """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
+
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
+    take about as long as two more. The loop keeps `longest_step_s`, `longest_save_s` and `doing` up to date.
+
+    Args:
+        ends_s: on the monotonic clock; by then everything must be saved.
+    """
+
+    def __init__(self, ends_s=math.inf):
+        self._signal, self._ends_s = None, ends_s
+        self.longest_step_s, self.longest_save_s = 0.0, 0.0
+        self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    @property
+    def reason(self):
+        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """Inside, the first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
+        before = _handle(self._ask)
+        # Python runs a handler between two of its own instructions, and a wait for the GPU can take many seconds:
+        # the answer comes from a thread, which the interpreter's wakeup descriptor tells at once.
+        ours, interpreters = socket.socketpair()
+        interpreters.setblocking(False)
+        descriptor_before = signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._answer, args=(ours,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor_before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            interpreters.close()  # which ends the thread
+            thread.join()
+            ours.close()
+
+    def _ask(self, number, frame=None):
+        _leave_the_terminal(number)
+        self._signal = self._signal or f"{signal.Signals(number).name} received"
+
+    def _answer(self, numbers):
+        """Answer the signals whose numbers arrive as bytes, until the other end is closed."""
+        first_s = None
+        while received := numbers.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            if first_s is None:
+                first_s = time.monotonic()
+                self._ask(number)
+                again = "; press again to lose it" if number == signal.SIGINT else ""
+                _say(f"{signal.Signals(number).name}: {self.doing}{again}")
+            elif number == signal.SIGINT and time.monotonic() - first_s > DOUBLE_PRESS_S:
+                _say("ended at once; --resume_from_checkpoint latest goes on from the last checkpoint")
+                os._exit(128 + number)
+'''
+
+# =============================================================================================== common/store.py
+
+MODULES['common.store'] = r'''
+"""What was computed once, under the key of what it was computed from: pairs of tensors in files that any number of processes share."""
+
+import uuid
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common import files
+
+SHARD_ENTRIES = 64
+
+
+class Store:
+    """key -> tuple of tensors, in memory-mapped safetensors shards in one folder, or in RAM when `folder` is None.
+
+    Shards are written whole under a new name and never changed, so any number of processes may share a folder.
+    """
+
+    def __init__(self, folder=None):
+        self.folder = folder
+        self._pending = {}
+        self._shards = {}  # path -> the open file
+        self._shard_of = {}  # key -> the open file
+        self.reload()
+
+    def reload(self):
+        """Find the shards that other processes have written since."""
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder else ():
+            if path not in self._shards:
+                try:
+                    self._shards[path] = safe_open(path, "pt")
+                    self._shard_of.update((key, self._shards[path]) for key in _keys_in(self._shards[path]))
+                except FileNotFoundError:
+                    continue  # another process has found it damaged
+                except SafetensorError as error:
+                    self._remove(path, error)
+
+    def drop_damaged(self, keys):
+        """Remove the shards that hold one of `keys` and are not as they were written: all their entries are made again."""
+        wanted = set(keys)
+        for path, shard in list(self._shards.items()):
+            if not wanted.isdisjoint(_keys_in(shard)) and (damaged := files.first_damage(shard)):
+                del self._shards[path]
+                self._remove(path, f"{damaged} is not what was written")
+        self._shard_of = {key: shard for shard in self._shards.values() for key in _keys_in(shard)}
+
+    def _remove(self, path, damage):
+        path.unlink(missing_ok=True)  # another process may have seen it too
+        print(f"cache: {path} is damaged ({damage}) and was removed; its entries are encoded again")
+
+    def __contains__(self, key):
+        return key in self._pending or key in self._shard_of
+
+    def __getitem__(self, key):
+        if key in self._pending:
+            return self._pending[key]
+        shard = self._shard_of[key]
+        return shard.get_tensor(f"{key}.0"), shard.get_tensor(f"{key}.1")
+
+    def __setitem__(self, key, pair):
+        self._pending[key] = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in pair)
+        if self.folder and len(self._pending) >= SHARD_ENTRIES:
+            self.flush()
+
+    def flush(self):
+        """Write what is pending as one more shard: complete or absent, never half."""
+        if not self.folder or not self._pending:
+            return
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        files.write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
+        self._pending = {}
+        self.reload()
+
+
+def _keys_in(shard):
+    """Keys of the entries in an open shard."""
+    return {name.rpartition(".")[0] for name in shard.keys()}
+'''
+
+# ============================================================================================== common/tables.py
+
+MODULES['common.tables'] = r'''
+"""Image-caption pairs of tables that `datasets` reads: a hub data set, a save_to_disk folder, parquet or arrow files.
+
+Pictures stay encoded bytes, memory-mapped by `datasets`, which is imported where a table is read.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+from common.command_line import UserError
+from common.pairs import Pair, fault, read_file
+
+TABLE_KINDS = ("parquet", "arrow")
+SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")  # in the name of a table's file
+
+
+def hub_pairs(dataset_name, *, image_column, caption_column, say):
+    """The pairs of a hub data set."""
+    from datasets import load_dataset
+
+    splits = _loaded(dataset_name, load_dataset, dataset_name)
+    return _pairs(splits, dataset_name, Path("."), image_column, caption_column, say)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with save_to_disk."""
+    names = {path.name for path in folder.iterdir()}
+    return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
+
+
+def saved_pairs(folder, *, image_column, caption_column, say):
+    """The pairs of a folder that save_to_disk wrote."""
+    from datasets import load_from_disk
+
+    return _pairs(_loaded(folder, load_from_disk, str(folder)), folder, folder, image_column, caption_column, say)
+
+
+def table_files(folder: Path) -> list[Path]:
+    """Parquet files below a folder; where there is none, arrow files."""
+    kinds = (sorted(folder.rglob(f"*.{kind}")) for kind in TABLE_KINDS)
+    return next(filter(None, kinds), [])
+
+
+def file_pairs(folder, files, *, image_column, caption_column, say):
+    """The pairs of parquet or arrow files; their names say which split they belong to, as on the hub."""
+    from datasets import load_dataset
+
+    by_split = {}
+    for path in files:
+        split = SPLIT.search(path.name.lower())
+        by_split.setdefault(split[1] if split else "train", []).append(str(path))
+    splits = _loaded(folder, load_dataset, files[0].suffix[1:], data_files=by_split)
+    return _pairs(splits, folder, folder, image_column, caption_column, say)
+
+
+def _loaded(source, load, *arguments, **options):
+    """What a function of `datasets` loads, as {split: Dataset}."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        loaded = load(*arguments, **options)
+    except (DatasetsError, ValueError) as error:
+        raise UserError(f"{source}: cannot be read as a data set ({fault(error)})") from None
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _pairs(splits, source, folder, image_column, caption_column, say):
+    split = "train" if "train" in splits else next(iter(splits))
+    if split != "train":
+        say(f"data: {source} has no split named train; its split {split} is used (it has: {', '.join(splits)})")
+    data = splits[split]
+    for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in data.column_names:
+            raise UserError(f"--{flag} {column}: {source} has the columns {', '.join(data.column_names)}")
+    captions = _captions(data, source, caption_column)
+    read = functools.partial(_read, _encoded(data, source, image_column), image_column, folder)
+    return [Pair(f"{source}[{i}]", caption, functools.partial(read, i)) for i, caption in enumerate(captions)]
+
+
+def _captions(data, source, column):
+    """A caption or None for every row: texts as they are, labels by their names.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    from datasets import ClassLabel
+
+    values, feature = data.select_columns([column])[:][column], data.features[column]
+    if isinstance(feature, ClassLabel):
+        return [None if value is None or value < 0 else feature.names[value] for value in values]
+    for i, value in enumerate(values):
+        if not isinstance(value, (str, type(None))):
+            shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
+            raise UserError(
+                f"--caption_column {column}: row {i} of {source} holds {shown} ({type(value).__name__}), not a text;"
+                f" name a column with one text a row (columns: {', '.join(data.column_names)})"
+            )
+    return values
+
+
+def _encoded(data, source, column):
+    """The pictures alone, as {"bytes", "path"}; other columns may hold pictures too, which reading a row would decode."""
+    from datasets import Image
+
+    try:
+        return data.select_columns([column]).cast_column(column, Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # what pyarrow raises
+        kind = data.features[column]
+        raise UserError(f"--image_column {column}: {source} has no images there but {kind} ({fault(error)})") from None
+
+
+def _read(data, column, folder, index):
+    cell = data[index][column]
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise ValueError("is null")
+    return cell["bytes"] if cell["bytes"] is not None else read_file(folder / cell["path"])
+'''
+
+# ============================================================================================= common/weights.py
+
+MODULES['common.weights'] = r'''
+"""A part of a model: built from its configuration without memory, checked against its files, filled from them. UNet, VAE and text
+encoders go the same way.
+
+`fill` is strict: a weight that is missing, unknown or of another shape is refused, before anything of the part is loaded.
+"""
+
+import itertools
+import re
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.command_line import UserError
+
+CHUNK_BYTES = 512 * 2**20
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# What older and other tools keep beside the weights of a text encoder: SDXL computes with none of it.
+_UNUSED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection\.weight)$")
+# The attention of a VAE as diffusers before 0.17 named it.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def empty_part(class_name, folder):
+    """The part that folder/config.json describes, on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: a configuration that the class does not take.
+    """
+    import diffusers
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        if class_name.startswith("CLIP"):
+            config = transformers.CLIPTextConfig.from_pretrained(folder)
+            with init_empty_weights(include_buffers=False):  # position_ids is in no file: it must be computed
+                return getattr(transformers, class_name)(config)
+        part = getattr(diffusers, class_name)
+        with torch.device("meta"):
+            return part.from_config(part.load_config(folder))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{folder}/config.json: describes no {class_name} ({' '.join(str(error).split())[:200]})"
+        ) from None
+
+
+# ---------------------------------------------------------------- its files
+
+
+def variant_in(folder, variant):
+    """`variant` where the folder has weights of it, else None: the plain ones."""
+    return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
+
+
+def weight_files(folder, variant, stem=DIFFUSERS_STEM):
+    """The safetensors files of a part: those of the variant when there are any, else the plain ones; whole, or in numbered shards.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = variant_in(folder, variant)
+    name = f"{stem}.{found}" if found else stem
+    whole = folder / f"{name}.safetensors"
+    if whole.exists():
+        return [whole]
+    suffix = f".{found}" if found else ""
+    spellings = f"{name}-?????-of-?????.safetensors", f"{stem}-?????-of-?????{suffix}.safetensors"
+    shards = sorted({shard for spelling in spellings for shard in folder.glob(spelling)})
+    if not shards:
+        raise UserError(f"{folder}: no {name}.safetensors in it (only safetensors are read; pickles can run code)")
+    return shards
+
+
+def shapes_in(file):
+    """{name: shape} of a safetensors file, in the order of its data; only the header is read.
+
+    Raises:
+        UserError: a damaged file.
+    """
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.offset_keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
+
+
+def match(module, shapes, file):
+    """{name in the file: name in the module} for the weights of `shapes` that the module has.
+
+    Raises:
+        UserError: a weight that the module does not have, or has in another shape.
+    """
+    wanted = module.state_dict()
+    names = {}
+    for name, shape in shapes.items():
+        own = next((spelling for spelling in _spellings(name) if spelling in wanted), None)
+        if own is None and _UNUSED.search(name):
+            continue
+        if own is None:
+            raise UserError(f"{file}: {name} does not belong to this architecture ({type(module).__name__})")
+        if shape != tuple(wanted[own].shape):
+            raise UserError(
+                f"{file}: {name} has the shape {list(shape)}, its configuration asks for {list(wanted[own].shape)}"
+            )
+        names[name] = own
+    return names
+
+
+def _spellings(name):
+    """A weight's name in the files of all versions -> what it may be called in the module of this one."""
+    before, _, layer = name.rpartition(".")[0].rpartition(".")
+    respelt = f"{before}.{_OLD_ATTENTION[layer]}.{name.rpartition('.')[2]}" if layer in _OLD_ATTENTION else name
+    # transformers 5 dropped `text_model.` from the names inside CLIPTextModel; files have it, or not
+    return name, respelt, name.removeprefix("text_model."), f"text_model.{name}"
+
+
+def refuse_missing(module, found, where):
+    """Raise UserError unless `found` holds every weight of the module; `where` is the file or folder that should have held them."""
+    if missing := sorted(module.state_dict().keys() - found):
+        raise UserError(
+            f"{where}: {len(missing)} of its weights are missing, e.g. {missing[0]} of {type(module).__name__}"
+        )
+
+
+def check_weights(module, files):
+    """{file: {name in the file: name in the module}}. Reads headers only.
+
+    Raises:
+        UserError: a damaged file; a weight that is missing, unknown or of another shape. It names the file.
+    """
+    matched = {file: match(module, shapes_in(file), file) for file in files}
+    found = set(itertools.chain.from_iterable(names.values() for names in matched.values()))
+    refuse_missing(module, found, files[0] if len(files) == 1 else files[0].parent)
+    return matched
+
+
+# ---------------------------------------------------------------- filling
+
+
+def fill(module, files, device, dtype):
+    """Fill a module made on the meta device from safetensors files, in `dtype`, straight on `device`.
+
+    A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+    Raises:
+        UserError: see `check_weights`.
+    """
+    for file, names in check_weights(module, files).items():
+        for chunk in _chunks(file, names):
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                weights = {names[name]: tensors.get_tensor(name).to(dtype) for name in chunk}
+            for name in [name for name in weights if name.endswith(".weight") and _is_4bit(module, name)]:
+                _quantise(module.get_submodule(name.removesuffix(".weight")), weights.pop(name), device)
+            module.load_state_dict(weights, strict=False, assign=True)
+
+
+def _quantise(layer, weight, device):
+    empty = layer.weight
+    options = dict(compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
+    layer.weight = type(empty)(weight, requires_grad=False, **options).to(
+        device
+    )  # Params4bit quantises when it is moved
+
+
+def _is_4bit(module, weight_name):
+    return (
+        type(module.get_parameter(weight_name)).__name__ == "Params4bit"
+    )  # by name: bitsandbytes may not be installed
+
+
+def _chunks(file, names):
+    """The tensor `names` of a file, in its own order, in lists of about CHUNK_BYTES."""
+    sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes_in(file).items() if name in names}
+    ends = itertools.accumulate(sizes.values())
+    for _, group in itertools.groupby(zip(sizes, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
+        yield [name for name, _ in group]
 '''
 
 # ============================================================================================== demo/__init__.py
@@ -4914,7 +8683,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 def demo_assets(root: Path) -> tuple[Path, Path]:
     """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
     settings = demo_settings(root)
-    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"])
+    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"][0])
     return build_once(model, build_model), build_once(data, build_images)
 '''
 
@@ -4975,7 +8744,7 @@ def is_tiny() -> bool:
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
     model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    return dict(pretrained_model_name_or_path=str(model), train_data_dir=str(data), **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO))
 '''
 
 # ======================================================================================== how the texts above become modules
@@ -5011,6 +8780,7 @@ sys.meta_path.insert(0, _Texts())
 
 # ================================================================================================== train_opt.py
 
+import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 from dataclasses import dataclass
 from typing import Literal, Optional
 
@@ -5027,7 +8797,6 @@ class Flags(TrainFlags):
     resolution: int = 768
     text_cache: Literal["ram", "disk", "none"] = "disk"
     lora_rank: int = 8
-    lora_alpha: int = 8
     gradient_accumulation_steps: int = 8
     num_train_epochs: int = 15
     max_train_steps: Optional[int] = 3000
