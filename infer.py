@@ -22,7 +22,11 @@ from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, p
 from common.flags import ModelFlags, check_model
 from common.schedulers import SCHEDULERS, default_guidance_rescale
 
-REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+REFERENCE_PROMPTS = [
+    "Naruto Uzumaki eating ramen",
+    "Bill Gates in Naruto style",
+    "A boy with blue eyes in Naruto style",
+]
 EMA_FOLDER = "ema_unet"
 
 
@@ -31,9 +35,14 @@ class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
     # what to draw
-    compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
+    compare: bool = flag(
+        False,
+        "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds",
+    )
     lora: List[str] = flag(
-        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable", type=local_path
+        [],
+        "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable",
+        type=local_path,
     )
     ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
     lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
@@ -50,15 +59,19 @@ class Flags(ModelFlags):
     steps: int = flag(30, "denoising steps")
     guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
     guidance_rescale: Optional[float] = flag(
-        None, "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0"
+        None,
+        "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0",
     )
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
     # machine
-    cuda_graph: bool = flag(True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them")
+    cuda_graph: bool = flag(
+        True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them"
+    )
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
-        "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
+        "auto",
+        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free",
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
     output_dir: str = flag(
@@ -146,7 +159,9 @@ def check(flags):
         raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
     if flags.resolution < 64 or flags.resolution % 8:
         nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}")
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
+        )
     if not 0 < flags.strength <= 1:
         raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
     if flags.image and int(flags.steps * flags.strength) < 1:
@@ -154,7 +169,9 @@ def check(flags):
     if flags.image and not os.path.isfile(flags.image):
         raise UserError(f"--image {flags.image}: no such file")
     if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
-        raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
+        raise UserError(
+            f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH"
+        )
     if flags.merge is not None:
         check_merge(flags)
     run_folder.check_free(Path(flags.output_dir))
@@ -212,7 +229,9 @@ def chosen_adapters(flags):
         places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
         chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
         if not chosen:
-            raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
+            raise UserError(
+                f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
+            )
         print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
     return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
 
@@ -225,7 +244,9 @@ def load_image(path, resolution):
 
     try:
         with Image.open(path) as image:
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+            return ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS
+            )
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"--image {path}: cannot be read ({error})") from None
 
@@ -268,7 +289,11 @@ def stem_of(title, used):
 
 def unused(name, used, numbered):
     """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
-    return next(one for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2))) if one not in used)
+    return next(
+        one
+        for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
+        if one not in used
+    )
 
 
 def title_of(file, scale):
@@ -293,7 +318,9 @@ def draw(flags, sampler, columns, settings):
 
     from demo.settings import demo_settings
 
-    prompts = list(dict.fromkeys(flags.prompt)) or (demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS)
+    prompts = list(dict.fromkeys(flags.prompt)) or (
+        demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
+    )
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)
@@ -305,7 +332,9 @@ def draw(flags, sampler, columns, settings):
             images = sampler.draw(column.active, prompt, batch, settings, bar.update)
             seconds = (time.monotonic() - start_s) / len(batch)
             for seed, image in zip(batch, images):
-                records.append({**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                records.append(
+                    {**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)}
+                )
                 if image.convert("L").getextrema()[1] == 0:
                     bar.write(
                         f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
@@ -328,7 +357,9 @@ def merge(flags, sampler, model, column):
     record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
-    host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
+    host.say(
+        f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained"
+    )
     return record
 
 

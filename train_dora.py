@@ -38,7 +38,9 @@ def main(argv=None):
     flags = parse(Flags, argv)
     check(flags)
     if flags.export_dora_as_lora is not None and flags.export_dora_as_lora < 1:
-        raise UserError(f"--export_dora_as_lora {flags.export_dora_as_lora}: must be at least 1; 64 holds most of a rank-16 DoRA")
+        raise UserError(
+            f"--export_dora_as_lora {flags.export_dora_as_lora}: must be at least 1; 64 holds most of a rank-16 DoRA"
+        )
     if flags.dry_run:
         return print_config(flags)
     hub.check(flags)
@@ -48,7 +50,9 @@ def main(argv=None):
     host = device.start(flags.mixed_precision, flags.seed)
     data = assembly.load_data(flags, host)  # image, caption -> Sample -> cached latents and text
     unet = loading.load_unet(data.model, host, flags.quantize)  # frozen
-    adapters.add_lora(unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, use_dora=True)
+    adapters.add_lora(
+        unet, flags.lora_target_modules, flags.lora_rank, flags.lora_alpha, flags.lora_dropout, use_dora=True
+    )
     engine = assembly.build_engine(flags, host, unet, data)  # flat buffer, optimizer, schedule, EMA
     result = assembly.train(flags, engine, data)  # steps, validation, checkpoints, results
     if flags.export_dora_as_lora:

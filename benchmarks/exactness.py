@@ -29,8 +29,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", default="train_opt", choices=TRAINERS, help="trainer (default: train_opt)")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
-    parser.add_argument("--out", type=Path, default="exactness.json", help="where the losses go (default: exactness.json)")
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "PNG"), help="train nothing, plot an earlier result")
+    parser.add_argument(
+        "--out", type=Path, default="exactness.json", help="where the losses go (default: exactness.json)"
+    )
+    parser.add_argument(
+        "--plot", nargs=2, type=Path, metavar=("JSON", "PNG"), help="train nothing, plot an earlier result"
+    )
     parser.add_argument("flags", nargs="*", help="after --: flags for both runs")
     options = parser.parse_args(argv)
     if options.plot:
@@ -71,7 +75,9 @@ def read_runs(place):
     """
     try:
         runs = json.loads(place.read_text(encoding="utf-8"))["runs"]
-        if len(runs["plainly"]["loss"]) == len(runs["as it comes"]["loss"]) and all(run["s_per_img"] > 0 for run in runs.values()):
+        if len(runs["plainly"]["loss"]) == len(runs["as it comes"]["loss"]) and all(
+            run["s_per_img"] > 0 for run in runs.values()
+        ):
             return runs
         reason = "runs of different lengths"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -88,7 +94,9 @@ def differences(runs):
 def compared(runs):
     relative = differences(runs)
     speed = runs["plainly"]["s_per_img"] / runs["as it comes"]["s_per_img"]
-    return dict(steps=len(relative), median=statistics.median(relative), largest=max(relative), times_as_fast=round(speed, 1))
+    return dict(
+        steps=len(relative), median=statistics.median(relative), largest=max(relative), times_as_fast=round(speed, 1)
+    )
 
 
 def plot(runs, place):
@@ -98,7 +106,9 @@ def plot(runs, place):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[2, 1], constrained_layout=True)
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(9, 6), sharex=True, height_ratios=[2, 1], constrained_layout=True
+    )
     relative = differences(runs)
     steps = range(1, len(relative) + 1)
     for (name, curve), style in zip(runs.items(), ("-", "--")):

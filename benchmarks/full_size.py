@@ -34,7 +34,12 @@ FULL = dict(
         projection_class_embeddings_input_dim=2816,
     ),
     text_encoder=dict(
-        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        projection_dim=768,
     ),
     text_encoder_2=dict(
         vocab_size=49408,
@@ -156,7 +161,9 @@ def main() -> None:
     start = time.perf_counter()
     write_images(flags.images, flags.count)
     photos = min(len(installed_photos()), flags.count)
-    print(f"{flags.images}: {photos} photographs, {flags.count - photos} drawn pictures, {time.perf_counter() - start:.1f} s")
+    print(
+        f"{flags.images}: {photos} photographs, {flags.count - photos} drawn pictures, {time.perf_counter() - start:.1f} s"
+    )
     start = time.perf_counter()
     write_model(flags.model)
     size_gb = sum(file.stat().st_size for file in flags.model.rglob("*.safetensors")) / 1e9

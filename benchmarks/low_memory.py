@@ -18,7 +18,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, VALIDATION_STEPS = 6, 3
-TELLING = ("plan", "out of GPU memory", "no validation images", "finished", "error")  # what the lines worth showing hold
+TELLING = (
+    "plan",
+    "out of GPU memory",
+    "no validation images",
+    "finished",
+    "error",
+)  # what the lines worth showing hold
 COLUMNS = ("script", "gib", "status", "steps", "saved_steps", "held_out_losses", "pictures", "lost")
 
 

@@ -33,12 +33,16 @@ def main(argv=None):
     parser.add_argument("--lora", type=Path, help="adapter: a run's folder or a file")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: 30)")
     parser.add_argument("--resolution", type=int, default=1024, help="pixels (default: 1024)")
-    parser.add_argument("--as_t4", action="store_true", help=f"only what a T4 can run: no flash attention, {T4_GIB} GiB")
+    parser.add_argument(
+        "--as_t4", action="store_true", help=f"only what a T4 can run: no flash attention, {T4_GIB} GiB"
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("a CUDA GPU is needed")
     if options.as_t4:
-        torch.cuda.set_per_process_memory_fraction(T4_GIB * device.GIB / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            T4_GIB * device.GIB / torch.cuda.get_device_properties(0).total_memory
+        )
     with t4_attention() if options.as_t4 else contextlib.nullcontext():
         by_us = ours(options)
         gc.collect()  # the first model, before the second one comes
@@ -49,7 +53,9 @@ def main(argv=None):
     )
     for row in rows:
         memory = f"{row['plain_reserved_gib']} / {row['ours_reserved_gib']}"
-        print(f"| {row['what']} | {row['plain_s']} | {row['ours_s']} | {row['times_as_fast']} | {memory} | {row['largest_difference']} |")
+        print(
+            f"| {row['what']} | {row['plain_s']} | {row['ours_s']} | {row['times_as_fast']} | {memory} | {row['largest_difference']} |"
+        )
     settings = {name: getattr(options, name) for name in ("steps", "resolution", "as_t4")}
     print(json.dumps(dict(gpu=torch.cuda.get_device_name(), torch=torch.__version__, **settings, rows=rows)))
 
@@ -69,11 +75,16 @@ def plain(options):
     """The same by diffusers alone."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(options.model, variant="fp16", dtype=torch.float16, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(
+        options.model, variant="fp16", dtype=torch.float16, add_watermarker=False
+    )
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.to("cuda").set_progress_bar_config(disable=True)
     settings = dict(
-        num_inference_steps=options.steps, guidance_scale=sampling.GUIDANCE, height=options.resolution, width=options.resolution
+        num_inference_steps=options.steps,
+        guidance_scale=sampling.GUIDANCE,
+        height=options.resolution,
+        width=options.resolution,
     )
 
     def draw():

@@ -36,7 +36,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, metavar="JSON", help="file written by train_step.py --out")
     parser.add_argument("text", type=Path, metavar="MARKDOWN", help="file with the markers")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is not what the JSON gives")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when the file is not what the JSON gives"
+    )
     options = parser.parse_args(argv)
     try:
         before = options.text.read_text(encoding="utf-8")
@@ -44,7 +46,9 @@ def main(argv=None):
         raise UserError(f"{options.text}: cannot be read ({error})") from None
     after = filled(before, read_runs(options.runs), options.text)
     if options.check and after != before:
-        sys.exit(f"{options.text} is not what {options.runs} gives: run python benchmarks/table.py {options.runs} {options.text}")
+        sys.exit(
+            f"{options.text} is not what {options.runs} gives: run python benchmarks/table.py {options.runs} {options.text}"
+        )
     if not options.check:
         options.text.write_text(after, encoding="utf-8")
 
@@ -81,7 +85,10 @@ def filled(text, runs, path):
             raise UserError(f"{path}: <!-- table {block['label']} --> has no line <!-- end -->")
         if not any(measured["label"] == block["label"] for measured in runs):
             raise UserError(f"{path}: <!-- table {block['label']} -->: no run has this label")
-    return BLOCK.sub(lambda block: _block(block["label"], [measured for measured in runs if measured["label"] == block["label"]]), text)
+    return BLOCK.sub(
+        lambda block: _block(block["label"], [measured for measured in runs if measured["label"] == block["label"]]),
+        text,
+    )
 
 
 def _block(label, runs):
@@ -90,7 +97,12 @@ def _block(label, runs):
     for _, alike in itertools.groupby(runs, key=lambda measured: [measured[name] for name in SETTINGS]):
         alike = list(alike)
         commands = ", ".join(f"`{command}`" for command in dict.fromkeys(measured["command"] for measured in alike))
-        parts += [f"{_machine(alike[0])}: {commands}", "", markdown([row for measured in alike for row in measured["rows"]]), ""]
+        parts += [
+            f"{_machine(alike[0])}: {commands}",
+            "",
+            markdown([row for measured in alike for row in measured["rows"]]),
+            "",
+        ]
     return "\n".join([*parts[:-1], "<!-- end -->"])
 
 
@@ -106,7 +118,9 @@ def markdown(rows):
     for row in rows:
         name, _, typed_px = row["row"].partition("@")
         if "failed" in row:
-            cells = [textwrap.shorten(row["failed"].replace("|", "/"), 80, placeholder=" ...")] + [""] * (len(COLUMNS) - 1)
+            cells = [textwrap.shorten(row["failed"].replace("|", "/"), 80, placeholder=" ...")] + [""] * (
+                len(COLUMNS) - 1
+            )
         else:
             cells = ["" if row[key] is None else shape.format(row[key]) for _, key, shape in COLUMNS]
             cells[-1] += "" if row["caches_warm"] else " (cold)"  # the first step waited for images, captions or plan

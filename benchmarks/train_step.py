@@ -45,10 +45,18 @@ ROWS = {
     "qlora_normal": ("train_qlora", ["--strategy", "normal"]),
     "dora": ("train_dora", []),
     "lora": ("train_sdxl", ["--resolution", "512", "--lora_alpha", "32", "--lora_dropout", "0.1", "--use_8bit_adam"]),
-    "text": ("train_sdxl", ["--train_text_encoder", "--use_8bit_adam", "--train_batch_size", "3", "--gradient_accumulation_steps", "1"]),
+    "text": (
+        "train_sdxl",
+        ["--train_text_encoder", "--use_8bit_adam", "--train_batch_size", "3", "--gradient_accumulation_steps", "1"],
+    ),
 }
 MATRIX = [f"{name}@{px}" for name in ("sdxl", "opt", "qlora", "qlora_normal", "dora", "text") for px in FORWARD_TFLOP]
-PLAN_LINES = ("plan", "training: ", "out of GPU memory: ", "no CUDA graph")  # how the trainer's lines on what goes through a pass begin
+PLAN_LINES = (
+    "plan",
+    "training: ",
+    "out of GPU memory: ",
+    "no CUDA graph",
+)  # how the trainer's lines on what goes through a pass begin
 
 
 def main(argv=None):
@@ -79,17 +87,27 @@ def parse(argv):
     parser.add_argument("--model", required=True, help="folder made by full_size.py")
     parser.add_argument("--images", required=True, help="folder made by full_size.py")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--only", default=",".join(ROWS), help=f"rows of {' '.join(ROWS)}; NAME@RESOLUTION for another one (default: all)")
+    chosen.add_argument(
+        "--only",
+        default=",".join(ROWS),
+        help=f"rows of {' '.join(ROWS)}; NAME@RESOLUTION for another one (default: all)",
+    )
     chosen.add_argument("--matrix", action="store_true", help="every row but lora at 512, 768 and 1024 px")
-    parser.add_argument("--fixed", action="store_true", help="the documented micro-batch with every block recomputed: no measured plan")
-    parser.add_argument("--as_t4", action="store_true", help=f"only what a T4 can run: no flash attention, {T4_GIB} GiB")
+    parser.add_argument(
+        "--fixed", action="store_true", help="the documented micro-batch with every block recomputed: no measured plan"
+    )
+    parser.add_argument(
+        "--as_t4", action="store_true", help=f"only what a T4 can run: no flash attention, {T4_GIB} GiB"
+    )
     parser.add_argument("--vram_gb", type=float, metavar="GIB", help="cap the GPU memory of every row")
     parser.add_argument("--profile", action="store_true", help="print the kernels of each row's profiled step")
     parser.add_argument("--label", default="", help="names the run in the JSON, for benchmarks/table.py")
     parser.add_argument("--commit", help="recorded in the JSON instead of git's answer, for a copy that is no checkout")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file that this run is added to")
     parser.add_argument(
-        "--cache_dir", metavar="DIR", help="keep encoded images and captions here (default: a temporary folder for all rows)"
+        "--cache_dir",
+        metavar="DIR",
+        help="keep encoded images and captions here (default: a temporary folder for all rows)",
     )
     parser.add_argument("flags", nargs="*", help="after --: flags for every trainer")
     options = parser.parse_args(argv)
@@ -159,7 +177,16 @@ def trainer_command(name, options, cache_dir, output_dir):
     argv += ["--max_vram_gb", str(options.cap_gib)] if options.cap_gib else []
     argv += ["--no_auto_fit"] if options.fixed else []
     argv += ["--pretrained_model_name_or_path", options.model, "--train_data_dir", options.images, *options.flags]
-    argv += ["--cache_dir", str(cache_dir), "--output_dir", output_dir, "--max_train_steps", str(STEPS), "--checkpointing_steps", "0"]
+    argv += [
+        "--cache_dir",
+        str(cache_dir),
+        "--output_dir",
+        output_dir,
+        "--max_train_steps",
+        str(STEPS),
+        "--checkpointing_steps",
+        "0",
+    ]
     return script, argv
 
 
@@ -181,7 +208,9 @@ def in_own_process(task, **arguments):
         if place.exists():
             return json.loads(place.read_text()), process.stdout
     code = process.returncode
-    return {"failed": f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"}, process.stdout
+    return {
+        "failed": f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    }, process.stdout
 
 
 # ---------------------------------------------------------------- in the process of a row

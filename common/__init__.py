@@ -16,7 +16,9 @@ def _interrupted_or(hook):
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+            sys.stderr.write(
+                f"{os.path.basename(sys.argv[0])}: interrupted\n"
+            )  # Python then ends by SIGINT: 130 in a shell
         else:
             hook(kind, error, traceback)
 

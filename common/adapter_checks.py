@@ -55,12 +55,22 @@ def check_values(file: Path, weights: dict) -> None:
     """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
     tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read")
+        raise UserError(
+            f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read"
+        )
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+        raise UserError(
+            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged"
+        )
     halves = {key: tensor.any() for key, tensor in tensors.items()}
-    if not any(changes and halves.get(key.replace("lora_A", "lora_B"), True) for key, changes in halves.items() if "lora_B" not in key):
-        raise UserError(f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?")
+    if not any(
+        changes and halves.get(key.replace("lora_A", "lora_B"), True)
+        for key, changes in halves.items()
+        if "lora_B" not in key
+    ):
+        raise UserError(
+            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?"
+        )
 
 
 def drawing_config(file: Path, source: str, described: dict) -> dict:
@@ -91,4 +101,6 @@ def drawing_config(file: Path, source: str, described: dict) -> dict:
 def check_number(file: Path, name: str, value: float) -> None:
     """Refuse what is not a finite number."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged")
+        raise UserError(
+            f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged"
+        )

@@ -34,7 +34,9 @@ def _load_into(module, component, name, weights, config):
     if component == "unet":
         module.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
     else:
-        inject_adapter_in_model(LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights)
+        inject_adapter_in_model(
+            LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights
+        )
         set_peft_model_state_dict(module, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
@@ -46,4 +48,6 @@ def _check_loaded(file, module, name, weights):
     loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor, weights[key].to(tensor))}
     if left_out := sorted((weights.keys() | loaded.keys()) - used):
-        raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+        raise UserError(
+            f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}"
+        )

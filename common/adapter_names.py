@@ -12,7 +12,13 @@ COMFYUI_PREFIXES = {
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
 
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
-_OLD_PROJECTIONS = {".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out", ".to_out.0": ".to_out"}
+_OLD_PROJECTIONS = {
+    ".q_proj": ".to_q",
+    ".k_proj": ".to_k",
+    ".v_proj": ".to_v",
+    ".out_proj": ".to_out",
+    ".to_out.0": ".to_out",
+}
 
 
 def layer_spellings(layers: dict, layers_per_block: int) -> dict:
@@ -58,7 +64,12 @@ _OUTSIDE_BLOCKS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def original_name(name, layers_per_block):
@@ -68,7 +79,9 @@ def original_name(name, layers_per_block):
     Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
     upsampler.
     """
-    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(
+        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
+    )
     if not found:
         return _OUTSIDE_BLOCKS.get(name, name)
     side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
@@ -78,5 +91,11 @@ def original_name(name, layers_per_block):
     if kind.endswith("samplers"):
         index = layers_per_block  # they close their level
     first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
-    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[
+        kind
+    ]  # SDXL upsamples only after attention
+    return (
+        f"input_blocks.{1 + first + index}.{part}.{rest}"
+        if side == "down"
+        else f"output_blocks.{first + index}.{part}.{rest}"
+    )

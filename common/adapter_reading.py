@@ -31,7 +31,9 @@ def find_adapter(place):
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
     except SafetensorError as error:
-        raise UserError(f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again") from None
+        raise UserError(
+            f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again"
+        ) from None
     if empty:
         raise UserError(f"--lora {file}: has no tensors in it")
     return file

@@ -25,10 +25,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
         found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))]:
+        if other := [
+            module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))
+        ]:
             kind = type(other[0]).__name__
-            raise UserError(f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}")
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
+            raise UserError(
+                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}"
+            )
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
+    )
     cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
 
 

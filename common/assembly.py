@@ -72,7 +72,9 @@ def load_data(flags, host):
     options = captions.options_of(flags)
     host.say(captions.summary(samples, bad, options))
     model = host.main_first(lambda: loading.model_of(flags, host.say))
-    framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
+    framing = dict(
+        resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets
+    )
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
@@ -87,8 +89,12 @@ def load_data(flags, host):
         zero_unconditional=loading.zero_unconditional(model),
         captions=options,
     )
-    make = functools.partial(batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws)
-    return Data(model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None)
+    make = functools.partial(
+        batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws
+    )
+    return Data(
+        model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None
+    )
 
 
 def build_engine(flags, host, unet, data):
@@ -105,22 +111,34 @@ def build_engine(flags, host, unet, data):
     if encoders:
         adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     groups = [(adapters.trainable(unet), {})]
-    groups += [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})] if encoders else []
+    groups += (
+        [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})]
+        if encoders
+        else []
+    )
     flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
         fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
         fused_unet.fuse_unet(unet, host.device, host.say)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
-    scale = f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}" if flags.lora_alpha != flags.lora_rank else ""
-    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}")
+    scale = (
+        f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}"
+        if flags.lora_alpha != flags.lora_rank
+        else ""
+    )
+    host.say(
+        f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}"
+    )
     betas = (flags.adam_beta1, flags.adam_beta2)
     return Engine(
         unet,
         data.text,
         data.schedule,
         flat,
-        adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
+        adapters.make_optimizer(
+            flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon
+        ),
         lr_schedule(
             flags.lr_scheduler,
             flags.lr_warmup_steps,
@@ -158,14 +176,19 @@ def _train(flags, engine, data):
     if host.is_main:
         files.write_json(output_dir / "config.json", recipe)
     passes = _fit(flags, engine, data, plan)
-    if plan.effective_batch % host.world or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps:
+    if (
+        plan.effective_batch % host.world
+        or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps
+    ):
         host.say(_uneven_shares(flags, host.world, plan.effective_batch))
     host.say(
         f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
     )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
-    save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
+    save_adapter = functools.partial(
+        formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data)
+    )
     request = stopping.StopRequest(plan.ends_s)
 
     def save(step):
@@ -174,7 +197,9 @@ def _train(flags, engine, data):
 
     try:
         with request.listening():
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request)
+            progress, ended = loops.train(
+                engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request
+            )
             request.doing = "writing the results"
             engine.run_pass.clear()
             if host.is_main:
@@ -184,7 +209,9 @@ def _train(flags, engine, data):
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    peaks = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    peaks = (
+        f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    )
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
     name = output_dir.resolve().name
     host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
@@ -203,7 +230,9 @@ def save_kohya(flags, engine, data, ending="", **options):
     output_dir = Path(flags.output_dir)
     weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
     path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
-    return formats.save_kohya(path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options)
+    return formats.save_kohya(
+        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options
+    )
 
 
 def export_dora_as_lora(flags, engine, data):
@@ -212,7 +241,9 @@ def export_dora_as_lora(flags, engine, data):
     if host.is_main:
         host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
         share = save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
-        host.say(f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm")
+        host.say(
+            f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm"
+        )
 
 
 def _readers(unet):
@@ -267,7 +298,9 @@ def _fit(flags, engine, data, plan):
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    share = len(range(host.rank, plan.effective_batch, host.world))  # where they do not divide, the first processes have one more
+    share = len(
+        range(host.rank, plan.effective_batch, host.world)
+    )  # where they do not divide, the first processes have one more
     budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
     gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank

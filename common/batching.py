@@ -112,7 +112,9 @@ class Examples:
         """The variant that this occurrence of a sample has in this epoch."""
         count, number = self.captions.count, 0
         if count > 1:
-            number = int(torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence)))
+            number = int(
+                torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence))
+            )
         return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
@@ -153,5 +155,7 @@ def _group(rows, micro_size):
         for start in range(0, len(group), micro_size):
             names, fields = zip(*group[start : start + micro_size])
             tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
-            batches.append(Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names)))
+            batches.append(
+                Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names))
+            )
     return batches

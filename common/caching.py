@@ -57,7 +57,9 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     dataset.refuse_bad(list(bad.values()), max_bad, bad_before, host.say)
     kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
     if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
-        raise UserError(f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again")
+        raise UserError(
+            f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again"
+        )
     host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
     if not kept:
         raise UserError("none of the images could be decoded")

@@ -126,7 +126,9 @@ def _check_fits(folder: Path, state: dict, tensors: dict, engine) -> None:
             " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
         )
     if state["optimizer_class"] != type(engine.optimizer).__name__:
-        raise UserError(f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam"
+        )
     if ("ema" in tensors) != (engine.ema is not None):
         raise UserError(
             f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"

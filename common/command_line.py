@@ -58,7 +58,9 @@ def flag(default, help, **metadata):
     Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
     """
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+        return dataclasses.field(
+            default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata}
+        )
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -128,13 +130,20 @@ class Parser(argparse_dataclass.ArgumentParser):
         Raises:
             UserError: naming the two spellings that there are.
         """
-        switches = {option: action.dest for action in self._actions if isinstance(action, Switch) for option in action.option_strings}
+        switches = {
+            option: action.dest
+            for action in self._actions
+            if isinstance(action, Switch)
+            for option in action.option_strings
+        }
         for typed, following in zip(argv, [*argv[1:], ""]):
             option, joined, value = typed.partition("=")
             value = value if joined else following
             if option in switches and (joined or value.lower() in TRUTH_VALUES):
                 name = switches[option]
-                raise UserError(f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it")
+                raise UserError(
+                    f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it"
+                )
 
 
 def _or_none(convert):
@@ -149,7 +158,11 @@ def _or_none(convert):
 
 def _shown(field):
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+    return (
+        " ".join(default)
+        if isinstance(default, list) and default
+        else default or ("none" if default in (None, []) else default)
+    )
 
 
 def parse(cls, argv=None):
@@ -187,7 +200,11 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
-GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
+GONE_TO_THE_END = (
+    None,
+    "finished",
+    "early stopping",
+)  # what a training's "ended" says when there is nothing to go on with
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -233,7 +250,9 @@ def _told(error: BaseException) -> tuple[str, int]:
 def _unforeseen(error: Exception) -> str:
     """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
     temporary one."""
-    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]  # the first are main's
+    locals_of = [
+        frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]  # the first are main's
     output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
     place = output_dir if output_dir and os.path.isdir(output_dir) else None
     try:

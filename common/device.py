@@ -17,7 +17,9 @@ from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
-LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
+LONGEST_WAIT = timedelta(
+    hours=12
+)  # one process may encode, convert or render while the others wait; 10 minutes are the default
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
@@ -88,7 +90,9 @@ def _all_processes():
         raise
     except RuntimeError as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
+        raise UserError(
+            f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})"
+        ) from None
 
 
 def start(mixed_precision="fp16", seed=0):
@@ -104,7 +108,9 @@ def start(mixed_precision="fp16", seed=0):
     quieten_libraries()
     torch.manual_seed(seed)
     # without a GPU: gloo
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
+    )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     gc.collect()  # what an earlier run in this process has left
     free_memory(where)
@@ -142,7 +148,9 @@ def _choose_dtype(device, mixed_precision):
     if mixed_precision == "bf16":
         # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
         if capability < (8, 0):
-            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+            raise UserError(
+                f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16"
+            )
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
 
@@ -151,13 +159,19 @@ def limit_memory(device, max_gib):
     """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device
+    )
     return limit_gib
 
 
 def peak_gib(device):
     """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+    return (
+        max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB)
+        if device.type == "cuda"
+        else peak_ram_gib()
+    )
 
 
 def start_new_peak(device):

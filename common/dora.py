@@ -71,7 +71,9 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         return down.t(), up.t()
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
     rank = min(rank, len(values))
-    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)  # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # what is nothing but rounding is not blown up
     roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
     vectors = vectors[:, -rank:]
     return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()

@@ -21,7 +21,9 @@ class LossScale:
 
     def __init__(self, dtype, device):
         self.enabled = dtype == torch.float16
-        self.value = torch.full((), 2.0**12 if self.enabled else 1.0, device=device)  # on the device: a CUDA graph reads it
+        self.value = torch.full(
+            (), 2.0**12 if self.enabled else 1.0, device=device
+        )  # on the device: a CUDA graph reads it
         self.good_steps = 0
 
     def update(self, overflow):
@@ -135,13 +137,26 @@ class Engine:
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
         self.optimizer, self.lr_factor, self.host, self.checkpointing = optimizer, lr_factor, host, checkpointing
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
+        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = (
+            max_grad_norm,
+            min_snr_gamma,
+            seed,
+            dropout_seed,
+        )
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
-        ways = {"as in training": self._summed_mse, "one image at a time": self._one_at_a_time, "no held-out loss": self._no_room}
+        ways = {
+            "as in training": self._summed_mse,
+            "one image at a time": self._one_at_a_time,
+            "no held-out loss": self._no_room,
+        }
         self._validate = memory.StepDown("while validating", ways, host)
-        self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
-        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False)
+        self.run_pass = Graphed(
+            lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say
+        )
+        self.publish = Graphed(
+            lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False
+        )
 
     def optimizer_state_bytes(self):
         """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
@@ -252,7 +267,9 @@ class Engine:
         return StepResult(
             loss=numbers.loss,
             mse=numbers.mse,
-            mse_quarters=[total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)],
+            mse_quarters=[
+                total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)
+            ],
             grad_norm=numbers.grad_norm,
             loss_scale=numbers.loss_scale,
             lr=self.peak_lrs[0] * lr_factor,

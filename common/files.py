@@ -17,8 +17,15 @@ from safetensors.torch import save_file
 
 from common.command_line import UserError
 
-HASHES = "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a folder
+HASHES = (
+    "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
+)
+NO_FOLDER_SYNC = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EBADF,
+)  # what file systems answer that cannot sync a folder
 
 
 class DamagedFile(UserError):
@@ -146,7 +153,9 @@ def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
     if not hashes:
         return None
     names = set(opened.keys())
-    wrong = [name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])]
+    wrong = [
+        name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])
+    ]
     matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
     if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
         return None

@@ -113,12 +113,16 @@ def _read_plan(remembered, unet):
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
     """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
-    engine.host.say("measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards")
+    engine.host.say(
+        "measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards"
+    )
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
 
     # Time the largest passes that may fit, and take the fastest
-    candidates = [n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)]
+    candidates = [
+        n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)
+    ]
     timed = []
     for size in candidates[-TIMED_CANDIDATES:]:
         seconds, kept = _timed(engine, make_batches, checkpointing, size, sizes, (room - size * lowest) / size)

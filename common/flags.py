@@ -25,7 +25,9 @@ class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
     pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "SDXL: hub id, local folder or single .safetensors file",
+        type=local_path,
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
@@ -37,17 +39,26 @@ class ModelFlags(Described):
         "where configs and tokenizers of a single-file model come from: hub id or folder",
         type=local_path,
     )
-    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    variant: Optional[str] = flag(
+        "fp16", "weight files to prefer; plain ones are used where a local folder has no such variant"
+    )
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
     prediction_type: Optional[str] = flag(
-        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+        None,
+        "what the model predicts, for files that do not say it; none means by its files",
+        choices=["epsilon", "v_prediction"],
     )
     zero_terminal_snr: Optional[bool] = flag(
-        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+        None,
+        "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
+        "fp16", "precision of the model on a GPU; a CPU computes in fp32"
+    )
     cache_dir: str = flag(
-        CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
+        CACHE_DIR,
+        "where encoded images and captions, and unpacked single-file models, are kept between runs",
+        type=local_path,
     )
     dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
     demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
@@ -70,23 +81,34 @@ class TrainFlags(ModelFlags):
     caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
     max_train_samples: Optional[int] = flag(None, "use only the first N samples")
     max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
-    resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
+    resolution: int = flag(
+        1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32"
+    )
     center_crop: bool = flag(
-        True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached"
+        True,
+        "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached",
     )
     random_flip: bool = flag(False, "mirror half of the training examples")
     aspect_ratio_buckets: bool = flag(
-        False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
+        False,
+        "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution",
     )
-    caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
-    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
-    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_dropout: float = flag(
+        0.0, "share of training examples that see the unconditional input instead of their caption"
+    )
+    trigger_word: Optional[str] = flag(
+        None, "word put before every caption, e.g. the name of the style, with a comma after it"
+    )
+    caption_prefix: Optional[str] = flag(
+        None, "text put before every caption, and before the trigger word, with a comma after it"
+    )
     caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
     shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
     keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
     tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
     caption_variants: int = flag(
-        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+        8,
+        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each",
     )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
@@ -96,34 +118,48 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
+    lora_alpha: Optional[int] = flag(
+        None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1"
+    )
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
+        0.0,
+        "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split",
     )
-    lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    lora_target_modules: List[str] = flag(
+        ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names"
+    )
     lora_backend: Literal["fused", "peft"] = flag(
-        "fused", "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own"
+        "fused",
+        "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own",
     )
-    auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
+    auto_fit: bool = flag(
+        True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays"
+    )
     max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
     train_text_encoder: bool = flag(
-        False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
+        False,
+        "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step",
     )
     text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention by xformers instead of torch's own kernels"
+    )
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
     gradient_accumulation_steps: int = flag(
-        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+        4,
+        "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out",
     )
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in the backward pass: less memory, a third more work"
+    )
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
     learning_rate: float = flag(1e-4, "peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
-        "cosine", "schedule of the learning rate over the optimizer steps"
-    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "schedule of the learning rate over the optimizer steps")
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
     lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
     lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
@@ -135,26 +171,39 @@ class TrainFlags(ModelFlags):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
     seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
     # loss
-    min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
+    min_snr_gamma: Optional[float] = flag(
+        None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE"
+    )
     offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
     use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
     ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
     # output
     output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
-    save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
+    save_peft: bool = flag(
+        False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it"
+    )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
-    checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
+    checkpoints_total_limit: Optional[int] = flag(
+        3, "keep this many newest checkpoints; the weight files of all steps stay"
+    )
     resume_from_checkpoint: Optional[str] = flag(
         None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
     )
-    max_train_minutes: Optional[float] = flag(None, "stop early, with everything saved, this many minutes after the start")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
+    max_train_minutes: Optional[float] = flag(
+        None, "stop early, with everything saved, this many minutes after the start"
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker that gets the numbers of metrics.jsonl too"
+    )
     validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
     validation_steps: int = flag(
-        500, "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)"
+        500,
+        "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)",
     )
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
-    early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
+    early_stopping_patience: Optional[int] = flag(
+        None, "stop after this many validations without a better held-out loss"
+    )
 
     def __post_init__(self):
         if self.lora_alpha is None:
@@ -174,7 +223,9 @@ def check(flags):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    from_zero = (
+        "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    )
     for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
@@ -183,15 +234,23 @@ def check(flags):
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
         nearest = max(64, round(flags.resolution / 32) * 32)
-        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}"
+        )
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
     if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
-        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+        raise UserError(
+            f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout"
+        )
     if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
-        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
+        raise UserError(
+            f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler"
+        )
     if not all(name.strip() for name in flags.lora_target_modules):
-        raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
+        raise UserError(
+            "--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k"
+        )
     _check_places(flags)
     _check_packages(flags)
     check_model(flags)
@@ -207,7 +266,9 @@ def check_model(flags):
         check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
-        looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
+        looks_local = place and (
+            place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1
+        )
         if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
@@ -258,7 +319,11 @@ def _check_data_dir(name, output):
 def _check_packages(flags):
     wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
     wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
-    wanted += [("xformers", "--enable_xformers_memory_efficient_attention")] if flags.enable_xformers_memory_efficient_attention else []
+    wanted += (
+        [("xformers", "--enable_xformers_memory_efficient_attention")]
+        if flags.enable_xformers_memory_efficient_attention
+        else []
+    )
     wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
@@ -272,12 +337,18 @@ def _check_wandb_login():
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    places = (
+        [os.environ["NETRC"]]
+        if "NETRC" in os.environ
+        else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    )
     for place in filter(os.path.isfile, places):
         with contextlib.suppress(netrc.NetrcParseError, OSError):
             if netrc.netrc(place).authenticators(server):
                 return
-    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
+    raise UserError(
+        "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk"
+    )
 
 
 def find_data_dir(name):
@@ -293,6 +364,8 @@ def find_data_dir(name):
         for folder in (Path(place), Path("/kaggle/input") / place):
             if place and folder.is_dir():
                 if not (weight.isdecimal() and int(weight)):
-                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                    raise UserError(
+                        f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2"
+                    )
                 return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")

@@ -27,7 +27,11 @@ def save_adapter(path, unet, recipe, text_encoders=()):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
         weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
         described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
-    metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
+    metadata = {
+        "format": "pt",
+        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+    }
     write_safetensors(path, weights, metadata)
 
 
@@ -53,7 +57,10 @@ def _spelt_by_diffusers(component, weights):
 
     if component != "unet":
         return convert_state_dict_to_diffusers(weights)
-    return {name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor for name, tensor in weights.items()}
+    return {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
+        for name, tensor in weights.items()
+    }
 
 
 def save_peft(folder, unet, recipe, text_encoders=()):
@@ -72,7 +79,9 @@ def save_peft(folder, unet, recipe, text_encoders=()):
         config.inference_mode = True
         config.lora_dropout = 0.0  # of training: the recipe keeps it
         base = type(module)
-        config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
+        config.save_pretrained(
+            part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__}
+        )
 
 
 def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
@@ -96,7 +105,11 @@ def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_ran
             up, down = parts["B.weight"], parts["A.weight"]
             alpha = module.peft_config["default"].lora_alpha
             if "magnitude_vector" in parts:
-                known = parts["magnitude_vector"], weight_of(layer), module.get_submodule(layer).get_delta_weight("default")
+                known = (
+                    parts["magnitude_vector"],
+                    weight_of(layer),
+                    module.get_submodule(layer).get_delta_weight("default"),
+                )
                 if dora_rank:
                     up, down, left_out = _as_lora(dora.change(*known), dora_rank)
                     alpha = len(down)

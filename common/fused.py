@@ -135,7 +135,9 @@ def fuse(models, flat, seed, say=print):
 
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer in layers):
-        raise UserError("--lora_target_modules: adapters of convolutions have no fused forward pass; add --lora_backend peft")
+        raise UserError(
+            "--lora_target_modules: adapters of convolutions have no fused forward pass; add --lora_backend peft"
+        )
     for salt, layer in enumerate(layers):
         layer.forward = FusedLayer(layer, flat, seed, salt)
         if layer.forward.m is not None:

@@ -24,7 +24,10 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        conv, sizes = (
+            ctx.conv,
+            zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size),
+        )
         left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
         # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
         return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
@@ -37,7 +40,9 @@ def convolution(conv, x):
 def _convolve(x, conv, bias=None):
     if x.is_cuda:
         return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
-    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)  # memory is not what a CPU lacks, and this is faster
+    return F.conv2d(
+        x, conv.weight, bias, conv.stride, conv.padding
+    )  # memory is not what a CPU lacks, and this is faster
 
 
 def resnet_block(block, x, temb):
@@ -94,7 +99,8 @@ def _is_plain(block):
     convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
     return (
         all(type(conv) is torch.nn.Conv2d for conv in convolutions)
-        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p)
+        == ("default", False, 1.0, 0.0)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.upsample is None
         and block.downsample is None
@@ -110,11 +116,17 @@ def forwards():
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return {
-        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.Conv2d: (
+            convolution,
+            lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1),
+        ),
         torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
         ResnetBlock2D: (resnet_block, _is_plain),
         Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
-        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        BasicTransformerBlock: (
+            transformer_block,
+            lambda block: block.norm_type == "layer_norm" and block.pos_embed is None,
+        ),
         GEGLU: (gated_activation, lambda module: True),
     }
 

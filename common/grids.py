@@ -99,7 +99,9 @@ def legible(text: str) -> tuple[str, str]:
         if letters <= _letters_of(file):
             return file, text
     written = _letters_of(dejavu())
-    return dejavu(), "".join(letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text)
+    return dejavu(), "".join(
+        letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text
+    )
 
 
 def dejavu() -> str:

@@ -16,7 +16,9 @@ from common.operations import Operation
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def adopt_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
 
     Args:
@@ -28,7 +30,9 @@ def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: t
         try_kernels(wanted, device, dtype=dtype, rank=rank, say=say)
 
 
-def try_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def try_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """`adopt_kernels` on any device: Triton's interpreter runs kernels on a CPU."""
     tried = (str(device), dtype, rank)
     untried = [operation for operation in wanted if tried not in operation.faults]

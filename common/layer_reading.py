@@ -12,7 +12,9 @@ EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adap
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
 _SUFFIXES = {
     **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
-    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN),
+    **dict.fromkeys(
+        (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN
+    ),
     **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
 }
 
@@ -42,7 +44,9 @@ def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tup
     described = _described(file, metadata)
     by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
     configs = {
-        component: described[component] if component in described.keys() - by_tensors else lora_arguments(part, alphas[component])
+        component: described[component]
+        if component in described.keys() - by_tensors
+        else lora_arguments(part, alphas[component])
         for component, part in weights.items()
     }
     return weights, configs
@@ -52,7 +56,11 @@ def _by_layer(file, tensors, spellings):
     """{(component, layer): {kind: key}}."""
     layers, unknown = {}, []
     for key in tensors:
-        name = key.replace(".processor.", ".").removesuffix(".weight") if MAGNITUDE in key else key.replace(".processor.", ".")
+        name = (
+            key.replace(".processor.", ".").removesuffix(".weight")
+            if MAGNITUDE in key
+            else key.replace(".processor.", ".")
+        )
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         place = spellings.get(name.removesuffix(suffix)) if suffix else None
         if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
@@ -82,13 +90,20 @@ def _read_layer(file, layer, weight, parts, metadata, identities):
 
     if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
         magnitude = _magnitude(weight, pair, dora_scale, metadata)
-    elif dora_scale is not None and tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+    elif (
+        dora_scale is not None
+        and tuple(dora_scale.shape[:2]) == (1, weight.shape[1])
+        and dora_scale.numel() == weight.shape[1]
+    ):
         pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
     elif dora_scale is not None:
         return None
 
     kernel = weight.shape[2:]
-    kinds = {"lora_A.weight": pair.down.view(-1, *weight.shape[1:]), "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel))}
+    kinds = {
+        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
+        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
+    }
     if magnitude is not None:
         kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
     return kinds, pair.scale * len(pair.down)
@@ -98,7 +113,9 @@ def _alpha(file, layer, tensor):
     if tensor is None:
         return None
     if tensor.numel() != 1:
-        raise UserError(f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged")
+        raise UserError(
+            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
+        )
     check_number(file, f"the alpha of {layer}", float(tensor))
     return float(tensor)
 
@@ -126,7 +143,11 @@ def _described(file, metadata):
 
 def lora_arguments(weights: dict, alphas: dict) -> dict:
     """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(tensor)
+        for key, tensor in weights.items()
+        if key.endswith(".lora_A.weight")
+    }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return dict(
         r=rank,

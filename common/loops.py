@@ -60,19 +60,27 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
         UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
     """
     host, non_finite = engine.host, 0
-    ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
-    fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
+    ended = (
+        "early stopping" if _out_of_patience(plan, progress) else "finished"
+    )  # a run that had stopped early stays so
+    fetch = _Prefetch(
+        lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world)
+    )
     save = _Saver(engine, plan, save_weights, progress.step)
     with contextlib.closing(report):
         while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
             # the flag of a process travels with its next step, so that all of them stop after the same one
-            stopping.doing = f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
+            stopping.doing = (
+                f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
+            )
 
             # One optimizer step
             batches = fetch(progress.batches)
             try:
-                result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
+                result = engine.step(
+                    progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1)
+                )
             except PassOutOfMemory as error:
                 fetch.forget()
                 if not _step_down(fit, error.here, host, report):
@@ -116,7 +124,9 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
 
 
 def _out_of_patience(plan, progress):
-    return plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
+    return (
+        plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
+    )
 
 
 class _Prefetch:
@@ -152,7 +162,9 @@ class _Saver:
         if what := checkpoint.not_finite(self._engine):
             raise UserError(_diverged_message(what, progress, self._plan))
         if self._engine.host.is_main and progress.step != self._saved:
-            self._save_weights(progress.step)  # first: from the checkpoint on, a killed run would not come back to write it
+            self._save_weights(
+                progress.step
+            )  # first: from the checkpoint on, a killed run would not come back to write it
             limit = self._plan.checkpoints_total_limit
             checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
         self._saved = progress.step
@@ -166,7 +178,9 @@ def _step_down(fit, here, host, report):
     if not all(host.gather([has_smaller])):
         return False
     if here:
-        recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        recomputed = (
+            "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        )
         report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
     return True
 
@@ -174,7 +188,9 @@ def _step_down(fit, here, host, report):
 def _skip_batch(engine, result, report):
     """After a step that was not applied: whether to drop its batch. A mere gradient overflow is tried again at half the scale."""
     if math.isfinite(result.loss) and engine.loss_scale.enabled and result.loss_scale > SMALLEST_SCALE:
-        report.say(f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it")
+        report.say(
+            f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
+        )
         return False
     report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
     return True
@@ -192,7 +208,9 @@ def _non_finite_message(examples, progress, plan):
 def _diverged_message(what, progress, plan):
     """The weights themselves are at fault, whatever images the last batches held."""
     saved = run_folder.find_checkpoints(plan.output_dir)
-    cure = f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    cure = (
+        f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    )
     return (
         f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
         f" Lower --learning_rate, or use --mixed_precision no; {cure}"

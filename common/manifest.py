@@ -43,8 +43,17 @@ def write_results(flags, sampler, model, columns, records, load_s):
     drawn_s = sum(record["seconds"] for record in records)
     manifest = {
         **provenance(flags, model),
-        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
-        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "device": {
+            "type": host.device.type,
+            "dtype": dtype_name(host),
+            "memory": sampler.memory,
+            "reason": host.reason,
+        },
+        "timings": {
+            "load_s": round(load_s, 2),
+            "draw_s": round(drawn_s, 2),
+            "s_per_image": round(drawn_s / len(records), 3),
+        },
         "peak_gib": round(device.peak_gib(host.device), 2),
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
@@ -54,7 +63,9 @@ def write_results(flags, sampler, model, columns, records, load_s):
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
     made = "compare.png, " if flags.compare else ""
-    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    host.say(
+        f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}"
+    )
     return manifest
 
 
@@ -97,9 +108,7 @@ def write_comparison(flags, host, manifest):
             host.say(f"{column['title']}: not one pixel differs from the base")
     labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     model = Path(manifest["model"]["name"]).name
-    footer = (
-        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
-    )
+    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
     for text in [*titles, *labels]:
         if grids.legible(text)[1] != text:
             host.say(

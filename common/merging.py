@@ -12,7 +12,11 @@ from common.files import write_json
 from common.model_kind import SCHEDULER
 
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
-COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
+COPIED = (
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)  # byte for byte: saved again, tokenizers lose files that other tools read
 
 
 def merge(pipeline, adapters, model, place, record):
@@ -45,7 +49,9 @@ def _check_room(pipeline, place):
     disk = next(folder for folder in place.absolute().parents if folder.is_dir())
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
     if needed > free:
-        raise UserError(f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk")
+        raise UserError(
+            f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk"
+        )
 
 
 def _fuse(pipeline, adapters):
@@ -65,7 +71,9 @@ def _write(pipeline, model, folder, record):
     for name in COPIED:
         shutil.copytree(model.folder / name, folder / name)
     shutil.copy(model.folder / "model_index.json", folder)
-    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:  # what the model is was said by a flag, or by its single file
+    if (
+        json.loads((folder / SCHEDULER).read_text()) != model.scheduler
+    ):  # what the model is was said by a flag, or by its single file
         write_json(folder / SCHEDULER, model.scheduler)
     write_json(folder / "merge.json", record)
     for file in folder.rglob("*.safetensors"):

@@ -75,4 +75,6 @@ def mse_per_sample(prediction, target):
 
 def by_quarter(values, t, num_timesteps):
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
+    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
+        0, t * QUARTERS // num_timesteps, values
+    )

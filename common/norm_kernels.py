@@ -39,7 +39,9 @@ def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _moments_kernel(
+    x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -86,11 +88,15 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_norm_kernel(
+    x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """y = (x + centre) scale + bias, through SiLU if asked for."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
     if SILU:
@@ -99,11 +105,15 @@ def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.con
 
 
 @triton.jit
-def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_gradient(
+    x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if SILU:
@@ -118,7 +128,9 @@ def _gradient_sums_kernel(
     x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Of every tile and channel: the sums of dz scale and of dz scale u."""
-    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )
     out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
     dz = tl.where(mask, dz * k, 0.0)
     tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
@@ -217,13 +229,17 @@ class _GroupNorm(torch.autograd.Function):
         scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
         grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
         shift_or_any = shift.contiguous() if shifted else x
-        _moments_kernel[grid](x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS)
+        _moments_kernel[grid](
+            x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS
+        )
         _merge_moments_kernel[(norm.num_groups, images)](
             mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
             SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
         )  # fmt: skip
         y = torch.empty_like(x)
-        _group_norm_kernel[grid](x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS)
+        _group_norm_kernel[grid](
+            x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS
+        )
         ctx.save_for_backward(x, scale, centre, inverse)
         ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
         return y
@@ -237,7 +253,17 @@ class _GroupNorm(torch.autograd.Function):
         given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
         _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
         _merge_gradient_kernel[(norm.num_groups, images)](
-            sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, size, TILES=TILES, WIDTH=triton.next_power_of_2(size)
+            sum_dz,
+            sum_dz_u,
+            inverse,
+            offset,
+            slope,
+            tiles,
+            pixels,
+            channels,
+            size,
+            TILES=TILES,
+            WIDTH=triton.next_power_of_2(size),
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
@@ -256,7 +282,16 @@ class _AddNorm(torch.autograd.Function):
         total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
         a_or_any = h if a is None else a.contiguous()
         _add_norm_kernel[(h.numel() // width,)](
-            h, a_or_any, norm.weight, norm.bias, total, y, width, norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width)
+            h,
+            a_or_any,
+            norm.weight,
+            norm.bias,
+            total,
+            y,
+            width,
+            norm.eps,
+            ADD=a is not None,
+            BLOCK=triton.next_power_of_2(width),
         )
         ctx.save_for_backward(total)
         ctx.norm, ctx.added = norm, a is not None

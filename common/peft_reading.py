@@ -16,7 +16,10 @@ def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
     weights, configs = {}, {}
     for part in (file, *(part for part in nested if part.exists())):
         config = _config(part)
-        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
+        named = {
+            key.removeprefix(formats.PEFT_PREFIX): tensor
+            for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()
+        }
         component, named = _component(modules, named)
         weights[component], configs[component] = named, config
     return weights, configs
@@ -40,7 +43,10 @@ def _config(file):
 
 def _component(modules, weights):
     """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in COMPONENTS}
+    named = {
+        component: weights if component == "unet" else _named_as_in(modules[component], weights)
+        for component in COMPONENTS
+    }
     return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
 
 

@@ -40,7 +40,10 @@ class Report:
             where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
             self.tracker = tracker_class(Path(output_dir).name, **where)
             self.tracker.start()
-            scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            scalars = {
+                key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in config.items()
+            }
             self.tracker.store_init_configuration(scalars)
 
     def log(self, row):
@@ -53,7 +56,9 @@ class Report:
         self.file.flush()
         self.rows += 1
         if self.tracker:
-            self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+            self.tracker.log(
+                {key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"]
+            )
         if "val_loss" in row:
             self.plot()
 

@@ -49,7 +49,9 @@ def resume(flags, engine, recipe, plan):
             host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
     if before["data"] not in ({}, recipe["data"]):
         was, now = before["data"]["images"], recipe["data"]["images"]
-        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
+        host.say(
+            f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data"
+        )
     host.say(f"resumed from {folder}")
     return progress
 

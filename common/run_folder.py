@@ -127,4 +127,6 @@ def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> l
 
 def _of_earlier_versions(name: str) -> list[Path]:
     """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
-    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
+    return sorted(
+        (folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of
+    )

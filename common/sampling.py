@@ -99,7 +99,9 @@ def _to_pixels(latent, vae):
     if config.latents_mean is None:
         latent = latent / config.scaling_factor
     else:
-        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
         latent = latent * std / config.scaling_factor + mean
     return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
@@ -143,7 +145,10 @@ def choose_memory(memory, host, settings, batch_size):
         need_gib = scale * (weights_gib + image_gib)
         if need_gib <= free_gib:
             return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
-    return "sequential", f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow"
+    return (
+        "sequential",
+        f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow",
+    )
 
 
 class Sampler:
@@ -202,7 +207,9 @@ class Sampler:
 
         def predict(fields):
             added = {name: fields[name] for name in ("text_embeds", "time_ids")}
-            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+            return launch(
+                fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False
+            )[0]
 
         graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
 
@@ -236,7 +243,9 @@ class Sampler:
             if not memory.ran_out(error):
                 raise
         # outside of this block the failed call's tensors are free
-        self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.vae.to(
+            dtype=self.host.dtype
+        )  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
@@ -289,7 +298,9 @@ class Sampler:
         elif self.memory == "offload":
             self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
         else:
-            raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
+            raise UserError(
+                f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU"
+            )
         self.host.say(f"out of GPU memory: {plan}")
         self._stop_replaying()
         self.pipeline.remove_all_hooks()

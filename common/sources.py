@@ -16,13 +16,18 @@ from common.flags import find_data_dir
 from common.metadata_files import read_rows, read_text
 from common.pairs import Pair, few, read_file
 
-IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split())
+IMAGE_SUFFIXES = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split()
+)
 OTHER_SUFFIXES = set(".heic .heif .jxl .svg .psd .xcf .kra .clip .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
 METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
-RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))  # what a trainer, and infer.py, leave behind
+RUN_FILES = (
+    ("config.json", "metrics.jsonl"),
+    ("manifest.json", "compare.png"),
+)  # what a trainer, and infer.py, leave behind
 
 
 class Found(NamedTuple):
@@ -105,7 +110,9 @@ def _reason_to_leave(path, folder, runs):
 def _say_left_out(folder, left_out, say):
     for reason, paths in left_out.items():
         if paths:
-            say(f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})")
+            say(
+                f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})"
+            )
 
 
 # ---------------------------------------------------------------- captions

@@ -12,7 +12,9 @@ import time
 
 from common import launch
 
-SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]  # Windows has no SIGHUP
+SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+]  # Windows has no SIGHUP
 DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
 
 

@@ -67,7 +67,9 @@ class Store:
         if not self.folder or not self._pending:
             return
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        files.write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
+        files.write_safetensors(
+            path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)}
+        )
         self._pending = {}
         self.reload()
 

@@ -30,7 +30,9 @@ VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+)
 # 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
 TINY = dict(
     unet=dict(
@@ -43,9 +45,16 @@ TINY = dict(
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=112,
     ),
-    text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32),
+    text_encoder=dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+    ),
     text_encoder_2=dict(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64, hidden_act="gelu"
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        projection_dim=64,
+        hidden_act="gelu",
     ),
     vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
 )
@@ -57,8 +66,18 @@ HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d",
 # A scene is a sky and, from back to front, shapes: four numbers are an ellipse (x, y, rx, ry), more are the corners of a polygon.
 # Unit: 1/100 of the shorter side; x counts from the middle, y up from the lower edge.
 SCENES = {
-    "a green hill": ("#a9e2ff", ("#fff3a0", -34, 84, 10, 10), ("#8fd66a", 40, 0, 70, 44), ("#63bd58", -40, -12, 80, 40)),
-    "the sea": ("#c9f0ff", ("#ffffff", 40, 84, 18, 7), ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9), ("#ffe2a0", -10, -20, 90, 36)),
+    "a green hill": (
+        "#a9e2ff",
+        ("#fff3a0", -34, 84, 10, 10),
+        ("#8fd66a", 40, 0, 70, 44),
+        ("#63bd58", -40, -12, 80, 40),
+    ),
+    "the sea": (
+        "#c9f0ff",
+        ("#ffffff", 40, 84, 18, 7),
+        ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9),
+        ("#ffe2a0", -10, -20, 90, 36),
+    ),
     "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
     "a snowy mountain": (
         "#d6ecff",
@@ -66,7 +85,12 @@ SCENES = {
         ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
         ("#eef6ff", 0, -30, 100, 58),
     ),
-    "a pink garden": ("#ffe6ef", ("#ffb0cc", -44, 82, 24, 18), ("#ffb0cc", 46, 74, 22, 17), ("#a5dc8c", 0, -26, 100, 56)),
+    "a pink garden": (
+        "#ffe6ef",
+        ("#ffb0cc", -44, 82, 24, 18),
+        ("#ffb0cc", 46, 74, 22, 17),
+        ("#a5dc8c", 0, -26, 100, 56),
+    ),
 }
 
 
@@ -80,9 +104,17 @@ def tokenizers(texts: Iterable[str]):
 
     merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+    return tuple(
+        CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!")
+    )
 
 
 def merges_of(words: list[str]) -> list[tuple[str, str]]:
@@ -118,7 +150,9 @@ def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
             text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
         )
-    return StableDiffusionXLPipeline(**parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER))
+    return StableDiffusionXLPipeline(
+        **parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER)
+    )
 
 
 def build_model(folder: Path) -> None:
@@ -144,13 +178,18 @@ class Ink:
 
     def pixels(self, numbers) -> list[float]:
         """x, y, x, y, ... in scene units -> pixels of the enlarged picture."""
-        return [self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit for i, n in enumerate(numbers)]
+        return [
+            self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit
+            for i, n in enumerate(numbers)
+        ]
 
     def shape(self, fill: str, *numbers: float, line: float = 1.6) -> None:
         """An ellipse (x, y, rx, ry) or a polygon (x, y, x, y, x, y, ...) with an outline."""
         if len(numbers) == 4:
             x, y, rx, ry = numbers
-            self.draw.ellipse(self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit))
+            self.draw.ellipse(
+                self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit)
+            )
         else:
             self.draw.polygon(self.pixels(numbers), fill)
             if line:
@@ -163,7 +202,12 @@ class Ink:
 def spikes(x: float, y: float, inner: float, outer: float, count: int, start: int, end: int) -> list[float]:
     """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
     angles = [math.radians(start + (end - start) * i / (2 * count)) for i in range(2 * count + 1)]
-    return [n for i, a in enumerate(angles) for r in [outer if i % 2 else inner] for n in (x + r * math.cos(a), y + r * math.sin(a))]
+    return [
+        n
+        for i, a in enumerate(angles)
+        for r in [outer if i % 2 else inner]
+        for n in (x + r * math.cos(a), y + r * math.sin(a))
+    ]
 
 
 def draw_head(ink: Ink, who: str, hair: str) -> None:
@@ -201,7 +245,9 @@ def draw_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
 
 def draw_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
     """One picture and its caption; every attribute is chosen independently of the others."""
-    who, mood, eyes, hair, clothes, scene = (rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES))
+    who, mood, eyes, hair, clothes, scene = (
+        rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES)
+    )
     sky, *shapes = SCENES[scene]
     ink = Ink(width_px, height_px, sky)
     for fill, *numbers in shapes:

@@ -14,7 +14,22 @@ import torch
 from demo.world import ATTRIBUTES, CLOTHING, HAIR, NAMES, STYLES, WHO
 
 # What differs between pictures of equal attributes: a number in [0, 1) for each name. The last three place the parts of a background.
-JITTER = ("x", "y", "scale", "tilt", "skin", "hair", "cloth", "iris", "phase", "amount", "gaze", "first", "second", "third")
+JITTER = (
+    "x",
+    "y",
+    "scale",
+    "tilt",
+    "skin",
+    "hair",
+    "cloth",
+    "iris",
+    "phase",
+    "amount",
+    "gaze",
+    "first",
+    "second",
+    "third",
+)
 INK, LINE = "#1d1730", 0.027  # colour of outlines, and their width: they grow outwards, so that fills keep their size
 SHADE = ("#d2c5d8", "#c0b2d2")  # (plain, ink); multiplies the colours that lie in shadow
 
@@ -96,7 +111,9 @@ class Scene:
 
     def only(self, name: str, *values: str) -> Iterator["Scene"]:
         """The pictures whose attribute `name` is one of `values`, to paint on in a loop of one round, or none where there are none."""
-        rows = torch.isin(self.column(name), torch.tensor([ATTRIBUTES[name].index(value) for value in values])).nonzero()[:, 0]
+        rows = torch.isin(
+            self.column(name), torch.tensor([ATTRIBUTES[name].index(value) for value in values])
+        ).nonzero()[:, 0]
         if len(rows):
             there = rows.to(self.canvas.device)
             some = Scene(self.attributes[rows], self.jitter[rows], STYLES[self.style], self.canvas[there])

@@ -39,7 +39,10 @@ def token_ids(tokenizers, captions: list[str]):
 def with_strange_styles(captions: list[str], seed: int) -> list[str]:
     """An eighth of the captions asks for a style of some random letters, in vain: names that nobody trained on are to change little."""
     rng = random.Random(seed)
-    names = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) if rng.random() < 1 / 8 else "" for _ in captions]
+    names = [
+        "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) if rng.random() < 1 / 8 else ""
+        for _ in captions
+    ]
     return [f"{text} in {name} style" if name else text for text, name in zip(captions, names)]
 
 
@@ -76,11 +79,15 @@ def distorted(x):
     batch, side = len(x), x.shape[-1]
 
     def chosen(*shape):
-        return (torch.rand(batch, *[1] * len(shape), device=x.device) < 0.3) * torch.ones(batch, *shape, device=x.device)
+        return (torch.rand(batch, *[1] * len(shape), device=x.device) < 0.3) * torch.ones(
+            batch, *shape, device=x.device
+        )
 
     eye = torch.eye(3, device=x.device)
     shift = eye[:2] + chosen(2, 3) * 0.25 * torch.randn(batch, 2, 3, device=x.device)
-    x = F.grid_sample(x, F.affine_grid(shift, x.shape, align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x, F.affine_grid(shift, x.shape, align_corners=False), padding_mode="reflection", align_corners=False
+    )
     colours = eye + chosen(3, 3) * 0.3 * torch.randn(batch, 3, 3, device=x.device)
     x = torch.einsum("bij,bjhw->bihw", colours, x).clamp(-1, 1)
     place = torch.rand(batch, 2, 1, device=x.device) * side - torch.arange(side, device=x.device)  # [B, (y, x), S]
@@ -104,11 +111,16 @@ def encode_scenes(flags):
     pictures, time_ids = framed(flags, attributes, flags.seed * 100000)
     vae = pipe.vae.to(flags.device, flags.half)
     posteriors = [vae.encode(small.to_floats(some).to(vae.dtype)).latent_dist for some in pictures.split(CHUNK)]
-    mean, std = (torch.cat([getattr(p, name) for p in posteriors]).float() * vae.config.scaling_factor for name in ("mean", "std"))
+    mean, std = (
+        torch.cat([getattr(p, name) for p in posteriors]).float() * vae.config.scaling_factor
+        for name in ("mean", "std")
+    )
     if not mean.isfinite().all():
         raise SystemExit("the VAE gives non-finite latents in half precision: train it again")
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, VARIANTS)
     encoders = [encoder.to(flags.device) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     texts = [encoding.encode_text(encoders, some) for some in ids.flatten(0, 1).split(CHUNK)]
-    prompt_embeds, pooled = (torch.cat([text[i].to(flags.dtype) for text in texts]).unflatten(0, ids.shape[:2]) for i in (0, 1))
+    prompt_embeds, pooled = (
+        torch.cat([text[i].to(flags.dtype) for text in texts]).unflatten(0, ids.shape[:2]) for i in (0, 1)
+    )
     return mean, std, prompt_embeds, pooled, time_ids

@@ -26,7 +26,9 @@ class Learner:
             master.grad = torch.zeros_like(master)
         self.modules = modules.to(flags.dtype)
         self.rate = torch.zeros((), device=flags.device)  # a tensor, because a CUDA graph keeps numbers as they were
-        options = dict(lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=flags.device == "cuda")
+        options = dict(
+            lr=self.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=flags.device == "cuda"
+        )
         self.optimizer = torch.optim.AdamW(self.masters, **options)
 
     def update(self) -> None:
@@ -40,7 +42,9 @@ class Learner:
 
     def follow(self, step: int) -> None:
         """Move the average towards the weights after `step` steps."""
-        torch._foreach_lerp_(self.average, [master.detach() for master in self.masters], 1 - min(EMA_DECAY, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(
+            self.average, [master.detach() for master in self.masters], 1 - min(EMA_DECAY, (1 + step) / (10 + step))
+        )
 
     def averaged(self) -> dict:
         return dict(zip(self.names, self.average))
@@ -79,17 +83,24 @@ def train_for(flags, modules: nn.ModuleDict, loss, graph=False, **metadata) -> n
         if step % 20 == 0 or flags.device == "cpu":
             number = value.item()  # waits, so that the clock is that of the GPU
             if not math.isfinite(number):
-                raise SystemExit(f"{flags.path.stem}: loss {number} at step {step}; run it again, it goes on from the last file")
+                raise SystemExit(
+                    f"{flags.path.stem}: loss {number} at step {step}; run it again, it goes on from the last file"
+                )
         seconds = time.monotonic() - start
         minutes = spent + seconds / 60
         if seconds - shown[0] > 10:
             speed = (step - shown[1]) * flags.batch / (seconds - shown[0])
-            print(f"{flags.path.stem}: step {step}, {minutes:.2f} min, loss {value.item():.4f}, {speed:,.0f} examples/s", flush=True)
+            print(
+                f"{flags.path.stem}: step {step}, {minutes:.2f} min, loss {value.item():.4f}, {speed:,.0f} examples/s",
+                flush=True,
+            )
             shown = (seconds, step)
         if seconds - saved > 60:
             small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
             saved = seconds
     small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
-    print(f"{flags.path.stem}: {step} steps in {minutes:.2f} min, {sum(map(torch.numel, learner.masters)) / 1e6:.2f} M parameters")
+    print(
+        f"{flags.path.stem}: {step} steps in {minutes:.2f} min, {sum(map(torch.numel, learner.masters)) / 1e6:.2f} M parameters"
+    )
     modules.float().load_state_dict(learner.averaged())
     return modules.eval().requires_grad_(False)

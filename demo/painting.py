@@ -19,7 +19,11 @@ def skull(s, at):
     r, turn = circle(at.x, y, 0, 0, 0), torch.atan2(at.x, y) / math.tau
     lean = 0.25 * (r - 1) * turn.sign() if s.ink else 0.0
     (flat,) = s.numbers("headgear", none=(0.0,), headband=(0.0,), cap=(0.8,), straw_hat=(0.8,))
-    locks = s.wave(turn * (11 if s.ink else 9) + s.rand("phase") + lean) * s.rand("amount", 0.75, 1.15) * (1 - flat * step(y, 0.1, 0.4))
+    locks = (
+        s.wave(turn * (11 if s.ink else 9) + s.rand("phase") + lean)
+        * s.rand("amount", 0.75, 1.15)
+        * (1 - flat * step(y, 0.1, 0.4))
+    )
     return (r - 0.98 - (0.30 if s.ink else 0.07) * locks * step(-turn.abs(), -0.42, -0.3)) * (0.62 if s.ink else 0.95)
 
 
@@ -58,10 +62,14 @@ def body(s):
 
 def jacket(s, at):
     x, y, side = at.x, at.y, at.x.abs()
-    s.paint(at, both(side - 0.12 - (y + 2.4).clamp(min=0) * 0.24, y + 1.12), s.fixed("#f6f0e6", "#fdfdff"), y + 1.35, 0.5)
+    s.paint(
+        at, both(side - 0.12 - (y + 2.4).clamp(min=0) * 0.24, y + 1.12), s.fixed("#f6f0e6", "#fdfdff"), y + 1.35, 0.5
+    )
     s.paint(at, ellipse(x, y, 0, -1.14, 0.33, 0.3), s.skin, y + 1.25, 0.4)
     s.mark(at, both(side - 0.028, y + 2.2), s.cloth * 0.5)
-    lapel = join(capsule(side, y, 0.40, -1.05, 0.14, -2.3, 0.13, 0.03), capsule(side, y, 0.42, -1.15, 0.54, -1.6, 0.13, 0.05))
+    lapel = join(
+        capsule(side, y, 0.40, -1.05, 0.14, -2.3, 0.13, 0.03), capsule(side, y, 0.42, -1.15, 0.54, -1.6, 0.13, 0.05)
+    )
     s.paint(at, lapel, s.cloth * 0.92, -y - 1.5, 0.9)
     s.mark(at, capsule(side, y, 0.5, -2.95, 0.72, -2.8, 0.03, 0.03), s.cloth * 0.5)
 
@@ -77,7 +85,10 @@ def shirt(s, at):
 def kimono(s, at):
     x, y, within = at.x, at.y, torso(s, at)
     s.paint(at, both(x.abs() - 0.40 * (y + 2.1), y + 1.1), s.skin, y + 1.3, 0.4)
-    under, over = capsule(x, y, -0.52, -0.95, 0.02, -1.85, 0.15, 0.15), capsule(x, y, 0.52, -0.95, -0.42, -2.5, 0.15, 0.15)
+    under, over = (
+        capsule(x, y, -0.52, -0.95, 0.02, -1.85, 0.15, 0.15),
+        capsule(x, y, 0.52, -0.95, -0.42, -2.5, 0.15, 0.15),
+    )
     for lapel in (under, over):
         s.paint(at, both(lapel, within - 0.14), s.fixed("#f8f1e2", "#ffffff"), x * 0.5 - y - 2.1, 0.8)
     s.paint(at, both((y + 2.75).abs() - 0.3, within), s.cloth * 0.5, x - 0.2, 0.8)
@@ -113,16 +124,32 @@ def face(s):
     s.paint(at, shape, s.skin, x * 0.75 - y * 0.45 - 0.62, soft=0.5)
     s.mark(at, both(shape, (fringe(s, x) - 0.10 - y) * 0.55), s.skin * s.fixed("#d8b8b4", "#c49aa8"), 0.75)
     cheeks = ellipse(x.abs(), y, 0.56, -0.47, 0.2, 0.11)
-    s.mark(at, cheeks if s.ink else cheeks - 0.12, s.fixed("#ee8f80", "#ff8f8a"), 0.5 if s.ink else 0.6 * step(-cheeks, -0.1, 0.13))
+    s.mark(
+        at,
+        cheeks if s.ink else cheeks - 0.12,
+        s.fixed("#ee8f80", "#ff8f8a"),
+        0.5 if s.ink else 0.6 * step(-cheeks, -0.1, 0.13),
+    )
     s.mark(at, capsule(x, y, 0.02, -0.41, 0.06, -0.5, 0.02, 0.033), s.skin * (0.45 if s.ink else 0.78))
     for some in s.only("who", "man"):
         at = some.head(-1.0, 1.0, -1.15, -0.1)
         width, jaw = some.build[:2]
         ragged = 0.10 * some.wave(at.x * 3.5) if some.ink else 0.0
-        some.paint(at, both(jawline(at, width, jaw), at.y + 0.80 - 0.95 * at.x.square() + ragged), some.hair * 0.88, at.x - 0.2, line=0.5)
+        some.paint(
+            at,
+            both(jawline(at, width, jaw), at.y + 0.80 - 0.95 * at.x.square() + ragged),
+            some.hair * 0.88,
+            at.x - 0.2,
+            line=0.5,
+        )
     for some in s.only("who", "boy"):
         at = some.head(-0.8, -0.3, -0.65, -0.3)
-        some.paint(at, box(at.x, at.y + 0.25 * at.x, -0.56, -0.62, 0.16, 0.055, 0.05), some.fixed("#f3e3cd", "#fff3dc"), line=0.6)
+        some.paint(
+            at,
+            box(at.x, at.y + 0.25 * at.x, -0.56, -0.62, 0.16, 0.055, 0.05),
+            some.fixed("#f3e3cd", "#fff3dc"),
+            line=0.6,
+        )
     for some in s.only("who", "woman"):
         at = some.head(-1.1, 1.1, -0.75, -0.3)
         some.paint(at, circle(at.x.abs(), at.y, 0.84, -0.5, 0.085), some.fixed("#edc75f", "#ffd21f"), line=0.8)
@@ -141,7 +168,9 @@ def eyes(s):
     s.paint(at, iris + 0.03, colour, y - 0.06, line=0, soft=0.2)
     s.mark(at, ellipse(gaze, y, 0, 0.0, 0.075, 0.105), s.fixed("#2a1d24", "#14101f"))
     s.mark(at, both(ellipse(gaze, y, 0, -0.17, 0.12, 0.06), iris + 0.03), colour * 0.45 + 0.55, 0.85)
-    s.mark(at, join(ellipse(gaze, y, -0.075, 0.09, 0.07, 0.075), circle(gaze, y, 0.085, -0.1, 0.034)), s.fixed("#ffffff"))
+    s.mark(
+        at, join(ellipse(gaze, y, -0.075, 0.09, 0.07, 0.075), circle(gaze, y, 0.085, -0.1, 0.034)), s.fixed("#ffffff")
+    )
     lid = both(ellipse(x, y, 0, 0.0, 0.29, 0.325), -ellipse(x, y, 0, -0.07, 0.30, 0.315))
     lash = capsule(x * side, y, 0.18, 0.2, 0.36, 0.25, lashes, lashes * 0.2) + 0.02 * (lashes == 0)
     s.mark(at, join(lid, lash) - (0.02 if s.ink else 0.0), s.fixed("#4a3138", INK))
@@ -167,7 +196,9 @@ def front_hair(s):
     for some in s.only("hairstyle", "long"):
         at = some.head(-1.3, 1.3, -2.3, 0.4)
         side = at.x.abs() + 0.06 * torch.sin(at.y * 3)
-        some.paint(at, capsule(side, at.y, 0.93, 0.1, 0.95, -1.85, 0.18, 0.02 if some.ink else 0.11), some.hair, side - 1.0)
+        some.paint(
+            at, capsule(side, at.y, 0.93, 0.1, 0.95, -1.85, 0.18, 0.02 if some.ink else 0.11), some.hair, side - 1.0
+        )
     at = s.head(-1.5, 1.5, -1.0, 1.6)
     shape = both(skull(s, at), (fringe(s, at.x) - at.y) * 0.55)
     s.paint(at, shape, s.hair, at.x * 0.7 - at.y - 0.1, soft=0.9)
@@ -188,7 +219,10 @@ def headgear(s):
         for girl in some.only("who", "girl"):
             at = girl.head(-1.0, -0.3, 0.3, 1.0)
             petals = join(
-                *(circle(at.x, at.y, -0.66 + 0.1 * math.sin(i * 1.257), 0.62 + 0.1 * math.cos(i * 1.257), 0.075) for i in range(5))
+                *(
+                    circle(at.x, at.y, -0.66 + 0.1 * math.sin(i * 1.257), 0.62 + 0.1 * math.cos(i * 1.257), 0.075)
+                    for i in range(5)
+                )
             )
             girl.paint(at, petals, girl.fixed("#f2a7b5", "#ff6fa0"), line=0.8)
             girl.mark(at, circle(at.x, at.y, -0.66, 0.62, 0.06), girl.fixed("#fbe7a8", "#ffe14a"))
@@ -211,7 +245,9 @@ def cap(s, at):
     s.paint(at, circle(x, y, 0, 1.29, 0.09), s.cloth * 0.7)
     s.paint(at, dome, s.cloth * 0.95, x * 0.6 - y + 0.85)
     s.mark(at, both(ellipse(x, y, 0, 0.4, 0.55, 0.9).abs() - 0.018, dome + 0.03), s.cloth * 0.55, 0.8)
-    s.paint(at, ellipse(x, y + 0.25 * x.square(), 0, 0.56, 0.98, 0.2), s.cloth * 0.72, 0.5 - 0.25 * x.square() - y, soft=0.3)
+    s.paint(
+        at, ellipse(x, y + 0.25 * x.square(), 0, 0.56, 0.98, 0.2), s.cloth * 0.72, 0.5 - 0.25 * x.square() - y, soft=0.3
+    )
 
 
 def straw_hat(s, at):
@@ -230,7 +266,9 @@ def hand(s):
         some.paint(at, capsule(x, y, 1.15, -2.6, 1.4, -1.1, 0.26, 0.24), some.cloth, x - 1.4)
         fingers = ((1.18, -0.28), (1.36, -0.16), (1.55, -0.18), (1.72, -0.32))
         palm = [ellipse(x, y, 1.43, -0.66, 0.24, 0.26), capsule(x, y, 1.4, -0.75, 1.12, -0.6, 0.09, 0.07)]
-        some.paint(at, join(*palm, *(capsule(x, y, 1.44, -0.62, *end, 0.09, 0.075) for end in fingers)), some.skin, x - 1.5)
+        some.paint(
+            at, join(*palm, *(capsule(x, y, 1.44, -0.62, *end, 0.09, 0.075) for end in fingers)), some.skin, x - 1.5
+        )
 
 
 # ---------------------------------------------------------------- pictures

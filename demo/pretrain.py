@@ -55,7 +55,9 @@ def pixel_loss(output, target):
 
 def train_vae(flags):
     """Reconstruction plus a slight pull of the posterior to N(0, 1). Afterwards the scaling factor is set: latents get a spread of 1."""
-    pictures = torch.cat([small.scenes(flags, style, flags.pictures, flags.seed * 100 + i)[1] for i, style in enumerate(world.STYLES)])
+    pictures = torch.cat(
+        [small.scenes(flags, style, flags.pictures, flags.seed * 100 + i)[1] for i, style in enumerate(world.STYLES)]
+    )
     vae = small.pipeline(flags.size).vae
     compile_parts(flags, vae.encoder, vae.decoder)
 
@@ -73,12 +75,16 @@ def train_vae(flags):
         latents = torch.cat([vae.encode(small.to_floats(x)).latent_dist.sample() for x in some])
     metadata = small.load_parts(flags.path, {}) | dict(scaling_factor=1 / latents.std().item())
     small.save_parts(flags.path, parts.state_dict(), **metadata)
-    print(f"vae: scaling factor {metadata['scaling_factor']:.4f}, mean of the channels {latents.mean((0, 2, 3)).tolist()}")
+    print(
+        f"vae: scaling factor {metadata['scaling_factor']:.4f}, mean of the channels {latents.mean((0, 2, 3)).tolist()}"
+    )
 
 
 def contrast(one, other, log_scale):
     """CLIP's loss of two [B, D]: each row is to find its partner among all (arXiv 2103.00020, fig. 3)."""
-    logits = log_scale.float().exp().clamp(max=100) * F.normalize(one.float(), dim=1) @ F.normalize(other.float(), dim=1).T
+    logits = (
+        log_scale.float().exp().clamp(max=100) * F.normalize(one.float(), dim=1) @ F.normalize(other.float(), dim=1).T
+    )
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
@@ -107,7 +113,9 @@ class Aside(nn.Module):
         seen = self.tower(pictures).chunk(2, dim=1)
         read = self.projection(outputs[0].pooler_output), outputs[1].text_embeds
         pairs = [contrast(a, b, scale) for a, b, scale in zip(read, seen, self.log_scales)]
-        return sum(pairs) + sum(label_loss(head(o.hidden_states[-2].mean(1)), attributes) for head, o in zip(self.heads, outputs))
+        return sum(pairs) + sum(
+            label_loss(head(o.hidden_states[-2].mean(1)), attributes) for head, o in zip(self.heads, outputs)
+        )
 
 
 def train_text(flags):
@@ -131,7 +139,9 @@ def train_text(flags):
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, 1, full=True)[:, 0]
     with torch.no_grad():
         for encoder, head, rows in zip(encoders, aside.heads, ids.unbind(1)):
-            logits = head(encoder(rows, output_hidden_states=True).hidden_states[-2].mean(1)).split(small.COUNTS[:-1], dim=1)
+            logits = head(encoder(rows, output_hidden_states=True).hidden_states[-2].mean(1)).split(
+                small.COUNTS[:-1], dim=1
+            )
             read = torch.stack([part.argmax(1) for part in logits], dim=1)
             small.print_shares("text: attributes read from full captions", read, attributes)
 
@@ -144,7 +154,9 @@ def train_clip(flags):
     pipe = small.pipeline(flags.size)
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), labels[:, :-1], VARIANTS, full=True)[:, :, 0]
     clip = small.clip_model(flags.size, pipe.tokenizer)
-    head = nn.Linear(clip.config.projection_dim, sum(small.COUNTS[:-1]))  # a ViT learns faster when it is told what to look at
+    head = nn.Linear(
+        clip.config.projection_dim, sum(small.COUNTS[:-1])
+    )  # a ViT learns faster when it is told what to look at
     mean, std = (torch.tensor(v, device=flags.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
     def embed(i, variant, dtype, x):
@@ -154,7 +166,12 @@ def train_clip(flags):
 
     def loss():
         i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
-        image, text = embed(i, torch.randint(VARIANTS, i.shape, device=flags.device), flags.dtype, roughened(small.to_floats(pictures[i])))
+        image, text = embed(
+            i,
+            torch.randint(VARIANTS, i.shape, device=flags.device),
+            flags.dtype,
+            roughened(small.to_floats(pictures[i])),
+        )
         told = sum(label_loss(head(10 * e), labels[i, :-1]) for e in (image, text))
         return contrast(image, text, clip.logit_scale) + told
 
@@ -190,7 +207,9 @@ def train_unet(flags):
     pipe = small.pipeline(flags.size)
     unet = pipe.unet
     compile_parts(flags, unet)
-    schedule = noise.NoiseSchedule(DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(flags.device), "epsilon")
+    schedule = noise.NoiseSchedule(
+        DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(flags.device), "epsilon"
+    )
 
     def loss():
         i = torch.randint(len(mean), (flags.batch,), device=flags.device)
@@ -220,22 +239,38 @@ TRAINERS = dict(vae=train_vae, text=train_text, clip=train_clip, judge=train_jud
 def read_flags(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=[*STAGES, "all", "check", "pack", "data"])
-    parser.add_argument("--out", type=Path, default=Path("outputs/pretrain"), metavar="DIR", help="folder of the stages' files")
-    parser.add_argument("--to", type=Path, default=Path("demo/assets"), metavar="DIR", help="pack, data: where to (default: demo/assets)")
     parser.add_argument(
-        "--minutes", type=float, help="budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)"
+        "--out", type=Path, default=Path("outputs/pretrain"), metavar="DIR", help="folder of the stages' files"
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path("demo/assets"),
+        metavar="DIR",
+        help="pack, data: where to (default: demo/assets)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)",
     )
     parser.add_argument("--steps", type=int, help="budget in steps instead")
     parser.add_argument("--batch", type=int, help="default: by stage; check: 64 pictures")
-    parser.add_argument("--pictures", type=int, help="how many are drawn, of each style where both are used (default: by stage)")
+    parser.add_argument(
+        "--pictures", type=int, help="how many are drawn, of each style where both are used (default: by stage)"
+    )
     parser.add_argument("--lr", type=float, help="peak learning rate (default: by stage)")
     parser.add_argument("--size", type=int, default=128, help="pixels a side, a multiple of 16 (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for VAE and UNet: costs a minute, then saves time")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile for VAE and UNet: costs a minute, then saves time"
+    )
     parser.add_argument("--eager", action="store_true", help="no CUDA graph for the UNet")
     flags = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
-    flags.device, flags.dtype, flags.half = ("cuda", torch.bfloat16, torch.float16) if gpu else ("cpu", torch.float32, torch.float32)
+    flags.device, flags.dtype, flags.half = (
+        ("cuda", torch.bfloat16, torch.float16) if gpu else ("cpu", torch.float32, torch.float32)
+    )
     return flags
 
 

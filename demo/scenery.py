@@ -32,14 +32,23 @@ def speed_lines(s, at, colour, alpha):
 def cloud(s, at, cx, cy, size, colours, alpha=1.0):
     x, y = (at.x - cx) / size, (at.y - cy) / size
     d = join(
-        ellipse(x, y, 0, 0, 1.9, 0.42), *(circle(x, y, *c) for c in ((-0.85, 0.3, 0.55), (0.05, 0.62, 0.8), (0.95, 0.25, 0.6))), k=0.15
+        ellipse(x, y, 0, 0, 1.9, 0.42),
+        *(circle(x, y, *c) for c in ((-0.85, 0.3, 0.55), (0.05, 0.62, 0.8), (0.95, 0.25, 0.6))),
+        k=0.15,
     )
     s.paint(at, d * size, s.fixed(*colours), (0.25 - y - x * 0.2) * size, 0.8, alpha, soft=0.8 * size)
 
 
 def land(s, at, height, colours, slope=0.5, line=1.0):
     """What lies below `height`; `slope` is its usual steepness."""
-    s.paint(at, (at.y - height) / math.hypot(1, slope), s.fixed(*colours), None if s.ink else height - at.y - 0.35, line, soft=0.5)
+    s.paint(
+        at,
+        (at.y - height) / math.hypot(1, slope),
+        s.fixed(*colours),
+        None if s.ink else height - at.y - 0.35,
+        line,
+        soft=0.5,
+    )
 
 
 def hills(s, at, level, height, count, name, colours):
@@ -61,9 +70,19 @@ def mountains(s, at, level, height, count, name, colours):
     t = at.x * count + s.rand(name, 0, 5)
     across = t - t.floor() - 0.5
     rise = (0.8 + 0.2 * torch.sin(t.floor() * 2.7)) * (1 - ((2 * across).square() + (0 if s.ink else 0.01)).sqrt())
-    d, side = (at.y - level - height * rise) / math.hypot(1, 2 * height * count), (across + 0.03 * s.wave(at.y * 3)) / count
+    d, side = (
+        (at.y - level - height * rise) / math.hypot(1, 2 * height * count),
+        (across + 0.03 * s.wave(at.y * 3)) / count,
+    )
     s.paint(at, d, s.fixed(*colours), side, soft=0.25)
-    s.paint(at, both(d, (level + height * (0.42 + 0.14 * s.wave(t * 5)) - at.y) / 2), s.fixed("#ffffff"), side, 0.4, soft=0.25)
+    s.paint(
+        at,
+        both(d, (level + height * (0.42 + 0.14 * s.wave(t * 5)) - at.y) / 2),
+        s.fixed("#ffffff"),
+        side,
+        0.4,
+        soft=0.25,
+    )
 
 
 def red_sky(s, at):

@@ -69,7 +69,9 @@ def check(flags):
     if not flags.lora or not Path(flags.lora).exists():
         raise UserError(f"--lora {flags.lora}: no such file or folder; train one with train_opt.py --demo")
     if is_tiny():
-        raise UserError("demo/assets: the trained demo model is not there, and a random one has no style to score; clone the repository")
+        raise UserError(
+            "demo/assets: the trained demo model is not there, and a random one has no style to score; clone the repository"
+        )
     if not 2 <= flags.images <= 32:
         raise UserError(f"--images {flags.images}: must be 2 to 32")
     check_model(flags)
@@ -94,7 +96,10 @@ def draw(flags, lora, captions):
 
     from common import adapter_reading, device, loading, sampling
 
-    host, settings = device.start(flags.mixed_precision, flags.seed), sampling.Settings(flags.resolution, flags.steps, flags.guidance_scale)
+    host, settings = (
+        device.start(flags.mixed_precision, flags.seed),
+        sampling.Settings(flags.resolution, flags.steps, flags.guidance_scale),
+    )
     memory, _ = sampling.choose_memory("auto", host, settings, batch_size=1)
     sampler = sampling.Sampler(loading.find_model(flags.pretrained_model_name_or_path), host, "euler", memory)
     active = [(sampler.load(adapter_reading.find_adapter(lora)), 1.0)] if lora else []
@@ -139,7 +144,9 @@ def training_seconds(folder):
 
 def table(report):
     """The report for people to read."""
-    lines = [f"{report['images']} held-out captions, {report['seconds']:.0f} s of training and scoring; 95 % intervals in brackets"]
+    lines = [
+        f"{report['images']} held-out captions, {report['seconds']:.0f} s of training and scoring; 95 % intervals in brackets"
+    ]
     for key, title in (
         ("style", "judged to be in the ink style"),
         ("attributes", "attributes as the caption says"),

@@ -51,5 +51,9 @@ def is_tiny() -> bool:
 
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
-    model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+    model, data = (
+        (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
+    )
+    return dict(
+        pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO)
+    )

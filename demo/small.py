@@ -21,7 +21,9 @@ LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off 
 COUNTS = [len(values) for values in LABELS.values()]
 LOGITS = sum(COUNTS)
 HELD_OUT = 10**6  # seed of pictures that no stage trains on
-PARTS = dict(vae=["vae"], text=["text_encoder", "text_encoder_2"], unet=["unet"])  # stage -> parts of the pipeline it trains
+PARTS = dict(
+    vae=["vae"], text=["text_encoder", "text_encoder_2"], unet=["unet"]
+)  # stage -> parts of the pipeline it trains
 # 11 M parameters, 22 MB in fp16. Text is 96 + 128 = 224 wide; pooled text (128) and six time ids of 32 numbers make 320.
 WIDTHS = dict(
     unet=dict(
@@ -32,9 +34,16 @@ WIDTHS = dict(
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=320,
     ),
-    text_encoder=dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, projection_dim=96),
+    text_encoder=dict(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3, projection_dim=96
+    ),
     text_encoder_2=dict(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=128, hidden_act="gelu"
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=128,
+        hidden_act="gelu",
     ),
     vae=dict(block_out_channels=(32, 48, 64, 80), norm_num_groups=16),
 )
@@ -58,7 +67,12 @@ def text_ids(tokenizer) -> dict:
 def pipeline(size: int):
     """StableDiffusionXLPipeline for pictures of `size` px: SDXL's topology at WIDTHS, untrained."""
     first, second = build.tokenizers(words())
-    own = dict(unet=dict(sample_size=size // 8), vae=dict(sample_size=size), text_encoder=text_ids(first), text_encoder_2=text_ids(second))
+    own = dict(
+        unet=dict(sample_size=size // 8),
+        vae=dict(sample_size=size),
+        text_encoder=text_ids(first),
+        text_encoder_2=text_ids(second),
+    )
     pipe = build.sdxl({part: WIDTHS[part] | own[part] for part in WIDTHS}, ["a"], "cpu")
     pipe.register_modules(tokenizer=first, tokenizer_2=second)
     return pipe
@@ -72,7 +86,9 @@ def clip_model(size: int, tokenizer):
     vision = dict(hidden_size=144, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4, projection_dim=96)
     return CLIPModel(
         CLIPConfig(
-            text_config=text | text_ids(tokenizer), vision_config=vision | dict(image_size=size, patch_size=size // 8), projection_dim=96
+            text_config=text | text_ids(tokenizer),
+            vision_config=vision | dict(image_size=size, patch_size=size // 8),
+            projection_dim=96,
         )
     )
 
@@ -84,12 +100,16 @@ class Judge(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
         layers.append(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
-        self.layers = nn.Sequential(*(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.SiLU()) for conv in layers))
+        self.layers = nn.Sequential(
+            *(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.SiLU()) for conv in layers)
+        )
         self.head = nn.Linear(2 * widths[-1], outputs)
 
     def forward(self, pictures):
         features = self.layers(pictures)
-        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))  # how much of it, and whether at all
+        return self.head(
+            torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
+        )  # how much of it, and whether at all
 
     @torch.no_grad()
     def read(self, pictures):
@@ -128,7 +148,9 @@ def load_parts(path: Path, modules: dict) -> dict:
         metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for part, module in modules.items():
-        module.load_state_dict({name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")})
+        module.load_state_dict(
+            {name.removeprefix(f"{part}."): t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        )
     return metadata
 
 
@@ -256,7 +278,12 @@ def check(flags) -> None:
     pipe.set_progress_bar_config(disable=True)
     check_vae(flags, pipe.vae)
     attributes = world.draw_attributes(flags.batch, HELD_OUT + 1)
-    options = dict(num_inference_steps=20, guidance_scale=4.5, output_type="pt", generator=torch.Generator("cpu").manual_seed(flags.seed))
+    options = dict(
+        num_inference_steps=20,
+        guidance_scale=4.5,
+        output_type="pt",
+        generator=torch.Generator("cpu").manual_seed(flags.seed),
+    )
     start = time.monotonic()
     drawn = to_bytes(pipe(world.captions(attributes, 0, full=True), **options).images * 2 - 1)
     print(f"unet: {len(drawn)} pictures in {time.monotonic() - start:.1f} s")

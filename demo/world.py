@@ -14,7 +14,12 @@ HAIR = dict(
     blue=("#5f93cf", "#2f74f0"),
     white=("#eeeae6", "#f3f4fb"),
 )
-EYES = dict(brown=("#7d4a29", "#8c4716"), blue=("#3f8fdc", "#1486ff"), green=("#4fa45c", "#12b04a"), purple=("#9a5fc4", "#a030e6"))
+EYES = dict(
+    brown=("#7d4a29", "#8c4716"),
+    blue=("#3f8fdc", "#1486ff"),
+    green=("#4fa45c", "#12b04a"),
+    purple=("#9a5fc4", "#a030e6"),
+)
 CLOTHING = dict(
     red=("#d0605a", "#ea2f2f"),
     yellow=("#edc65c", "#ffca12"),
@@ -72,7 +77,9 @@ def caption(of: dict[str, str], kept: set[str], order: float, swap: bool) -> str
     ]
     clauses = [clauses[i] for i in ((0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1))[int(order * 4)]]
     mood = f"{of['mood']} " if "mood" in kept else ""
-    framing = ("a portrait of " if of["framing"] == "portrait" else "a half body picture of ") if "framing" in kept else ""
+    framing = (
+        ("a portrait of " if of["framing"] == "portrait" else "a half body picture of ") if "framing" in kept else ""
+    )
     waving = "waving" if "pose" in kept and of["pose"] == "waving" else ""
     return " ".join(part for part in (f"{framing}a {mood}{of['who']}", *clauses, waving) if part)
 
@@ -80,7 +87,15 @@ def caption(of: dict[str, str], kept: set[str], order: float, swap: bool) -> str
 def captions(attributes: torch.Tensor, seed: int, full: bool = False) -> list[str]:
     """One caption for each row of `attributes` [N, len(ATTRIBUTES)]; each leaves out some attributes, unless `full`."""
     draws = torch.rand(len(attributes), len(NAMES) + 2, generator=generator_for("captions", seed)).tolist()
-    said = {"hair": 0.9, "eyes": 0.85, "clothing": 0.9, "background": 0.85, "headgear": 0.85, "pose": 0.85, "garment": 0.85}
+    said = {
+        "hair": 0.9,
+        "eyes": 0.85,
+        "clothing": 0.9,
+        "background": 0.85,
+        "headgear": 0.85,
+        "pose": 0.85,
+        "garment": 0.85,
+    }
     result = []
     for row, (order, swap, *keep) in zip(attributes, draws):
         kept = {name for name, number in zip(NAMES, keep) if full or number < said.get(name, 0.5)}

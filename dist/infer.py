@@ -37,7 +37,9 @@ def _interrupted_or(hook):
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+            sys.stderr.write(
+                f"{os.path.basename(sys.argv[0])}: interrupted\n"
+            )  # Python then ends by SIGINT: 130 in a shell
         else:
             hook(kind, error, traceback)
 
@@ -110,12 +112,22 @@ def check_values(file: Path, weights: dict) -> None:
     """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
     tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read")
+        raise UserError(
+            f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read"
+        )
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+        raise UserError(
+            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged"
+        )
     halves = {key: tensor.any() for key, tensor in tensors.items()}
-    if not any(changes and halves.get(key.replace("lora_A", "lora_B"), True) for key, changes in halves.items() if "lora_B" not in key):
-        raise UserError(f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?")
+    if not any(
+        changes and halves.get(key.replace("lora_A", "lora_B"), True)
+        for key, changes in halves.items()
+        if "lora_B" not in key
+    ):
+        raise UserError(
+            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?"
+        )
 
 
 def drawing_config(file: Path, source: str, described: dict) -> dict:
@@ -146,7 +158,9 @@ def drawing_config(file: Path, source: str, described: dict) -> dict:
 def check_number(file: Path, name: str, value: float) -> None:
     """Refuse what is not a finite number."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged")
+        raise UserError(
+            f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged"
+        )
 '''
 
 # ===================================================================================== common/adapter_loading.py
@@ -188,7 +202,9 @@ def _load_into(module, component, name, weights, config):
     if component == "unet":
         module.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
     else:
-        inject_adapter_in_model(LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights)
+        inject_adapter_in_model(
+            LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights
+        )
         set_peft_model_state_dict(module, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
@@ -200,7 +216,9 @@ def _check_loaded(file, module, name, weights):
     loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor, weights[key].to(tensor))}
     if left_out := sorted((weights.keys() | loaded.keys()) - used):
-        raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+        raise UserError(
+            f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}"
+        )
 '''
 
 # ======================================================================================= common/adapter_names.py
@@ -220,7 +238,13 @@ COMFYUI_PREFIXES = {
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
 
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
-_OLD_PROJECTIONS = {".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out", ".to_out.0": ".to_out"}
+_OLD_PROJECTIONS = {
+    ".q_proj": ".to_q",
+    ".k_proj": ".to_k",
+    ".v_proj": ".to_v",
+    ".out_proj": ".to_out",
+    ".to_out.0": ".to_out",
+}
 
 
 def layer_spellings(layers: dict, layers_per_block: int) -> dict:
@@ -266,7 +290,12 @@ _OUTSIDE_BLOCKS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def original_name(name, layers_per_block):
@@ -276,7 +305,9 @@ def original_name(name, layers_per_block):
     Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
     upsampler.
     """
-    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(
+        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
+    )
     if not found:
         return _OUTSIDE_BLOCKS.get(name, name)
     side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
@@ -286,8 +317,14 @@ def original_name(name, layers_per_block):
     if kind.endswith("samplers"):
         index = layers_per_block  # they close their level
     first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
-    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[
+        kind
+    ]  # SDXL upsamples only after attention
+    return (
+        f"input_blocks.{1 + first + index}.{part}.{rest}"
+        if side == "down"
+        else f"output_blocks.{first + index}.{part}.{rest}"
+    )
 '''
 
 # ===================================================================================== common/adapter_reading.py
@@ -326,7 +363,9 @@ def find_adapter(place):
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
     except SafetensorError as error:
-        raise UserError(f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again") from None
+        raise UserError(
+            f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again"
+        ) from None
     if empty:
         raise UserError(f"--lora {file}: has no tensors in it")
     return file
@@ -403,10 +442,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
         found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))]:
+        if other := [
+            module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))
+        ]:
             kind = type(other[0]).__name__
-            raise UserError(f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}")
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
+            raise UserError(
+                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}"
+            )
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
+    )
     cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
 
 
@@ -677,7 +722,9 @@ def flag(default, help, **metadata):
     Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
     """
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+        return dataclasses.field(
+            default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata}
+        )
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -747,13 +794,20 @@ class Parser(argparse_dataclass.ArgumentParser):
         Raises:
             UserError: naming the two spellings that there are.
         """
-        switches = {option: action.dest for action in self._actions if isinstance(action, Switch) for option in action.option_strings}
+        switches = {
+            option: action.dest
+            for action in self._actions
+            if isinstance(action, Switch)
+            for option in action.option_strings
+        }
         for typed, following in zip(argv, [*argv[1:], ""]):
             option, joined, value = typed.partition("=")
             value = value if joined else following
             if option in switches and (joined or value.lower() in TRUTH_VALUES):
                 name = switches[option]
-                raise UserError(f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it")
+                raise UserError(
+                    f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it"
+                )
 
 
 def _or_none(convert):
@@ -768,7 +822,11 @@ def _or_none(convert):
 
 def _shown(field):
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+    return (
+        " ".join(default)
+        if isinstance(default, list) and default
+        else default or ("none" if default in (None, []) else default)
+    )
 
 
 def parse(cls, argv=None):
@@ -806,7 +864,11 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
-GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
+GONE_TO_THE_END = (
+    None,
+    "finished",
+    "early stopping",
+)  # what a training's "ended" says when there is nothing to go on with
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -852,7 +914,9 @@ def _told(error: BaseException) -> tuple[str, int]:
 def _unforeseen(error: Exception) -> str:
     """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
     temporary one."""
-    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]  # the first are main's
+    locals_of = [
+        frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]  # the first are main's
     output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
     place = output_dir if output_dir and os.path.isdir(output_dir) else None
     try:
@@ -934,7 +998,9 @@ from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
-LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
+LONGEST_WAIT = timedelta(
+    hours=12
+)  # one process may encode, convert or render while the others wait; 10 minutes are the default
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
@@ -1005,7 +1071,9 @@ def _all_processes():
         raise
     except RuntimeError as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
+        raise UserError(
+            f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})"
+        ) from None
 
 
 def start(mixed_precision="fp16", seed=0):
@@ -1021,7 +1089,9 @@ def start(mixed_precision="fp16", seed=0):
     quieten_libraries()
     torch.manual_seed(seed)
     # without a GPU: gloo
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
+    )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     gc.collect()  # what an earlier run in this process has left
     free_memory(where)
@@ -1059,7 +1129,9 @@ def _choose_dtype(device, mixed_precision):
     if mixed_precision == "bf16":
         # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
         if capability < (8, 0):
-            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+            raise UserError(
+                f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16"
+            )
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
 
@@ -1068,13 +1140,19 @@ def limit_memory(device, max_gib):
     """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device
+    )
     return limit_gib
 
 
 def peak_gib(device):
     """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+    return (
+        max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB)
+        if device.type == "cuda"
+        else peak_ram_gib()
+    )
 
 
 def start_new_peak(device):
@@ -1181,7 +1259,9 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         return down.t(), up.t()
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
     rank = min(rank, len(values))
-    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)  # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # what is nothing but rounding is not blown up
     roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
     vectors = vectors[:, -rank:]
     return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
@@ -1209,8 +1289,15 @@ from safetensors.torch import save_file
 
 from common.command_line import UserError
 
-HASHES = "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a folder
+HASHES = (
+    "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
+)
+NO_FOLDER_SYNC = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EBADF,
+)  # what file systems answer that cannot sync a folder
 
 
 class DamagedFile(UserError):
@@ -1338,7 +1425,9 @@ def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
     if not hashes:
         return None
     names = set(opened.keys())
-    wrong = [name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])]
+    wrong = [
+        name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])
+    ]
     matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
     if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
         return None
@@ -1387,7 +1476,9 @@ class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
     pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "SDXL: hub id, local folder or single .safetensors file",
+        type=local_path,
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
@@ -1399,17 +1490,26 @@ class ModelFlags(Described):
         "where configs and tokenizers of a single-file model come from: hub id or folder",
         type=local_path,
     )
-    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    variant: Optional[str] = flag(
+        "fp16", "weight files to prefer; plain ones are used where a local folder has no such variant"
+    )
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
     prediction_type: Optional[str] = flag(
-        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+        None,
+        "what the model predicts, for files that do not say it; none means by its files",
+        choices=["epsilon", "v_prediction"],
     )
     zero_terminal_snr: Optional[bool] = flag(
-        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+        None,
+        "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
+        "fp16", "precision of the model on a GPU; a CPU computes in fp32"
+    )
     cache_dir: str = flag(
-        CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
+        CACHE_DIR,
+        "where encoded images and captions, and unpacked single-file models, are kept between runs",
+        type=local_path,
     )
     dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
     demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
@@ -1432,23 +1532,34 @@ class TrainFlags(ModelFlags):
     caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
     max_train_samples: Optional[int] = flag(None, "use only the first N samples")
     max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
-    resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
+    resolution: int = flag(
+        1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32"
+    )
     center_crop: bool = flag(
-        True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached"
+        True,
+        "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached",
     )
     random_flip: bool = flag(False, "mirror half of the training examples")
     aspect_ratio_buckets: bool = flag(
-        False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
+        False,
+        "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution",
     )
-    caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
-    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
-    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_dropout: float = flag(
+        0.0, "share of training examples that see the unconditional input instead of their caption"
+    )
+    trigger_word: Optional[str] = flag(
+        None, "word put before every caption, e.g. the name of the style, with a comma after it"
+    )
+    caption_prefix: Optional[str] = flag(
+        None, "text put before every caption, and before the trigger word, with a comma after it"
+    )
     caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
     shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
     keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
     tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
     caption_variants: int = flag(
-        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+        8,
+        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each",
     )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
@@ -1458,34 +1569,48 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
+    lora_alpha: Optional[int] = flag(
+        None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1"
+    )
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
+        0.0,
+        "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split",
     )
-    lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    lora_target_modules: List[str] = flag(
+        ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names"
+    )
     lora_backend: Literal["fused", "peft"] = flag(
-        "fused", "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own"
+        "fused",
+        "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own",
     )
-    auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
+    auto_fit: bool = flag(
+        True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays"
+    )
     max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
     train_text_encoder: bool = flag(
-        False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
+        False,
+        "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step",
     )
     text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention by xformers instead of torch's own kernels"
+    )
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
     gradient_accumulation_steps: int = flag(
-        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+        4,
+        "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out",
     )
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in the backward pass: less memory, a third more work"
+    )
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
     learning_rate: float = flag(1e-4, "peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
-        "cosine", "schedule of the learning rate over the optimizer steps"
-    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "schedule of the learning rate over the optimizer steps")
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
     lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
     lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
@@ -1497,26 +1622,39 @@ class TrainFlags(ModelFlags):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
     seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
     # loss
-    min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
+    min_snr_gamma: Optional[float] = flag(
+        None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE"
+    )
     offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
     use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
     ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
     # output
     output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
-    save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
+    save_peft: bool = flag(
+        False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it"
+    )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
-    checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
+    checkpoints_total_limit: Optional[int] = flag(
+        3, "keep this many newest checkpoints; the weight files of all steps stay"
+    )
     resume_from_checkpoint: Optional[str] = flag(
         None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
     )
-    max_train_minutes: Optional[float] = flag(None, "stop early, with everything saved, this many minutes after the start")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
+    max_train_minutes: Optional[float] = flag(
+        None, "stop early, with everything saved, this many minutes after the start"
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker that gets the numbers of metrics.jsonl too"
+    )
     validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
     validation_steps: int = flag(
-        500, "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)"
+        500,
+        "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)",
     )
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
-    early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
+    early_stopping_patience: Optional[int] = flag(
+        None, "stop after this many validations without a better held-out loss"
+    )
 
     def __post_init__(self):
         if self.lora_alpha is None:
@@ -1536,7 +1674,9 @@ def check(flags):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    from_zero = (
+        "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    )
     for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
@@ -1545,15 +1685,23 @@ def check(flags):
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
         nearest = max(64, round(flags.resolution / 32) * 32)
-        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}"
+        )
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
     if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
-        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+        raise UserError(
+            f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout"
+        )
     if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
-        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
+        raise UserError(
+            f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler"
+        )
     if not all(name.strip() for name in flags.lora_target_modules):
-        raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
+        raise UserError(
+            "--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k"
+        )
     _check_places(flags)
     _check_packages(flags)
     check_model(flags)
@@ -1569,7 +1717,9 @@ def check_model(flags):
         check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
-        looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
+        looks_local = place and (
+            place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1
+        )
         if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
@@ -1620,7 +1770,11 @@ def _check_data_dir(name, output):
 def _check_packages(flags):
     wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
     wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
-    wanted += [("xformers", "--enable_xformers_memory_efficient_attention")] if flags.enable_xformers_memory_efficient_attention else []
+    wanted += (
+        [("xformers", "--enable_xformers_memory_efficient_attention")]
+        if flags.enable_xformers_memory_efficient_attention
+        else []
+    )
     wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
@@ -1634,12 +1788,18 @@ def _check_wandb_login():
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    places = (
+        [os.environ["NETRC"]]
+        if "NETRC" in os.environ
+        else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    )
     for place in filter(os.path.isfile, places):
         with contextlib.suppress(netrc.NetrcParseError, OSError):
             if netrc.netrc(place).authenticators(server):
                 return
-    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
+    raise UserError(
+        "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk"
+    )
 
 
 def find_data_dir(name):
@@ -1655,7 +1815,9 @@ def find_data_dir(name):
         for folder in (Path(place), Path("/kaggle/input") / place):
             if place and folder.is_dir():
                 if not (weight.isdecimal() and int(weight)):
-                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                    raise UserError(
+                        f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2"
+                    )
                 return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
@@ -1692,7 +1854,11 @@ def save_adapter(path, unet, recipe, text_encoders=()):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
         weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
         described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
-    metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
+    metadata = {
+        "format": "pt",
+        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+    }
     write_safetensors(path, weights, metadata)
 
 
@@ -1718,7 +1884,10 @@ def _spelt_by_diffusers(component, weights):
 
     if component != "unet":
         return convert_state_dict_to_diffusers(weights)
-    return {name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor for name, tensor in weights.items()}
+    return {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
+        for name, tensor in weights.items()
+    }
 
 
 def save_peft(folder, unet, recipe, text_encoders=()):
@@ -1737,7 +1906,9 @@ def save_peft(folder, unet, recipe, text_encoders=()):
         config.inference_mode = True
         config.lora_dropout = 0.0  # of training: the recipe keeps it
         base = type(module)
-        config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
+        config.save_pretrained(
+            part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__}
+        )
 
 
 def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
@@ -1761,7 +1932,11 @@ def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_ran
             up, down = parts["B.weight"], parts["A.weight"]
             alpha = module.peft_config["default"].lora_alpha
             if "magnitude_vector" in parts:
-                known = parts["magnitude_vector"], weight_of(layer), module.get_submodule(layer).get_delta_weight("default")
+                known = (
+                    parts["magnitude_vector"],
+                    weight_of(layer),
+                    module.get_submodule(layer).get_delta_weight("default"),
+                )
                 if dora_rank:
                     up, down, left_out = _as_lora(dora.change(*known), dora_rank)
                     alpha = len(down)
@@ -1845,7 +2020,10 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        conv, sizes = (
+            ctx.conv,
+            zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size),
+        )
         left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
         # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
         return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
@@ -1858,7 +2036,9 @@ def convolution(conv, x):
 def _convolve(x, conv, bias=None):
     if x.is_cuda:
         return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
-    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)  # memory is not what a CPU lacks, and this is faster
+    return F.conv2d(
+        x, conv.weight, bias, conv.stride, conv.padding
+    )  # memory is not what a CPU lacks, and this is faster
 
 
 def resnet_block(block, x, temb):
@@ -1915,7 +2095,8 @@ def _is_plain(block):
     convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
     return (
         all(type(conv) is torch.nn.Conv2d for conv in convolutions)
-        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p)
+        == ("default", False, 1.0, 0.0)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.upsample is None
         and block.downsample is None
@@ -1931,11 +2112,17 @@ def forwards():
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return {
-        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.Conv2d: (
+            convolution,
+            lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1),
+        ),
         torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
         ResnetBlock2D: (resnet_block, _is_plain),
         Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
-        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        BasicTransformerBlock: (
+            transformer_block,
+            lambda block: block.norm_type == "layer_norm" and block.pos_embed is None,
+        ),
         GEGLU: (gated_activation, lambda module: True),
     }
 
@@ -2180,7 +2367,9 @@ def legible(text: str) -> tuple[str, str]:
         if letters <= _letters_of(file):
             return file, text
     written = _letters_of(dejavu())
-    return dejavu(), "".join(letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text)
+    return dejavu(), "".join(
+        letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text
+    )
 
 
 def dejavu() -> str:
@@ -2446,13 +2635,17 @@ def check_id(repo_id: str, flag: str) -> None:
     if not repo_id.strip():
         raise UserError(f"--{flag}: is empty; {instead}")
     if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
-        raise UserError(f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}")
+        raise UserError(
+            f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}"
+        )
     if "\\" in repo_id or PureWindowsPath(repo_id).drive:
         raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
     if os.path.isdir(repo_id):
         raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
     if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
-        raise UserError(f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}")
+        raise UserError(
+            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}"
+        )
 
 
 def _id_in(address: str) -> str | None:
@@ -2483,7 +2676,9 @@ from common.operations import Operation
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def adopt_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
 
     Args:
@@ -2495,7 +2690,9 @@ def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: t
         try_kernels(wanted, device, dtype=dtype, rank=rank, say=say)
 
 
-def try_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def try_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """`adopt_kernels` on any device: Triton's interpreter runs kernels on a CPU."""
     tried = (str(device), dtype, rank)
     untried = [operation for operation in wanted if tried not in operation.faults]
@@ -2915,7 +3112,9 @@ EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adap
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
 _SUFFIXES = {
     **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
-    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN),
+    **dict.fromkeys(
+        (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN
+    ),
     **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
 }
 
@@ -2945,7 +3144,9 @@ def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tup
     described = _described(file, metadata)
     by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
     configs = {
-        component: described[component] if component in described.keys() - by_tensors else lora_arguments(part, alphas[component])
+        component: described[component]
+        if component in described.keys() - by_tensors
+        else lora_arguments(part, alphas[component])
         for component, part in weights.items()
     }
     return weights, configs
@@ -2955,7 +3156,11 @@ def _by_layer(file, tensors, spellings):
     """{(component, layer): {kind: key}}."""
     layers, unknown = {}, []
     for key in tensors:
-        name = key.replace(".processor.", ".").removesuffix(".weight") if MAGNITUDE in key else key.replace(".processor.", ".")
+        name = (
+            key.replace(".processor.", ".").removesuffix(".weight")
+            if MAGNITUDE in key
+            else key.replace(".processor.", ".")
+        )
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         place = spellings.get(name.removesuffix(suffix)) if suffix else None
         if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
@@ -2985,13 +3190,20 @@ def _read_layer(file, layer, weight, parts, metadata, identities):
 
     if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
         magnitude = _magnitude(weight, pair, dora_scale, metadata)
-    elif dora_scale is not None and tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+    elif (
+        dora_scale is not None
+        and tuple(dora_scale.shape[:2]) == (1, weight.shape[1])
+        and dora_scale.numel() == weight.shape[1]
+    ):
         pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
     elif dora_scale is not None:
         return None
 
     kernel = weight.shape[2:]
-    kinds = {"lora_A.weight": pair.down.view(-1, *weight.shape[1:]), "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel))}
+    kinds = {
+        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
+        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
+    }
     if magnitude is not None:
         kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
     return kinds, pair.scale * len(pair.down)
@@ -3001,7 +3213,9 @@ def _alpha(file, layer, tensor):
     if tensor is None:
         return None
     if tensor.numel() != 1:
-        raise UserError(f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged")
+        raise UserError(
+            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
+        )
     check_number(file, f"the alpha of {layer}", float(tensor))
     return float(tensor)
 
@@ -3029,7 +3243,11 @@ def _described(file, metadata):
 
 def lora_arguments(weights: dict, alphas: dict) -> dict:
     """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(tensor)
+        for key, tensor in weights.items()
+        if key.endswith(".lora_A.weight")
+    }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return dict(
         r=rank,
@@ -3442,8 +3660,17 @@ def write_results(flags, sampler, model, columns, records, load_s):
     drawn_s = sum(record["seconds"] for record in records)
     manifest = {
         **provenance(flags, model),
-        "device": {"type": host.device.type, "dtype": dtype_name(host), "memory": sampler.memory, "reason": host.reason},
-        "timings": {"load_s": round(load_s, 2), "draw_s": round(drawn_s, 2), "s_per_image": round(drawn_s / len(records), 3)},
+        "device": {
+            "type": host.device.type,
+            "dtype": dtype_name(host),
+            "memory": sampler.memory,
+            "reason": host.reason,
+        },
+        "timings": {
+            "load_s": round(load_s, 2),
+            "draw_s": round(drawn_s, 2),
+            "s_per_image": round(drawn_s / len(records), 3),
+        },
         "peak_gib": round(device.peak_gib(host.device), 2),
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
@@ -3453,7 +3680,9 @@ def write_results(flags, sampler, model, columns, records, load_s):
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
     made = "compare.png, " if flags.compare else ""
-    host.say(f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}")
+    host.say(
+        f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}"
+    )
     return manifest
 
 
@@ -3496,9 +3725,7 @@ def write_comparison(flags, host, manifest):
             host.say(f"{column['title']}: not one pixel differs from the base")
     labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     model = Path(manifest["model"]["name"]).name
-    footer = (
-        f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
-    )
+    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
     for text in [*titles, *labels]:
         if grids.legible(text)[1] != text:
             host.say(
@@ -3626,7 +3853,11 @@ from common.files import write_json
 from common.model_kind import SCHEDULER
 
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
-COPIED = ("scheduler", "tokenizer", "tokenizer_2")  # byte for byte: saved again, tokenizers lose files that other tools read
+COPIED = (
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)  # byte for byte: saved again, tokenizers lose files that other tools read
 
 
 def merge(pipeline, adapters, model, place, record):
@@ -3659,7 +3890,9 @@ def _check_room(pipeline, place):
     disk = next(folder for folder in place.absolute().parents if folder.is_dir())
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
     if needed > free:
-        raise UserError(f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk")
+        raise UserError(
+            f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk"
+        )
 
 
 def _fuse(pipeline, adapters):
@@ -3679,7 +3912,9 @@ def _write(pipeline, model, folder, record):
     for name in COPIED:
         shutil.copytree(model.folder / name, folder / name)
     shutil.copy(model.folder / "model_index.json", folder)
-    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:  # what the model is was said by a flag, or by its single file
+    if (
+        json.loads((folder / SCHEDULER).read_text()) != model.scheduler
+    ):  # what the model is was said by a flag, or by its single file
         write_json(folder / SCHEDULER, model.scheduler)
     write_json(folder / "merge.json", record)
     for file in folder.rglob("*.safetensors"):
@@ -3994,7 +4229,9 @@ def mse_per_sample(prediction, target):
 
 def by_quarter(values, t, num_timesteps):
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
+    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
+        0, t * QUARTERS // num_timesteps, values
+    )
 '''
 
 # ======================================================================================== common/norm_kernels.py
@@ -4041,7 +4278,9 @@ def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _moments_kernel(
+    x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -4088,11 +4327,15 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_norm_kernel(
+    x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """y = (x + centre) scale + bias, through SiLU if asked for."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
     if SILU:
@@ -4101,11 +4344,15 @@ def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.con
 
 
 @triton.jit
-def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_gradient(
+    x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if SILU:
@@ -4120,7 +4367,9 @@ def _gradient_sums_kernel(
     x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Of every tile and channel: the sums of dz scale and of dz scale u."""
-    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )
     out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
     dz = tl.where(mask, dz * k, 0.0)
     tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
@@ -4219,13 +4468,17 @@ class _GroupNorm(torch.autograd.Function):
         scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
         grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
         shift_or_any = shift.contiguous() if shifted else x
-        _moments_kernel[grid](x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS)
+        _moments_kernel[grid](
+            x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS
+        )
         _merge_moments_kernel[(norm.num_groups, images)](
             mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
             SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
         )  # fmt: skip
         y = torch.empty_like(x)
-        _group_norm_kernel[grid](x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS)
+        _group_norm_kernel[grid](
+            x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS
+        )
         ctx.save_for_backward(x, scale, centre, inverse)
         ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
         return y
@@ -4239,7 +4492,17 @@ class _GroupNorm(torch.autograd.Function):
         given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
         _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
         _merge_gradient_kernel[(norm.num_groups, images)](
-            sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, size, TILES=TILES, WIDTH=triton.next_power_of_2(size)
+            sum_dz,
+            sum_dz_u,
+            inverse,
+            offset,
+            slope,
+            tiles,
+            pixels,
+            channels,
+            size,
+            TILES=TILES,
+            WIDTH=triton.next_power_of_2(size),
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
@@ -4258,7 +4521,16 @@ class _AddNorm(torch.autograd.Function):
         total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
         a_or_any = h if a is None else a.contiguous()
         _add_norm_kernel[(h.numel() // width,)](
-            h, a_or_any, norm.weight, norm.bias, total, y, width, norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width)
+            h,
+            a_or_any,
+            norm.weight,
+            norm.bias,
+            total,
+            y,
+            width,
+            norm.eps,
+            ADD=a is not None,
+            BLOCK=triton.next_power_of_2(width),
         )
         ctx.save_for_backward(total)
         ctx.norm, ctx.added = norm, a is not None
@@ -4592,7 +4864,10 @@ def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
     weights, configs = {}, {}
     for part in (file, *(part for part in nested if part.exists())):
         config = _config(part)
-        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
+        named = {
+            key.removeprefix(formats.PEFT_PREFIX): tensor
+            for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()
+        }
         component, named = _component(modules, named)
         weights[component], configs[component] = named, config
     return weights, configs
@@ -4616,7 +4891,10 @@ def _config(file):
 
 def _component(modules, weights):
     """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in COMPONENTS}
+    named = {
+        component: weights if component == "unet" else _named_as_in(modules[component], weights)
+        for component in COMPONENTS
+    }
     return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
 
 
@@ -4681,7 +4959,10 @@ class Report:
             where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
             self.tracker = tracker_class(Path(output_dir).name, **where)
             self.tracker.start()
-            scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            scalars = {
+                key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in config.items()
+            }
             self.tracker.store_init_configuration(scalars)
 
     def log(self, row):
@@ -4694,7 +4975,9 @@ class Report:
         self.file.flush()
         self.rows += 1
         if self.tracker:
-            self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+            self.tracker.log(
+                {key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"]
+            )
         if "val_loss" in row:
             self.plot()
 
@@ -4923,7 +5206,9 @@ def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> l
 
 def _of_earlier_versions(name: str) -> list[Path]:
     """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
-    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
+    return sorted(
+        (folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of
+    )
 '''
 
 # ============================================================================================ common/sampling.py
@@ -5030,7 +5315,9 @@ def _to_pixels(latent, vae):
     if config.latents_mean is None:
         latent = latent / config.scaling_factor
     else:
-        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
         latent = latent * std / config.scaling_factor + mean
     return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
@@ -5074,7 +5361,10 @@ def choose_memory(memory, host, settings, batch_size):
         need_gib = scale * (weights_gib + image_gib)
         if need_gib <= free_gib:
             return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
-    return "sequential", f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow"
+    return (
+        "sequential",
+        f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow",
+    )
 
 
 class Sampler:
@@ -5133,7 +5423,9 @@ class Sampler:
 
         def predict(fields):
             added = {name: fields[name] for name in ("text_embeds", "time_ids")}
-            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+            return launch(
+                fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False
+            )[0]
 
         graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
 
@@ -5167,7 +5459,9 @@ class Sampler:
             if not memory.ran_out(error):
                 raise
         # outside of this block the failed call's tensors are free
-        self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.vae.to(
+            dtype=self.host.dtype
+        )  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
@@ -5220,7 +5514,9 @@ class Sampler:
         elif self.memory == "offload":
             self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
         else:
-            raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
+            raise UserError(
+                f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU"
+            )
         self.host.say(f"out of GPU memory: {plan}")
         self._stop_replaying()
         self.pipeline.remove_all_hooks()
@@ -5450,7 +5746,9 @@ import time
 
 from common import launch
 
-SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]  # Windows has no SIGHUP
+SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+]  # Windows has no SIGHUP
 DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
 
 
@@ -5788,7 +6086,9 @@ VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+)
 # 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
 TINY = dict(
     unet=dict(
@@ -5801,9 +6101,16 @@ TINY = dict(
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=112,
     ),
-    text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32),
+    text_encoder=dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+    ),
     text_encoder_2=dict(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64, hidden_act="gelu"
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        projection_dim=64,
+        hidden_act="gelu",
     ),
     vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
 )
@@ -5815,8 +6122,18 @@ HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d",
 # A scene is a sky and, from back to front, shapes: four numbers are an ellipse (x, y, rx, ry), more are the corners of a polygon.
 # Unit: 1/100 of the shorter side; x counts from the middle, y up from the lower edge.
 SCENES = {
-    "a green hill": ("#a9e2ff", ("#fff3a0", -34, 84, 10, 10), ("#8fd66a", 40, 0, 70, 44), ("#63bd58", -40, -12, 80, 40)),
-    "the sea": ("#c9f0ff", ("#ffffff", 40, 84, 18, 7), ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9), ("#ffe2a0", -10, -20, 90, 36)),
+    "a green hill": (
+        "#a9e2ff",
+        ("#fff3a0", -34, 84, 10, 10),
+        ("#8fd66a", 40, 0, 70, 44),
+        ("#63bd58", -40, -12, 80, 40),
+    ),
+    "the sea": (
+        "#c9f0ff",
+        ("#ffffff", 40, 84, 18, 7),
+        ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9),
+        ("#ffe2a0", -10, -20, 90, 36),
+    ),
     "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
     "a snowy mountain": (
         "#d6ecff",
@@ -5824,7 +6141,12 @@ SCENES = {
         ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
         ("#eef6ff", 0, -30, 100, 58),
     ),
-    "a pink garden": ("#ffe6ef", ("#ffb0cc", -44, 82, 24, 18), ("#ffb0cc", 46, 74, 22, 17), ("#a5dc8c", 0, -26, 100, 56)),
+    "a pink garden": (
+        "#ffe6ef",
+        ("#ffb0cc", -44, 82, 24, 18),
+        ("#ffb0cc", 46, 74, 22, 17),
+        ("#a5dc8c", 0, -26, 100, 56),
+    ),
 }
 
 
@@ -5838,9 +6160,17 @@ def tokenizers(texts: Iterable[str]):
 
     merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+    return tuple(
+        CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!")
+    )
 
 
 def merges_of(words: list[str]) -> list[tuple[str, str]]:
@@ -5876,7 +6206,9 @@ def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
             text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
         )
-    return StableDiffusionXLPipeline(**parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER))
+    return StableDiffusionXLPipeline(
+        **parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER)
+    )
 
 
 def build_model(folder: Path) -> None:
@@ -5902,13 +6234,18 @@ class Ink:
 
     def pixels(self, numbers) -> list[float]:
         """x, y, x, y, ... in scene units -> pixels of the enlarged picture."""
-        return [self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit for i, n in enumerate(numbers)]
+        return [
+            self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit
+            for i, n in enumerate(numbers)
+        ]
 
     def shape(self, fill: str, *numbers: float, line: float = 1.6) -> None:
         """An ellipse (x, y, rx, ry) or a polygon (x, y, x, y, x, y, ...) with an outline."""
         if len(numbers) == 4:
             x, y, rx, ry = numbers
-            self.draw.ellipse(self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit))
+            self.draw.ellipse(
+                self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit)
+            )
         else:
             self.draw.polygon(self.pixels(numbers), fill)
             if line:
@@ -5921,7 +6258,12 @@ class Ink:
 def spikes(x: float, y: float, inner: float, outer: float, count: int, start: int, end: int) -> list[float]:
     """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
     angles = [math.radians(start + (end - start) * i / (2 * count)) for i in range(2 * count + 1)]
-    return [n for i, a in enumerate(angles) for r in [outer if i % 2 else inner] for n in (x + r * math.cos(a), y + r * math.sin(a))]
+    return [
+        n
+        for i, a in enumerate(angles)
+        for r in [outer if i % 2 else inner]
+        for n in (x + r * math.cos(a), y + r * math.sin(a))
+    ]
 
 
 def draw_head(ink: Ink, who: str, hair: str) -> None:
@@ -5959,7 +6301,9 @@ def draw_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
 
 def draw_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
     """One picture and its caption; every attribute is chosen independently of the others."""
-    who, mood, eyes, hair, clothes, scene = (rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES))
+    who, mood, eyes, hair, clothes, scene = (
+        rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES)
+    )
     sky, *shapes = SCENES[scene]
     ink = Ink(width_px, height_px, sky)
     for fill, *numbers in shapes:
@@ -6059,8 +6403,12 @@ def is_tiny() -> bool:
 
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
-    model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+    model, data = (
+        (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
+    )
+    return dict(
+        pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO)
+    )
 '''
 
 # ======================================================================================== how the texts above become modules
@@ -6111,7 +6459,11 @@ from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, p
 from common.flags import ModelFlags, check_model
 from common.schedulers import SCHEDULERS, default_guidance_rescale
 
-REFERENCE_PROMPTS = ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+REFERENCE_PROMPTS = [
+    "Naruto Uzumaki eating ramen",
+    "Bill Gates in Naruto style",
+    "A boy with blue eyes in Naruto style",
+]
 EMA_FOLDER = "ema_unet"
 
 
@@ -6120,9 +6472,14 @@ class Flags(ModelFlags):
     """Draw images with SDXL and LoRA adapters, or compare adapters with the base model."""
 
     # what to draw
-    compare: bool = flag(False, "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds")
+    compare: bool = flag(
+        False,
+        "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds",
+    )
     lora: List[str] = flag(
-        [], "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable", type=local_path
+        [],
+        "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable",
+        type=local_path,
     )
     ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
     lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
@@ -6139,15 +6496,19 @@ class Flags(ModelFlags):
     steps: int = flag(30, "denoising steps")
     guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
     guidance_rescale: Optional[float] = flag(
-        None, "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0"
+        None,
+        "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0",
     )
     scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
     image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
     strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
     # machine
-    cuda_graph: bool = flag(True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them")
+    cuda_graph: bool = flag(
+        True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them"
+    )
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
-        "auto", "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free"
+        "auto",
+        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free",
     )
     batch_size: int = flag(1, "images of one prompt that are drawn together")
     output_dir: str = flag(
@@ -6235,7 +6596,9 @@ def check(flags):
         raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
     if flags.resolution < 64 or flags.resolution % 8:
         nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}")
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
+        )
     if not 0 < flags.strength <= 1:
         raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
     if flags.image and int(flags.steps * flags.strength) < 1:
@@ -6243,7 +6606,9 @@ def check(flags):
     if flags.image and not os.path.isfile(flags.image):
         raise UserError(f"--image {flags.image}: no such file")
     if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
-        raise UserError(f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH")
+        raise UserError(
+            f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH"
+        )
     if flags.merge is not None:
         check_merge(flags)
     run_folder.check_free(Path(flags.output_dir))
@@ -6301,7 +6666,9 @@ def chosen_adapters(flags):
         places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
         chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
         if not chosen:
-            raise UserError(f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first")
+            raise UserError(
+                f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
+            )
         print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
     return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
 
@@ -6314,7 +6681,9 @@ def load_image(path, resolution):
 
     try:
         with Image.open(path) as image:
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS)
+            return ImageOps.fit(
+                ImageOps.exif_transpose(image).convert("RGB"), (resolution, resolution), Image.Resampling.LANCZOS
+            )
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"--image {path}: cannot be read ({error})") from None
 
@@ -6357,7 +6726,11 @@ def stem_of(title, used):
 
 def unused(name, used, numbered):
     """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
-    return next(one for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2))) if one not in used)
+    return next(
+        one
+        for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
+        if one not in used
+    )
 
 
 def title_of(file, scale):
@@ -6382,7 +6755,9 @@ def draw(flags, sampler, columns, settings):
 
     from demo.settings import demo_settings
 
-    prompts = list(dict.fromkeys(flags.prompt)) or (demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS)
+    prompts = list(dict.fromkeys(flags.prompt)) or (
+        demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
+    )
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)
@@ -6394,7 +6769,9 @@ def draw(flags, sampler, columns, settings):
             images = sampler.draw(column.active, prompt, batch, settings, bar.update)
             seconds = (time.monotonic() - start_s) / len(batch)
             for seed, image in zip(batch, images):
-                records.append({**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)})
+                records.append(
+                    {**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)}
+                )
                 if image.convert("L").getextrema()[1] == 0:
                     bar.write(
                         f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
@@ -6417,7 +6794,9 @@ def merge(flags, sampler, model, column):
     record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
-    host.say(f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained")
+    host.say(
+        f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained"
+    )
     return record
 
 

@@ -34,7 +34,9 @@ def _interrupted_or(hook):
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")  # Python then ends by SIGINT: 130 in a shell
+            sys.stderr.write(
+                f"{os.path.basename(sys.argv[0])}: interrupted\n"
+            )  # Python then ends by SIGINT: 130 in a shell
         else:
             hook(kind, error, traceback)
 
@@ -107,12 +109,22 @@ def check_values(file: Path, weights: dict) -> None:
     """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
     tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read")
+        raise UserError(
+            f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read"
+        )
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged")
+        raise UserError(
+            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged"
+        )
     halves = {key: tensor.any() for key, tensor in tensors.items()}
-    if not any(changes and halves.get(key.replace("lora_A", "lora_B"), True) for key, changes in halves.items() if "lora_B" not in key):
-        raise UserError(f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?")
+    if not any(
+        changes and halves.get(key.replace("lora_A", "lora_B"), True)
+        for key, changes in halves.items()
+        if "lora_B" not in key
+    ):
+        raise UserError(
+            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?"
+        )
 
 
 def drawing_config(file: Path, source: str, described: dict) -> dict:
@@ -143,7 +155,9 @@ def drawing_config(file: Path, source: str, described: dict) -> dict:
 def check_number(file: Path, name: str, value: float) -> None:
     """Refuse what is not a finite number."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged")
+        raise UserError(
+            f"--lora {file}: {name} is {value}, not a number; the file is damaged, or its training diverged"
+        )
 '''
 
 # ===================================================================================== common/adapter_loading.py
@@ -185,7 +199,9 @@ def _load_into(module, component, name, weights, config):
     if component == "unet":
         module.load_lora_adapter(weights, prefix=None, adapter_name=name, metadata=config, low_cpu_mem_usage=True)
     else:
-        inject_adapter_in_model(LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights)
+        inject_adapter_in_model(
+            LoraConfig(**config), module, adapter_name=name, low_cpu_mem_usage=True, state_dict=weights
+        )
         set_peft_model_state_dict(module, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
@@ -197,7 +213,9 @@ def _check_loaded(file, module, name, weights):
     loaded = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     used = {key for key, tensor in loaded.items() if key in weights and torch.equal(tensor, weights[key].to(tensor))}
     if left_out := sorted((weights.keys() | loaded.keys()) - used):
-        raise UserError(f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}")
+        raise UserError(
+            f"--lora {file}: {len(left_out)} of {len(weights)} keys were not used by the loader, e.g. {left_out[0]}"
+        )
 '''
 
 # ======================================================================================= common/adapter_names.py
@@ -217,7 +235,13 @@ COMFYUI_PREFIXES = {
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
 
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
-_OLD_PROJECTIONS = {".q_proj": ".to_q", ".k_proj": ".to_k", ".v_proj": ".to_v", ".out_proj": ".to_out", ".to_out.0": ".to_out"}
+_OLD_PROJECTIONS = {
+    ".q_proj": ".to_q",
+    ".k_proj": ".to_k",
+    ".v_proj": ".to_v",
+    ".out_proj": ".to_out",
+    ".to_out.0": ".to_out",
+}
 
 
 def layer_spellings(layers: dict, layers_per_block: int) -> dict:
@@ -263,7 +287,12 @@ _OUTSIDE_BLOCKS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_IN_RESNET = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 
 
 def original_name(name, layers_per_block):
@@ -273,7 +302,9 @@ def original_name(name, layers_per_block):
     Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
     upsampler.
     """
-    found = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    found = re.fullmatch(
+        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
+    )
     if not found:
         return _OUTSIDE_BLOCKS.get(name, name)
     side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
@@ -283,8 +314,14 @@ def original_name(name, layers_per_block):
     if kind.endswith("samplers"):
         index = layers_per_block  # they close their level
     first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[kind]  # SDXL upsamples only after attention
-    return f"input_blocks.{1 + first + index}.{part}.{rest}" if side == "down" else f"output_blocks.{first + index}.{part}.{rest}"
+    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[
+        kind
+    ]  # SDXL upsamples only after attention
+    return (
+        f"input_blocks.{1 + first + index}.{part}.{rest}"
+        if side == "down"
+        else f"output_blocks.{first + index}.{part}.{rest}"
+    )
 '''
 
 # ===================================================================================== common/adapter_reading.py
@@ -323,7 +360,9 @@ def find_adapter(place):
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
     except SafetensorError as error:
-        raise UserError(f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again") from None
+        raise UserError(
+            f"--lora {file}: damaged or not a safetensors file ({error}); download or copy it again"
+        ) from None
     if empty:
         raise UserError(f"--lora {file}: has no tensors in it")
     return file
@@ -400,10 +439,16 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
         found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))]:
+        if other := [
+            module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))
+        ]:
             kind = type(other[0]).__name__
-            raise UserError(f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}")
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora))
+            raise UserError(
+                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}"
+            )
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
+    )
     cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
 
 
@@ -604,7 +649,9 @@ def load_data(flags, host):
     options = captions.options_of(flags)
     host.say(captions.summary(samples, bad, options))
     model = host.main_first(lambda: loading.model_of(flags, host.say))
-    framing = dict(resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets)
+    framing = dict(
+        resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets
+    )
     flips = (False, True) if flags.random_flip else (False,)
     latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
@@ -619,8 +666,12 @@ def load_data(flags, host):
         zero_unconditional=loading.zero_unconditional(model),
         captions=options,
     )
-    make = functools.partial(batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws)
-    return Data(model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None)
+    make = functools.partial(
+        batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws
+    )
+    return Data(
+        model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None
+    )
 
 
 def build_engine(flags, host, unet, data):
@@ -637,22 +688,34 @@ def build_engine(flags, host, unet, data):
     if encoders:
         adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
     groups = [(adapters.trainable(unet), {})]
-    groups += [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})] if encoders else []
+    groups += (
+        [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})]
+        if encoders
+        else []
+    )
     flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
     if fused_layers:
         fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
         fused_unet.fuse_unet(unet, host.device, host.say)
     everything = sum(adapters.count(module) for module in (unet, *encoders))
-    scale = f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}" if flags.lora_alpha != flags.lora_rank else ""
-    host.say(f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}")
+    scale = (
+        f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}"
+        if flags.lora_alpha != flags.lora_rank
+        else ""
+    )
+    host.say(
+        f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}"
+    )
     betas = (flags.adam_beta1, flags.adam_beta2)
     return Engine(
         unet,
         data.text,
         data.schedule,
         flat,
-        adapters.make_optimizer(flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon),
+        adapters.make_optimizer(
+            flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon
+        ),
         lr_schedule(
             flags.lr_scheduler,
             flags.lr_warmup_steps,
@@ -690,14 +753,19 @@ def _train(flags, engine, data):
     if host.is_main:
         files.write_json(output_dir / "config.json", recipe)
     passes = _fit(flags, engine, data, plan)
-    if plan.effective_batch % host.world or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps:
+    if (
+        plan.effective_batch % host.world
+        or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps
+    ):
         host.say(_uneven_shares(flags, host.world, plan.effective_batch))
     host.say(
         f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
     )
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
-    save_adapter = functools.partial(formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data))
+    save_adapter = functools.partial(
+        formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data)
+    )
     request = stopping.StopRequest(plan.ends_s)
 
     def save(step):
@@ -706,7 +774,9 @@ def _train(flags, engine, data):
 
     try:
         with request.listening():
-            progress, ended = loops.train(engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request)
+            progress, ended = loops.train(
+                engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request
+            )
             request.doing = "writing the results"
             engine.run_pass.clear()
             if host.is_main:
@@ -716,7 +786,9 @@ def _train(flags, engine, data):
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    peaks = f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    peaks = (
+        f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
+    )
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
     name = output_dir.resolve().name
     host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
@@ -735,7 +807,9 @@ def save_kohya(flags, engine, data, ending="", **options):
     output_dir = Path(flags.output_dir)
     weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
     path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
-    return formats.save_kohya(path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options)
+    return formats.save_kohya(
+        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options
+    )
 
 
 def export_dora_as_lora(flags, engine, data):
@@ -744,7 +818,9 @@ def export_dora_as_lora(flags, engine, data):
     if host.is_main:
         host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
         share = save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
-        host.say(f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm")
+        host.say(
+            f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm"
+        )
 
 
 def _readers(unet):
@@ -799,7 +875,9 @@ def _fit(flags, engine, data, plan):
     def make_batches(micro_batch):
         return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
 
-    share = len(range(host.rank, plan.effective_batch, host.world))  # where they do not divide, the first processes have one more
+    share = len(
+        range(host.rank, plan.effective_batch, host.world)
+    )  # where they do not divide, the first processes have one more
     budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
     shape = make_batches(1)[0].tensors["mean"].shape
     gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
@@ -1048,7 +1126,9 @@ class Examples:
         """The variant that this occurrence of a sample has in this epoch."""
         count, number = self.captions.count, 0
         if count > 1:
-            number = int(torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence)))
+            number = int(
+                torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence))
+            )
         return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
@@ -1089,7 +1169,9 @@ def _group(rows, micro_size):
         for start in range(0, len(group), micro_size):
             names, fields = zip(*group[start : start + micro_size])
             tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
-            batches.append(Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names)))
+            batches.append(
+                Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names))
+            )
     return batches
 '''
 
@@ -1155,7 +1237,9 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
     dataset.refuse_bad(list(bad.values()), max_bad, bad_before, host.say)
     kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
     if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
-        raise UserError(f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again")
+        raise UserError(
+            f"--cache_dir {cache_dir}: entries were removed while they were being made; run the command again"
+        )
     host.say(f"latents: {len(wanted)} in the cache, {len(missing)} of them new ({store.folder})")
     if not kept:
         raise UserError("none of the images could be decoded")
@@ -1582,7 +1666,9 @@ def _check_fits(folder: Path, state: dict, tensors: dict, engine) -> None:
             " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
         )
     if state["optimizer_class"] != type(engine.optimizer).__name__:
-        raise UserError(f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam"
+        )
     if ("ema" in tensors) != (engine.ema is not None):
         raise UserError(
             f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"
@@ -1656,7 +1742,9 @@ def flag(default, help, **metadata):
     Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
     """
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata})
+        return dataclasses.field(
+            default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata}
+        )
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -1726,13 +1814,20 @@ class Parser(argparse_dataclass.ArgumentParser):
         Raises:
             UserError: naming the two spellings that there are.
         """
-        switches = {option: action.dest for action in self._actions if isinstance(action, Switch) for option in action.option_strings}
+        switches = {
+            option: action.dest
+            for action in self._actions
+            if isinstance(action, Switch)
+            for option in action.option_strings
+        }
         for typed, following in zip(argv, [*argv[1:], ""]):
             option, joined, value = typed.partition("=")
             value = value if joined else following
             if option in switches and (joined or value.lower() in TRUTH_VALUES):
                 name = switches[option]
-                raise UserError(f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it")
+                raise UserError(
+                    f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it"
+                )
 
 
 def _or_none(convert):
@@ -1747,7 +1842,11 @@ def _or_none(convert):
 
 def _shown(field):
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return " ".join(default) if isinstance(default, list) and default else default or ("none" if default in (None, []) else default)
+    return (
+        " ".join(default)
+        if isinstance(default, list) and default
+        else default or ("none" if default in (None, []) else default)
+    )
 
 
 def parse(cls, argv=None):
@@ -1785,7 +1884,11 @@ def print_config(flags):
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
-GONE_TO_THE_END = (None, "finished", "early stopping")  # what a training's "ended" says when there is nothing to go on with
+GONE_TO_THE_END = (
+    None,
+    "finished",
+    "early stopping",
+)  # what a training's "ended" says when there is nothing to go on with
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -1831,7 +1934,9 @@ def _told(error: BaseException) -> tuple[str, int]:
 def _unforeseen(error: Exception) -> str:
     """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
     temporary one."""
-    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]  # the first are main's
+    locals_of = [
+        frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]  # the first are main's
     output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
     place = output_dir if output_dir and os.path.isdir(output_dir) else None
     try:
@@ -2197,7 +2302,9 @@ from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
-LONGEST_WAIT = timedelta(hours=12)  # one process may encode, convert or render while the others wait; 10 minutes are the default
+LONGEST_WAIT = timedelta(
+    hours=12
+)  # one process may encode, convert or render while the others wait; 10 minutes are the default
 _earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
 
 
@@ -2268,7 +2375,9 @@ def _all_processes():
         raise
     except RuntimeError as error:
         what = str(error).splitlines()[0]
-        raise UserError(f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})") from None
+        raise UserError(
+            f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})"
+        ) from None
 
 
 def start(mixed_precision="fp16", seed=0):
@@ -2284,7 +2393,9 @@ def start(mixed_precision="fp16", seed=0):
     quieten_libraries()
     torch.manual_seed(seed)
     # without a GPU: gloo
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT)
+    state = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
+    )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
     gc.collect()  # what an earlier run in this process has left
     free_memory(where)
@@ -2322,7 +2433,9 @@ def _choose_dtype(device, mixed_precision):
     if mixed_precision == "bf16":
         # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
         if capability < (8, 0):
-            raise UserError(f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16")
+            raise UserError(
+                f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16"
+            )
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
 
@@ -2331,13 +2444,19 @@ def limit_memory(device, max_gib):
     """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device)
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device
+    )
     return limit_gib
 
 
 def peak_gib(device):
     """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB) if device.type == "cuda" else peak_ram_gib()
+    return (
+        max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB)
+        if device.type == "cuda"
+        else peak_ram_gib()
+    )
 
 
 def start_new_peak(device):
@@ -2444,7 +2563,9 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
         return down.t(), up.t()
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
     rank = min(rank, len(values))
-    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)  # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # what is nothing but rounding is not blown up
     roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
     vectors = vectors[:, -rank:]
     return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
@@ -2588,7 +2709,9 @@ class LossScale:
 
     def __init__(self, dtype, device):
         self.enabled = dtype == torch.float16
-        self.value = torch.full((), 2.0**12 if self.enabled else 1.0, device=device)  # on the device: a CUDA graph reads it
+        self.value = torch.full(
+            (), 2.0**12 if self.enabled else 1.0, device=device
+        )  # on the device: a CUDA graph reads it
         self.good_steps = 0
 
     def update(self, overflow):
@@ -2702,13 +2825,26 @@ class Engine:
         self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
         self.optimizer, self.lr_factor, self.host, self.checkpointing = optimizer, lr_factor, host, checkpointing
         self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = max_grad_norm, min_snr_gamma, seed, dropout_seed
+        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = (
+            max_grad_norm,
+            min_snr_gamma,
+            seed,
+            dropout_seed,
+        )
         self.loss_scale = LossScale(host.dtype, host.device)
         self.num_timesteps = len(schedule.alphas_cumprod)
-        ways = {"as in training": self._summed_mse, "one image at a time": self._one_at_a_time, "no held-out loss": self._no_room}
+        ways = {
+            "as in training": self._summed_mse,
+            "one image at a time": self._one_at_a_time,
+            "no held-out loss": self._no_room,
+        }
         self._validate = memory.StepDown("while validating", ways, host)
-        self.run_pass = Graphed(lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say)
-        self.publish = Graphed(lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False)
+        self.run_pass = Graphed(
+            lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say
+        )
+        self.publish = Graphed(
+            lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False
+        )
 
     def optimizer_state_bytes(self):
         """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
@@ -2819,7 +2955,9 @@ class Engine:
         return StepResult(
             loss=numbers.loss,
             mse=numbers.mse,
-            mse_quarters=[total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)],
+            mse_quarters=[
+                total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)
+            ],
             grad_norm=numbers.grad_norm,
             loss_scale=numbers.loss_scale,
             lr=self.peak_lrs[0] * lr_factor,
@@ -2886,8 +3024,15 @@ from safetensors.torch import save_file
 
 from common.command_line import UserError
 
-HASHES = "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a folder
+HASHES = (
+    "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
+)
+NO_FOLDER_SYNC = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EBADF,
+)  # what file systems answer that cannot sync a folder
 
 
 class DamagedFile(UserError):
@@ -3015,7 +3160,9 @@ def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
     if not hashes:
         return None
     names = set(opened.keys())
-    wrong = [name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])]
+    wrong = [
+        name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])
+    ]
     matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
     if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
         return None
@@ -3152,12 +3299,16 @@ def _read_plan(remembered, unet):
 
 def _measure(engine, make_batches, share, checkpointing, budget_gib):
     """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
-    engine.host.say("measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards")
+    engine.host.say(
+        "measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards"
+    )
     base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
     room = (budget_gib - SPARE_GIB) * GIB - base
 
     # Time the largest passes that may fit, and take the fastest
-    candidates = [n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)]
+    candidates = [
+        n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)
+    ]
     timed = []
     for size in candidates[-TIMED_CANDIDATES:]:
         seconds, kept = _timed(engine, make_batches, checkpointing, size, sizes, (room - size * lowest) / size)
@@ -3267,7 +3418,9 @@ class ModelFlags(Described):
     """Which model to load, and how: the same for every script."""
 
     pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0", "SDXL: hub id, local folder or single .safetensors file", type=local_path
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "SDXL: hub id, local folder or single .safetensors file",
+        type=local_path,
     )
     pretrained_vae_model_name_or_path: Optional[str] = flag(
         None,
@@ -3279,17 +3432,26 @@ class ModelFlags(Described):
         "where configs and tokenizers of a single-file model come from: hub id or folder",
         type=local_path,
     )
-    variant: Optional[str] = flag("fp16", "weight files to prefer; plain ones are used where a local folder has no such variant")
+    variant: Optional[str] = flag(
+        "fp16", "weight files to prefer; plain ones are used where a local folder has no such variant"
+    )
     revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
     prediction_type: Optional[str] = flag(
-        None, "what the model predicts, for files that do not say it; none means by its files", choices=["epsilon", "v_prediction"]
+        None,
+        "what the model predicts, for files that do not say it; none means by its files",
+        choices=["epsilon", "v_prediction"],
     )
     zero_terminal_snr: Optional[bool] = flag(
-        None, "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files"
+        None,
+        "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("fp16", "precision of the model on a GPU; a CPU computes in fp32")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
+        "fp16", "precision of the model on a GPU; a CPU computes in fp32"
+    )
     cache_dir: str = flag(
-        CACHE_DIR, "where encoded images and captions, and unpacked single-file models, are kept between runs", type=local_path
+        CACHE_DIR,
+        "where encoded images and captions, and unpacked single-file models, are kept between runs",
+        type=local_path,
     )
     dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
     demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
@@ -3312,23 +3474,34 @@ class TrainFlags(ModelFlags):
     caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
     max_train_samples: Optional[int] = flag(None, "use only the first N samples")
     max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
-    resolution: int = flag(1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32")
+    resolution: int = flag(
+        1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32"
+    )
     center_crop: bool = flag(
-        True, "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached"
+        True,
+        "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached",
     )
     random_flip: bool = flag(False, "mirror half of the training examples")
     aspect_ratio_buckets: bool = flag(
-        False, "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution"
+        False,
+        "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution",
     )
-    caption_dropout: float = flag(0.0, "share of training examples that see the unconditional input instead of their caption")
-    trigger_word: Optional[str] = flag(None, "word put before every caption, e.g. the name of the style, with a comma after it")
-    caption_prefix: Optional[str] = flag(None, "text put before every caption, and before the trigger word, with a comma after it")
+    caption_dropout: float = flag(
+        0.0, "share of training examples that see the unconditional input instead of their caption"
+    )
+    trigger_word: Optional[str] = flag(
+        None, "word put before every caption, e.g. the name of the style, with a comma after it"
+    )
+    caption_prefix: Optional[str] = flag(
+        None, "text put before every caption, and before the trigger word, with a comma after it"
+    )
     caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
     shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
     keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
     tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
     caption_variants: int = flag(
-        8, "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each"
+        8,
+        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each",
     )
     text_cache: Literal["ram", "disk", "none"] = flag(
         "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
@@ -3338,34 +3511,48 @@ class TrainFlags(ModelFlags):
         "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
     )
     lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1")
+    lora_alpha: Optional[int] = flag(
+        None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1"
+    )
     lora_dropout: float = flag(
-        0.0, "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split"
+        0.0,
+        "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split",
     )
-    lora_target_modules: List[str] = flag(ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names")
+    lora_target_modules: List[str] = flag(
+        ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names"
+    )
     lora_backend: Literal["fused", "peft"] = flag(
-        "fused", "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own"
+        "fused",
+        "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own",
     )
-    auto_fit: bool = flag(True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays")
+    auto_fit: bool = flag(
+        True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays"
+    )
     max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
     cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
     train_text_encoder: bool = flag(
-        False, "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step"
+        False,
+        "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step",
     )
     text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
-    enable_xformers_memory_efficient_attention: bool = flag(False, "attention by xformers instead of torch's own kernels")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention by xformers instead of torch's own kernels"
+    )
     # optimisation
     train_batch_size: int = flag(1, "examples in one forward pass on one device")
     gradient_accumulation_steps: int = flag(
-        4, "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out"
+        4,
+        "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out",
     )
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass: less memory, a third more work")
+    gradient_checkpointing: bool = flag(
+        True, "recompute activations in the backward pass: less memory, a third more work"
+    )
     num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
     max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
     learning_rate: float = flag(1e-4, "peak learning rate")
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
-        "cosine", "schedule of the learning rate over the optimizer steps"
-    )
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "schedule of the learning rate over the optimizer steps")
     lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
     lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
     lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
@@ -3377,26 +3564,39 @@ class TrainFlags(ModelFlags):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
     seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
     # loss
-    min_snr_gamma: Optional[float] = flag(None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE")
+    min_snr_gamma: Optional[float] = flag(
+        None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE"
+    )
     offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
     use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
     ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
     # output
     output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
-    save_peft: bool = flag(False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it")
+    save_peft: bool = flag(
+        False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it"
+    )
     checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
-    checkpoints_total_limit: Optional[int] = flag(3, "keep this many newest checkpoints; the weight files of all steps stay")
+    checkpoints_total_limit: Optional[int] = flag(
+        3, "keep this many newest checkpoints; the weight files of all steps stay"
+    )
     resume_from_checkpoint: Optional[str] = flag(
         None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
     )
-    max_train_minutes: Optional[float] = flag(None, "stop early, with everything saved, this many minutes after the start")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker that gets the numbers of metrics.jsonl too")
+    max_train_minutes: Optional[float] = flag(
+        None, "stop early, with everything saved, this many minutes after the start"
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker that gets the numbers of metrics.jsonl too"
+    )
     validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
     validation_steps: int = flag(
-        500, "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)"
+        500,
+        "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)",
     )
     validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
-    early_stopping_patience: Optional[int] = flag(None, "stop after this many validations without a better held-out loss")
+    early_stopping_patience: Optional[int] = flag(
+        None, "stop after this many validations without a better held-out loss"
+    )
 
     def __post_init__(self):
         if self.lora_alpha is None:
@@ -3416,7 +3616,9 @@ def check(flags):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    from_zero = "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    from_zero = (
+        "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
+    )
     for name in f"{from_zero} checkpointing_steps".split():
         if not 0 <= getattr(flags, name) < math.inf:
             raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
@@ -3425,15 +3627,23 @@ def check(flags):
             raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
     if flags.resolution < 64 or flags.resolution % 32:
         nearest = max(64, round(flags.resolution / 32) * 32)
-        raise UserError(f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}")
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}"
+        )
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
     if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
-        raise UserError(f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout")
+        raise UserError(
+            f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout"
+        )
     if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
-        raise UserError(f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler")
+        raise UserError(
+            f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler"
+        )
     if not all(name.strip() for name in flags.lora_target_modules):
-        raise UserError("--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k")
+        raise UserError(
+            "--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k"
+        )
     _check_places(flags)
     _check_packages(flags)
     check_model(flags)
@@ -3449,7 +3659,9 @@ def check_model(flags):
         check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
         place = getattr(flags, name)
-        looks_local = place and (place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1)
+        looks_local = place and (
+            place.startswith(("/", ".", "~")) or place.endswith(".safetensors") or place.count("/") > 1
+        )
         if looks_local and "://" not in place and not os.path.exists(place) and not _of_the_demo(place):
             raise UserError(f"--{name} {place}: no such folder or file")
 
@@ -3500,7 +3712,11 @@ def _check_data_dir(name, output):
 def _check_packages(flags):
     wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
     wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
-    wanted += [("xformers", "--enable_xformers_memory_efficient_attention")] if flags.enable_xformers_memory_efficient_attention else []
+    wanted += (
+        [("xformers", "--enable_xformers_memory_efficient_attention")]
+        if flags.enable_xformers_memory_efficient_attention
+        else []
+    )
     wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
     for package, typed in wanted:
         if importlib.util.find_spec(package) is None:
@@ -3514,12 +3730,18 @@ def _check_wandb_login():
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    places = [os.environ["NETRC"]] if "NETRC" in os.environ else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    places = (
+        [os.environ["NETRC"]]
+        if "NETRC" in os.environ
+        else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    )
     for place in filter(os.path.isfile, places):
         with contextlib.suppress(netrc.NetrcParseError, OSError):
             if netrc.netrc(place).authenticators(server):
                 return
-    raise UserError("--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk")
+    raise UserError(
+        "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk"
+    )
 
 
 def find_data_dir(name):
@@ -3535,7 +3757,9 @@ def find_data_dir(name):
         for folder in (Path(place), Path("/kaggle/input") / place):
             if place and folder.is_dir():
                 if not (weight.isdecimal() and int(weight)):
-                    raise UserError(f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2")
+                    raise UserError(
+                        f"--train_data_dir {name}: {weight!r} is no weight; give a whole number from 1, e.g. {folder}:2"
+                    )
                 return folder, int(weight)
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
@@ -3572,7 +3796,11 @@ def save_adapter(path, unet, recipe, text_encoders=()):
         part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
         weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
         described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
-    metadata = {"format": "pt", ADAPTER_METADATA: json.dumps(described, sort_keys=True), "recipe": json.dumps(recipe, sort_keys=True)}
+    metadata = {
+        "format": "pt",
+        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+    }
     write_safetensors(path, weights, metadata)
 
 
@@ -3598,7 +3826,10 @@ def _spelt_by_diffusers(component, weights):
 
     if component != "unet":
         return convert_state_dict_to_diffusers(weights)
-    return {name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor for name, tensor in weights.items()}
+    return {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
+        for name, tensor in weights.items()
+    }
 
 
 def save_peft(folder, unet, recipe, text_encoders=()):
@@ -3617,7 +3848,9 @@ def save_peft(folder, unet, recipe, text_encoders=()):
         config.inference_mode = True
         config.lora_dropout = 0.0  # of training: the recipe keeps it
         base = type(module)
-        config.save_pretrained(part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__})
+        config.save_pretrained(
+            part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__}
+        )
 
 
 def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
@@ -3641,7 +3874,11 @@ def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_ran
             up, down = parts["B.weight"], parts["A.weight"]
             alpha = module.peft_config["default"].lora_alpha
             if "magnitude_vector" in parts:
-                known = parts["magnitude_vector"], weight_of(layer), module.get_submodule(layer).get_delta_weight("default")
+                known = (
+                    parts["magnitude_vector"],
+                    weight_of(layer),
+                    module.get_submodule(layer).get_delta_weight("default"),
+                )
                 if dora_rank:
                     up, down, left_out = _as_lora(dora.change(*known), dora_rank)
                     alpha = len(down)
@@ -3928,7 +4165,9 @@ def fuse(models, flat, seed, say=print):
 
     layers = [module for model in models for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer in layers):
-        raise UserError("--lora_target_modules: adapters of convolutions have no fused forward pass; add --lora_backend peft")
+        raise UserError(
+            "--lora_target_modules: adapters of convolutions have no fused forward pass; add --lora_backend peft"
+        )
     for salt, layer in enumerate(layers):
         layer.forward = FusedLayer(layer, flat, seed, salt)
         if layer.forward.m is not None:
@@ -3974,7 +4213,10 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        conv, sizes = ctx.conv, zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size)
+        conv, sizes = (
+            ctx.conv,
+            zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size),
+        )
         left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
         # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
         return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
@@ -3987,7 +4229,9 @@ def convolution(conv, x):
 def _convolve(x, conv, bias=None):
     if x.is_cuda:
         return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
-    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)  # memory is not what a CPU lacks, and this is faster
+    return F.conv2d(
+        x, conv.weight, bias, conv.stride, conv.padding
+    )  # memory is not what a CPU lacks, and this is faster
 
 
 def resnet_block(block, x, temb):
@@ -4044,7 +4288,8 @@ def _is_plain(block):
     convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
     return (
         all(type(conv) is torch.nn.Conv2d for conv in convolutions)
-        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p) == ("default", False, 1.0, 0.0)
+        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p)
+        == ("default", False, 1.0, 0.0)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.upsample is None
         and block.downsample is None
@@ -4060,11 +4305,17 @@ def forwards():
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return {
-        torch.nn.Conv2d: (convolution, lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)),
+        torch.nn.Conv2d: (
+            convolution,
+            lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1),
+        ),
         torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
         ResnetBlock2D: (resnet_block, _is_plain),
         Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
-        BasicTransformerBlock: (transformer_block, lambda block: block.norm_type == "layer_norm" and block.pos_embed is None),
+        BasicTransformerBlock: (
+            transformer_block,
+            lambda block: block.norm_type == "layer_norm" and block.pos_embed is None,
+        ),
         GEGLU: (gated_activation, lambda module: True),
     }
 
@@ -4443,13 +4694,17 @@ def check_id(repo_id: str, flag: str) -> None:
     if not repo_id.strip():
         raise UserError(f"--{flag}: is empty; {instead}")
     if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
-        raise UserError(f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}")
+        raise UserError(
+            f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}"
+        )
     if "\\" in repo_id or PureWindowsPath(repo_id).drive:
         raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
     if os.path.isdir(repo_id):
         raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
     if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
-        raise UserError(f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}")
+        raise UserError(
+            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}"
+        )
 
 
 def _id_in(address: str) -> str | None:
@@ -4480,7 +4735,9 @@ from common.operations import Operation
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def adopt_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
 
     Args:
@@ -4492,7 +4749,9 @@ def adopt_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: t
         try_kernels(wanted, device, dtype=dtype, rank=rank, say=say)
 
 
-def try_kernels(wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print) -> None:
+def try_kernels(
+    wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
+) -> None:
     """`adopt_kernels` on any device: Triton's interpreter runs kernels on a CPU."""
     tried = (str(device), dtype, rank)
     untried = [operation for operation in wanted if tried not in operation.faults]
@@ -4912,7 +5171,9 @@ EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adap
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
 _SUFFIXES = {
     **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
-    **dict.fromkeys((".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN),
+    **dict.fromkeys(
+        (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN
+    ),
     **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
 }
 
@@ -4942,7 +5203,9 @@ def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tup
     described = _described(file, metadata)
     by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
     configs = {
-        component: described[component] if component in described.keys() - by_tensors else lora_arguments(part, alphas[component])
+        component: described[component]
+        if component in described.keys() - by_tensors
+        else lora_arguments(part, alphas[component])
         for component, part in weights.items()
     }
     return weights, configs
@@ -4952,7 +5215,11 @@ def _by_layer(file, tensors, spellings):
     """{(component, layer): {kind: key}}."""
     layers, unknown = {}, []
     for key in tensors:
-        name = key.replace(".processor.", ".").removesuffix(".weight") if MAGNITUDE in key else key.replace(".processor.", ".")
+        name = (
+            key.replace(".processor.", ".").removesuffix(".weight")
+            if MAGNITUDE in key
+            else key.replace(".processor.", ".")
+        )
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         place = spellings.get(name.removesuffix(suffix)) if suffix else None
         if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
@@ -4982,13 +5249,20 @@ def _read_layer(file, layer, weight, parts, metadata, identities):
 
     if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
         magnitude = _magnitude(weight, pair, dora_scale, metadata)
-    elif dora_scale is not None and tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+    elif (
+        dora_scale is not None
+        and tuple(dora_scale.shape[:2]) == (1, weight.shape[1])
+        and dora_scale.numel() == weight.shape[1]
+    ):
         pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
     elif dora_scale is not None:
         return None
 
     kernel = weight.shape[2:]
-    kinds = {"lora_A.weight": pair.down.view(-1, *weight.shape[1:]), "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel))}
+    kinds = {
+        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
+        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
+    }
     if magnitude is not None:
         kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
     return kinds, pair.scale * len(pair.down)
@@ -4998,7 +5272,9 @@ def _alpha(file, layer, tensor):
     if tensor is None:
         return None
     if tensor.numel() != 1:
-        raise UserError(f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged")
+        raise UserError(
+            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
+        )
     check_number(file, f"the alpha of {layer}", float(tensor))
     return float(tensor)
 
@@ -5026,7 +5302,11 @@ def _described(file, metadata):
 
 def lora_arguments(weights: dict, alphas: dict) -> dict:
     """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(tensor) for key, tensor in weights.items() if key.endswith(".lora_A.weight")}
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(tensor)
+        for key, tensor in weights.items()
+        if key.endswith(".lora_A.weight")
+    }
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return dict(
         r=rank,
@@ -5322,19 +5602,27 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
         UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
     """
     host, non_finite = engine.host, 0
-    ended = "early stopping" if _out_of_patience(plan, progress) else "finished"  # a run that had stopped early stays so
-    fetch = _Prefetch(lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world))
+    ended = (
+        "early stopping" if _out_of_patience(plan, progress) else "finished"
+    )  # a run that had stopped early stays so
+    fetch = _Prefetch(
+        lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world)
+    )
     save = _Saver(engine, plan, save_weights, progress.step)
     with contextlib.closing(report):
         while progress.step < plan.total_steps and ended == "finished":
             step_started = time.monotonic()
             # the flag of a process travels with its next step, so that all of them stop after the same one
-            stopping.doing = f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
+            stopping.doing = (
+                f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
+            )
 
             # One optimizer step
             batches = fetch(progress.batches)
             try:
-                result = engine.step(progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1))
+                result = engine.step(
+                    progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1)
+                )
             except PassOutOfMemory as error:
                 fetch.forget()
                 if not _step_down(fit, error.here, host, report):
@@ -5378,7 +5666,9 @@ def train(engine, examples, held_out, plan, fit, report, progress, draw_samples,
 
 
 def _out_of_patience(plan, progress):
-    return plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
+    return (
+        plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
+    )
 
 
 class _Prefetch:
@@ -5414,7 +5704,9 @@ class _Saver:
         if what := checkpoint.not_finite(self._engine):
             raise UserError(_diverged_message(what, progress, self._plan))
         if self._engine.host.is_main and progress.step != self._saved:
-            self._save_weights(progress.step)  # first: from the checkpoint on, a killed run would not come back to write it
+            self._save_weights(
+                progress.step
+            )  # first: from the checkpoint on, a killed run would not come back to write it
             limit = self._plan.checkpoints_total_limit
             checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
         self._saved = progress.step
@@ -5428,7 +5720,9 @@ def _step_down(fit, here, host, report):
     if not all(host.gather([has_smaller])):
         return False
     if here:
-        recomputed = "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        recomputed = (
+            "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
+        )
         report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
     return True
 
@@ -5436,7 +5730,9 @@ def _step_down(fit, here, host, report):
 def _skip_batch(engine, result, report):
     """After a step that was not applied: whether to drop its batch. A mere gradient overflow is tried again at half the scale."""
     if math.isfinite(result.loss) and engine.loss_scale.enabled and result.loss_scale > SMALLEST_SCALE:
-        report.say(f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it")
+        report.say(
+            f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
+        )
         return False
     report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
     return True
@@ -5454,7 +5750,9 @@ def _non_finite_message(examples, progress, plan):
 def _diverged_message(what, progress, plan):
     """The weights themselves are at fault, whatever images the last batches held."""
     saved = run_folder.find_checkpoints(plan.output_dir)
-    cure = f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    cure = (
+        f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
+    )
     return (
         f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
         f" Lower --learning_rate, or use --mixed_precision no; {cure}"
@@ -6112,7 +6410,9 @@ def mse_per_sample(prediction, target):
 
 def by_quarter(values, t, num_timesteps):
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(0, t * QUARTERS // num_timesteps, values)
+    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
+        0, t * QUARTERS // num_timesteps, values
+    )
 '''
 
 # ======================================================================================== common/norm_kernels.py
@@ -6159,7 +6459,9 @@ def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def _moments_kernel(x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _moments_kernel(
+    x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -6206,11 +6508,15 @@ def _merge_moments_kernel(
 
 
 @triton.jit
-def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_norm_kernel(
+    x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """y = (x + centre) scale + bias, through SiLU if asked for."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
     if SILU:
@@ -6219,11 +6525,15 @@ def _group_norm_kernel(x, scale, centre, bias, y, pixels, channels, SILU: tl.con
 
 
 @triton.jit
-def _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _group_gradient(
+    x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
     offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
     of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
+        centre + of_image, mask=channel_mask, other=0.0
+    )
     k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
     dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     if SILU:
@@ -6238,7 +6548,9 @@ def _gradient_sums_kernel(
     x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Of every tile and channel: the sums of dz scale and of dz scale u."""
-    _, channel, mask, channel_mask, u, dz, k = _group_gradient(x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS)
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
+    )
     out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
     dz = tl.where(mask, dz * k, 0.0)
     tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
@@ -6337,13 +6649,17 @@ class _GroupNorm(torch.autograd.Function):
         scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
         grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
         shift_or_any = shift.contiguous() if shifted else x
-        _moments_kernel[grid](x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS)
+        _moments_kernel[grid](
+            x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS
+        )
         _merge_moments_kernel[(norm.num_groups, images)](
             mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
             SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
         )  # fmt: skip
         y = torch.empty_like(x)
-        _group_norm_kernel[grid](x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS)
+        _group_norm_kernel[grid](
+            x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS
+        )
         ctx.save_for_backward(x, scale, centre, inverse)
         ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
         return y
@@ -6357,7 +6673,17 @@ class _GroupNorm(torch.autograd.Function):
         given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
         _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
         _merge_gradient_kernel[(norm.num_groups, images)](
-            sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, size, TILES=TILES, WIDTH=triton.next_power_of_2(size)
+            sum_dz,
+            sum_dz_u,
+            inverse,
+            offset,
+            slope,
+            tiles,
+            pixels,
+            channels,
+            size,
+            TILES=TILES,
+            WIDTH=triton.next_power_of_2(size),
         )
         dx = torch.empty_like(x)
         _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
@@ -6376,7 +6702,16 @@ class _AddNorm(torch.autograd.Function):
         total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
         a_or_any = h if a is None else a.contiguous()
         _add_norm_kernel[(h.numel() // width,)](
-            h, a_or_any, norm.weight, norm.bias, total, y, width, norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width)
+            h,
+            a_or_any,
+            norm.weight,
+            norm.bias,
+            total,
+            y,
+            width,
+            norm.eps,
+            ADD=a is not None,
+            BLOCK=triton.next_power_of_2(width),
         )
         ctx.save_for_backward(total)
         ctx.norm, ctx.added = norm, a is not None
@@ -6764,7 +7099,10 @@ def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
     weights, configs = {}, {}
     for part in (file, *(part for part in nested if part.exists())):
         config = _config(part)
-        named = {key.removeprefix(formats.PEFT_PREFIX): tensor for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()}
+        named = {
+            key.removeprefix(formats.PEFT_PREFIX): tensor
+            for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()
+        }
         component, named = _component(modules, named)
         weights[component], configs[component] = named, config
     return weights, configs
@@ -6788,7 +7126,10 @@ def _config(file):
 
 def _component(modules, weights):
     """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {component: weights if component == "unet" else _named_as_in(modules[component], weights) for component in COMPONENTS}
+    named = {
+        component: weights if component == "unet" else _named_as_in(modules[component], weights)
+        for component in COMPONENTS
+    }
     return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
 
 
@@ -6918,7 +7259,10 @@ class Report:
             where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
             self.tracker = tracker_class(Path(output_dir).name, **where)
             self.tracker.start()
-            scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in config.items()}
+            scalars = {
+                key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in config.items()
+            }
             self.tracker.store_init_configuration(scalars)
 
     def log(self, row):
@@ -6931,7 +7275,9 @@ class Report:
         self.file.flush()
         self.rows += 1
         if self.tracker:
-            self.tracker.log({key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"])
+            self.tracker.log(
+                {key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"]
+            )
         if "val_loss" in row:
             self.plot()
 
@@ -7082,7 +7428,9 @@ def resume(flags, engine, recipe, plan):
             host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
     if before["data"] not in ({}, recipe["data"]):
         was, now = before["data"]["images"], recipe["data"]["images"]
-        host.say(f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data")
+        host.say(
+            f"resuming with other data: {now} images now, {was} before, or edited ones; the run is no longer that of its first data"
+        )
     host.say(f"resumed from {folder}")
     return progress
 
@@ -7238,7 +7586,9 @@ def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> l
 
 def _of_earlier_versions(name: str) -> list[Path]:
     """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
-    return sorted((folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of)
+    return sorted(
+        (folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of
+    )
 '''
 
 # ============================================================================================ common/sampling.py
@@ -7345,7 +7695,9 @@ def _to_pixels(latent, vae):
     if config.latents_mean is None:
         latent = latent / config.scaling_factor
     else:
-        mean, std = (torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
         latent = latent * std / config.scaling_factor + mean
     return vae.decode(latent, return_dict=False)[0][0].float().cpu()
 
@@ -7389,7 +7741,10 @@ def choose_memory(memory, host, settings, batch_size):
         need_gib = scale * (weights_gib + image_gib)
         if need_gib <= free_gib:
             return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
-    return "sequential", f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow"
+    return (
+        "sequential",
+        f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow",
+    )
 
 
 class Sampler:
@@ -7448,7 +7803,9 @@ class Sampler:
 
         def predict(fields):
             added = {name: fields[name] for name in ("text_embeds", "time_ids")}
-            return launch(fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False)[0]
+            return launch(
+                fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False
+            )[0]
 
         graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
 
@@ -7482,7 +7839,9 @@ class Sampler:
             if not memory.ran_out(error):
                 raise
         # outside of this block the failed call's tensors are free
-        self.pipeline.vae.to(dtype=self.host.dtype)  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.vae.to(
+            dtype=self.host.dtype
+        )  # cut short while upcast, it would stay in fp32 and fail every later call
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
@@ -7535,7 +7894,9 @@ class Sampler:
         elif self.memory == "offload":
             self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
         else:
-            raise UserError(f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU")
+            raise UserError(
+                f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU"
+            )
         self.host.say(f"out of GPU memory: {plan}")
         self._stop_replaying()
         self.pipeline.remove_all_hooks()
@@ -7769,13 +8130,18 @@ from common.flags import find_data_dir
 from common.metadata_files import read_rows, read_text
 from common.pairs import Pair, few, read_file
 
-IMAGE_SUFFIXES = set(".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split())
+IMAGE_SUFFIXES = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .jpx .tga .ppm".split()
+)
 OTHER_SUFFIXES = set(".heic .heif .jxl .svg .psd .xcf .kra .clip .eps .dng .cr2 .cr3 .nef .arw .raf .orf .rw2".split())
 METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
-RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))  # what a trainer, and infer.py, leave behind
+RUN_FILES = (
+    ("config.json", "metrics.jsonl"),
+    ("manifest.json", "compare.png"),
+)  # what a trainer, and infer.py, leave behind
 
 
 class Found(NamedTuple):
@@ -7858,7 +8224,9 @@ def _reason_to_leave(path, folder, runs):
 def _say_left_out(folder, left_out, say):
     for reason, paths in left_out.items():
         if paths:
-            say(f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})")
+            say(
+                f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})"
+            )
 
 
 # ---------------------------------------------------------------- captions
@@ -7931,7 +8299,9 @@ import time
 
 from common import launch
 
-SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]  # Windows has no SIGHUP
+SIGNALS = [
+    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
+]  # Windows has no SIGHUP
 DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
 
 
@@ -8120,7 +8490,9 @@ class Store:
         if not self.folder or not self._pending:
             return
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        files.write_safetensors(path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)})
+        files.write_safetensors(
+            path, {f"{key}.{i}": tensor for key, pair in self._pending.items() for i, tensor in enumerate(pair)}
+        )
         self._pending = {}
         self.reload()
 
@@ -8472,7 +8844,9 @@ VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
 )
-SCHEDULER = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
+SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+)
 # 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
 TINY = dict(
     unet=dict(
@@ -8485,9 +8859,16 @@ TINY = dict(
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=112,
     ),
-    text_encoder=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32),
+    text_encoder=dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+    ),
     text_encoder_2=dict(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, projection_dim=64, hidden_act="gelu"
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        projection_dim=64,
+        hidden_act="gelu",
     ),
     vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
 )
@@ -8499,8 +8880,18 @@ HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d",
 # A scene is a sky and, from back to front, shapes: four numbers are an ellipse (x, y, rx, ry), more are the corners of a polygon.
 # Unit: 1/100 of the shorter side; x counts from the middle, y up from the lower edge.
 SCENES = {
-    "a green hill": ("#a9e2ff", ("#fff3a0", -34, 84, 10, 10), ("#8fd66a", 40, 0, 70, 44), ("#63bd58", -40, -12, 80, 40)),
-    "the sea": ("#c9f0ff", ("#ffffff", 40, 84, 18, 7), ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9), ("#ffe2a0", -10, -20, 90, 36)),
+    "a green hill": (
+        "#a9e2ff",
+        ("#fff3a0", -34, 84, 10, 10),
+        ("#8fd66a", 40, 0, 70, 44),
+        ("#63bd58", -40, -12, 80, 40),
+    ),
+    "the sea": (
+        "#c9f0ff",
+        ("#ffffff", 40, 84, 18, 7),
+        ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9),
+        ("#ffe2a0", -10, -20, 90, 36),
+    ),
     "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
     "a snowy mountain": (
         "#d6ecff",
@@ -8508,7 +8899,12 @@ SCENES = {
         ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
         ("#eef6ff", 0, -30, 100, 58),
     ),
-    "a pink garden": ("#ffe6ef", ("#ffb0cc", -44, 82, 24, 18), ("#ffb0cc", 46, 74, 22, 17), ("#a5dc8c", 0, -26, 100, 56)),
+    "a pink garden": (
+        "#ffe6ef",
+        ("#ffb0cc", -44, 82, 24, 18),
+        ("#ffb0cc", 46, 74, 22, 17),
+        ("#a5dc8c", 0, -26, 100, 56),
+    ),
 }
 
 
@@ -8522,9 +8918,17 @@ def tokenizers(texts: Iterable[str]):
 
     merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
     letters = sorted(ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return tuple(CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!"))
+    return tuple(
+        CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!")
+    )
 
 
 def merges_of(words: list[str]) -> list[tuple[str, str]]:
@@ -8560,7 +8964,9 @@ def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
             text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
             text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
         )
-    return StableDiffusionXLPipeline(**parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER))
+    return StableDiffusionXLPipeline(
+        **parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER)
+    )
 
 
 def build_model(folder: Path) -> None:
@@ -8586,13 +8992,18 @@ class Ink:
 
     def pixels(self, numbers) -> list[float]:
         """x, y, x, y, ... in scene units -> pixels of the enlarged picture."""
-        return [self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit for i, n in enumerate(numbers)]
+        return [
+            self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit
+            for i, n in enumerate(numbers)
+        ]
 
     def shape(self, fill: str, *numbers: float, line: float = 1.6) -> None:
         """An ellipse (x, y, rx, ry) or a polygon (x, y, x, y, x, y, ...) with an outline."""
         if len(numbers) == 4:
             x, y, rx, ry = numbers
-            self.draw.ellipse(self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit))
+            self.draw.ellipse(
+                self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit)
+            )
         else:
             self.draw.polygon(self.pixels(numbers), fill)
             if line:
@@ -8605,7 +9016,12 @@ class Ink:
 def spikes(x: float, y: float, inner: float, outer: float, count: int, start: int, end: int) -> list[float]:
     """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
     angles = [math.radians(start + (end - start) * i / (2 * count)) for i in range(2 * count + 1)]
-    return [n for i, a in enumerate(angles) for r in [outer if i % 2 else inner] for n in (x + r * math.cos(a), y + r * math.sin(a))]
+    return [
+        n
+        for i, a in enumerate(angles)
+        for r in [outer if i % 2 else inner]
+        for n in (x + r * math.cos(a), y + r * math.sin(a))
+    ]
 
 
 def draw_head(ink: Ink, who: str, hair: str) -> None:
@@ -8643,7 +9059,9 @@ def draw_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
 
 def draw_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
     """One picture and its caption; every attribute is chosen independently of the others."""
-    who, mood, eyes, hair, clothes, scene = (rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES))
+    who, mood, eyes, hair, clothes, scene = (
+        rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES)
+    )
     sky, *shapes = SCENES[scene]
     ink = Ink(width_px, height_px, sky)
     for fill, *numbers in shapes:
@@ -8743,8 +9161,12 @@ def is_tiny() -> bool:
 
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
-    model, data = (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO))
+    model, data = (
+        (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
+    )
+    return dict(
+        pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO)
+    )
 '''
 
 # ======================================================================================== how the texts above become modules

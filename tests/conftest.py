@@ -16,7 +16,9 @@ from types import SimpleNamespace
 # Before torch or common.command_line are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread; `make test-cpus` has two as well
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # matrices this small lose time to a second thread; `make test-cpus` has two as well
 os.environ.update(XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
 if not os.environ.get("GPU_TESTS"):  # the same numbers where there is a GPU; `make test-gpu` is for that
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
@@ -105,8 +107,14 @@ def assemble(tmp_path_factory):
         from common import assembly
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(assembly, "train", lambda flags, engine, data, *rest: SimpleNamespace(flags=flags, engine=engine, data=data))
-            return __import__(script).main([*DEMO, "--output_dir", str(tmp_path_factory.mktemp("parts")), *map(str, flags)])
+            patch.setattr(
+                assembly,
+                "train",
+                lambda flags, engine, data, *rest: SimpleNamespace(flags=flags, engine=engine, data=data),
+            )
+            return __import__(script).main(
+                [*DEMO, "--output_dir", str(tmp_path_factory.mktemp("parts")), *map(str, flags)]
+            )
 
     return assemble
 
@@ -132,7 +140,10 @@ def fresh(demo):
     loaded = StableDiffusionXLPipeline.from_pretrained(demo.model)
 
     def fresh():
-        parts = {name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part for name, part in loaded.components.items()}
+        parts = {
+            name: copy.deepcopy(part) if isinstance(part, torch.nn.Module) else part
+            for name, part in loaded.components.items()
+        }
         pipeline = StableDiffusionXLPipeline(**parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -162,7 +173,12 @@ def start():
     def start(*arguments, cwd=None, **environment):
         env = {**os.environ, **environment}
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, *map(str, arguments)],
+            cwd=cwd,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         started.append(process)
         return process
@@ -192,4 +208,6 @@ def answer(start):
 @pytest.fixture
 def files_in():
     """files_in(folder): {relative path: bytes} of everything below it."""
-    return lambda folder: {str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    return lambda folder: {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }

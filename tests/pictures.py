@@ -43,21 +43,29 @@ def icc_profile(primaries, gamma):
     if primaries is None:
         return _icc_file(b"mntrGRAYXYZ ", {b"wtpt": xyz(WHITE), b"kTRC": curve})
     colours = {b"rXYZ": xyz(primaries[0]), b"gXYZ": xyz(primaries[1]), b"bXYZ": xyz(primaries[2])}
-    return _icc_file(b"mntrRGB XYZ ", {b"wtpt": xyz(WHITE), **colours, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)})
+    return _icc_file(
+        b"mntrRGB XYZ ", {b"wtpt": xyz(WHITE), **colours, **dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)}
+    )
 
 
 def black_ink_profile():
     """An ICC profile of a printer whose cyan, magenta and yellow are invisible: L* falls linearly with the black ink."""
     ramp = bytes(range(256))
     identity = b"".join(map(_number, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
-    corners = b"".join(bytes((0 if k else 255, 128, 128)) for _ in range(8) for k in (0, 1))  # L*, a*, b*; black varies fastest
+    corners = b"".join(
+        bytes((0 if k else 255, 128, 128)) for _ in range(8) for k in (0, 1)
+    )  # L*, a*, b*; black varies fastest
     table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + identity + 4 * ramp + corners + 3 * ramp
     return _icc_file(b"prtrCMYKLab ", {b"wtpt": b"XYZ \0\0\0\0" + b"".join(map(_number, WHITE)), b"A2B0": table})
 
 
 def _icc_file(kind, tags):
     """A version 2 profile; `kind` is device class, colour space and connection space."""
-    tags = {b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78), b"cprt": b"text\0\0\0\0none\0", **tags}
+    tags = {
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78),
+        b"cprt": b"text\0\0\0\0none\0",
+        **tags,
+    }
     table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for name, value in tags.items():
         table += name + struct.pack(">II", start + len(body), len(value))

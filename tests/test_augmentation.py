@@ -10,7 +10,11 @@ import torch
 def batch_of(parts, number=0):
     """Effective batch `number` as {name of the sample: {field: tensor}}; 8 samples, none twice."""
     batches = parts.data.examples.effective_batch(number, 8, 8)
-    return {name: {key: values[i] for key, values in batch.tensors.items()} for batch in batches for i, name in enumerate(batch.names)}
+    return {
+        name: {key: values[i] for key, values in batch.tensors.items()}
+        for batch in batches
+        for i, name in enumerate(batch.names)
+    }
 
 
 def test_buckets_keep_the_aspect_ratio_and_tell_the_unet(assemble):
@@ -44,7 +48,9 @@ def test_a_flip_mirrors_half_of_the_examples_and_leaves_the_rest_alone(assemble)
                 assert torch.equal(a["time_ids"], b["time_ids"])
                 continue
             mirrored += 1
-            assert torch.equal(b["mean"], cache.moments(i, flip=True)[0]) and torch.equal(b["std"], cache.moments(i, flip=True)[1])
+            assert torch.equal(b["mean"], cache.moments(i, flip=True)[0]) and torch.equal(
+                b["std"], cache.moments(i, flip=True)[1]
+            )
             framing = cache.framings[i]
             assert b["time_ids"][3] == framing.resized[0] - framing.left - framing.width
             assert a["time_ids"][3] == framing.left
@@ -56,7 +62,8 @@ def test_a_dropped_caption_is_the_unconditional_input_and_nothing_else_changes(a
     inputs, count = [], 0
     unet = dropped.engine.unet
     unet.register_forward_pre_hook(
-        lambda module, args, options: inputs.append((args[2], options["added_cond_kwargs"]["text_embeds"])), with_kwargs=True
+        lambda module, args, options: inputs.append((args[2], options["added_cond_kwargs"]["text_embeds"])),
+        with_kwargs=True,
     )
     for number in range(6):
         before, after = (parts.data.examples.effective_batch(number, 8, 8)[0] for parts in (with_captions, dropped))
@@ -65,7 +72,9 @@ def test_a_dropped_caption_is_the_unconditional_input_and_nothing_else_changes(a
             assert torch.equal(before.tensors[key], after.tensors[key]), key
         with torch.no_grad():
             dropped.engine.predict(after.tensors)
-        for keep, text, pooled, caption in zip(after.tensors["keep_text"], *inputs.pop(), before.tensors["prompt_embeds"]):
+        for keep, text, pooled, caption in zip(
+            after.tensors["keep_text"], *inputs.pop(), before.tensors["prompt_embeds"]
+        ):
             assert torch.equal(text, caption if keep else torch.zeros_like(caption))
             assert bool(pooled.any()) == bool(keep)
             count += not keep

@@ -12,7 +12,9 @@ def test_a_bar_of_80_columns_shows_every_number(columns, step, elapsed_s, rate):
     """Notebooks cut it there; 3,000 steps on a slow card take hours. The last row's remaining time has eight characters."""
     row = dict(loss=0.123456, lr=9.87e-5, s_per_img=12.345678, peak_gib=13.054)
     postfix = report.shown_numbers(row)
-    shown = tqdm.format_meter(step, 3000, elapsed_s, ncols=columns, bar_format=report.BAR_FORMAT, postfix=postfix, rate=rate)
+    shown = tqdm.format_meter(
+        step, 3000, elapsed_s, ncols=columns, bar_format=report.BAR_FORMAT, postfix=postfix, rate=rate
+    )
     assert len(shown) <= columns
     for part in (f"{step}/3000", "loss 0.1235", "lr 9.9e-05", "12.346 s/img", "13.05 GiB"):
         assert part in shown

@@ -44,7 +44,11 @@ def measured(monkeypatch, capsys):
     def in_own_process(task, argv=(), **settings):
         if task == "gpu":
             return GPU, ""
-        return ({"failed": "out of GPU memory"}, "") if "1024" in argv else (FIGURES, f"device: cuda\n{PLAN}\n{TRAINING}\n")
+        return (
+            ({"failed": "out of GPU memory"}, "")
+            if "1024" in argv
+            else (FIGURES, f"device: cuda\n{PLAN}\n{TRAINING}\n")
+        )
 
     def measured(*argv):
         capsys.readouterr()
@@ -61,12 +65,22 @@ def measured(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("setting", "cap_gib"), [([], None), (["--fixed"], None), (["--as_t4"], 14.56), (["--as_t4", "--vram_gb", "8"], 8)], ids=str
+    ("setting", "cap_gib"),
+    [([], None), (["--fixed"], None), (["--as_t4"], 14.56), (["--as_t4", "--vram_gb", "8"], 8)],
+    ids=str,
 )
 def test_a_row_is_its_trainers_documented_configuration_at_the_named_size(setting, cap_gib, tmp_path, capsys):
     """As the trainers themselves resolve it. --fixed takes the measured plan away, and nothing else."""
     options = parsed("--images", str(tmp_path), *setting, "--", "--seed", "7")
-    free = {"resolution", "seed", "pretrained_model_name_or_path", "train_data_dir", "cache_dir", "output_dir", "checkpointing_steps"}
+    free = {
+        "resolution",
+        "seed",
+        "pretrained_model_name_or_path",
+        "train_data_dir",
+        "cache_dir",
+        "output_dir",
+        "checkpointing_steps",
+    }
     for name in [*train_step.MATRIX, *train_step.ROWS]:
         row, _, resolution = name.partition("@")
         script, argv = train_step.trainer_command(name, options, tmp_path / "cache", str(tmp_path / "run"))
@@ -105,10 +119,14 @@ def test_the_recorded_command_measures_the_same_again():
             options.as_t4,
         ]
         for name in options.rows:
-            assert train_step.trainer_command(name, repeated, "c", "o") == train_step.trainer_command(name, options, "c", "o")
+            assert train_step.trainer_command(name, repeated, "c", "o") == train_step.trainer_command(
+                name, options, "c", "o"
+            )
 
 
-@pytest.mark.parametrize(("argv", "named"), [(["--only", "sdxl,lore@512"], "lore@512"), (["--vram_gb", "0"], "--vram_gb 0")])
+@pytest.mark.parametrize(
+    ("argv", "named"), [(["--only", "sdxl,lore@512"], "lore@512"), (["--vram_gb", "0"], "--vram_gb 0")]
+)
 def test_a_row_or_a_cap_that_cannot_be_is_refused(argv, named):
     with pytest.raises(UserError, match=named):
         parsed(*argv)
@@ -131,20 +149,37 @@ def test_speed_is_the_median_of_the_steps_before_the_profiled_one(train, tmp_pat
     """
     data_s, original = [], Examples.effective_batch
     with train_step.timed_batches(data_s):
-        trained = train("--max_train_steps", train_step.STEPS, "--train_batch_size", 1, "--max_train_samples", 4, "--cache_dir", tmp_path)
+        trained = train(
+            "--max_train_steps",
+            train_step.STEPS,
+            "--train_batch_size",
+            1,
+            "--max_train_samples",
+            4,
+            "--cache_dir",
+            tmp_path,
+        )
     assert Examples.effective_batch is original and len(data_s) == train_step.STEPS + 1
     found = train_step.speed(trained.dir, [9.0, 0.4], data_s, matmul_tflops=1.0)
     s_per_img = statistics.median(row["s_per_img"] for row in trained.rows[3:11])
-    assert found["s_per_img"] == round(s_per_img, 4) and found["images_per_step"] == 2 and found["gpu_busy_s_per_img"] == 0.2
+    assert (
+        found["s_per_img"] == round(s_per_img, 4)
+        and found["images_per_step"] == 2
+        and found["gpu_busy_s_per_img"] == 0.2
+    )
     assert found["data_share"] == round(statistics.median(data_s[4:12]) / 2 / s_per_img, 4) > 0
     assert found["first_step_s"] == trained.rows[0]["seconds"]
     assert found["resolution"] == 64 and found["matmul_share"] is None  # the arithmetic is known at three sizes
 
 
 def test_the_share_counts_two_forward_passes(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"flags": dict(resolution=1024, train_batch_size=2, gradient_accumulation_steps=2)}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"flags": dict(resolution=1024, train_batch_size=2, gradient_accumulation_steps=2)})
+    )
     (tmp_path / "metrics.jsonl").write_text((json.dumps(dict(s_per_img=0.5, seconds=20.0)) + "\n") * train_step.STEPS)
-    assert train_step.speed(tmp_path, [1.0], [0.002] * 13, matmul_tflops=65.0)["matmul_share"] == round(2 * 6.761 / 0.5 / 65, 3)
+    assert train_step.speed(tmp_path, [1.0], [0.002] * 13, matmul_tflops=65.0)["matmul_share"] == round(
+        2 * 6.761 / 0.5 / 65, 3
+    )
 
 
 @pytest.mark.parametrize("as_t4", [True, False])
@@ -213,7 +248,9 @@ def test_a_row_that_fails_leaves_the_others(measured):
         "| sdxl | 1024 | out of GPU memory |  |  |  |  |  |  |  |",
         "| lora | 512 | 4 | 0.2500 | 0.2000 | 10.10 | 11.00 | 2.80 | 50.8% | 21.0 |",
     ]
-    described = dict(commit="abc1234", gpu="NVIDIA T4", cap_gib=14.5, as_t4=False, fixed=True, flags=["--lora_rank", "4"], label="")
+    described = dict(
+        commit="abc1234", gpu="NVIDIA T4", cap_gib=14.5, as_t4=False, fixed=True, flags=["--lora_rank", "4"], label=""
+    )
     assert described.items() <= result.items() and {"date", "torch", "matmul_tflops"} <= result.keys()
 
 
@@ -262,7 +299,9 @@ def files(measured, tmp_path):
     measured("--only", "lora", "--label", "T4, small", "--as_t4", "--out", runs)
     measured("--only", "sdxl@1024", "--label", "T4, small", "--as_t4", "--out", runs)
     measured("--only", "lora", "--label", "fixed", "--fixed", "--out", runs)
-    text.write_text("# Before\n<!-- table T4, small -->\n<!-- end -->\nbetween\n<!-- table fixed -->\nold\n<!-- end -->\nafter\n")
+    text.write_text(
+        "# Before\n<!-- table T4, small -->\n<!-- end -->\nbetween\n<!-- table fixed -->\nold\n<!-- end -->\nafter\n"
+    )
     table.main([str(runs), str(text)])
     return runs, text
 
@@ -304,9 +343,13 @@ def test_check_accepts_what_the_json_gives_and_nothing_else(files):
     table.main([str(runs), str(text), "--check"])
     changed = text.read_text().replace("0.2500", "0.2400", 1)
     text.write_text(changed)
-    with pytest.raises(SystemExit, match="text.md is not what .*runs.json gives: run python benchmarks/table.py") as caught:
+    with pytest.raises(
+        SystemExit, match="text.md is not what .*runs.json gives: run python benchmarks/table.py"
+    ) as caught:
         table.main([str(runs), str(text), "--check"])
-    assert "\n" not in caught.value.code and text.read_text() == changed  # a text as the code: printed, and exit status 1
+    assert (
+        "\n" not in caught.value.code and text.read_text() == changed
+    )  # a text as the code: printed, and exit status 1
     table.main([str(runs), str(text)])
     table.main([str(runs), str(text), "--check"])
 
@@ -315,7 +358,10 @@ def test_check_accepts_what_the_json_gives_and_nothing_else(files):
     ("text", "named"),
     [
         ("no marker", "no line <!-- table LABEL -->"),
-        ("<!-- table fixed -->\n<!-- table T4, small -->\n<!-- end -->\n", "<!-- table fixed --> has no line <!-- end -->"),
+        (
+            "<!-- table fixed -->\n<!-- table T4, small -->\n<!-- end -->\n",
+            "<!-- table fixed --> has no line <!-- end -->",
+        ),
         ("<!-- table H100 -->\n<!-- end -->\n", "<!-- table H100 -->: no run has this label"),
     ],
 )
@@ -339,7 +385,9 @@ def test_a_first_step_with_empty_caches_is_told_from_one_with_warm_ones():
 
 
 def test_a_long_failure_fits_a_cell_and_breaks_no_column():
-    line = table.markdown([{"row": "opt", "failed": "out of memory | " + "lower the resolution " * 20}]).splitlines()[-1]
+    line = table.markdown([{"row": "opt", "failed": "out of memory | " + "lower the resolution " * 20}]).splitlines()[
+        -1
+    ]
     assert line.count("|") == len(table.COLUMNS) + 3 and len(line) < 140
 
 

@@ -71,7 +71,9 @@ def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, v
 
 def text_of(place, host, captions=None, mode="disk"):
     model = loading.find_model(str(place.model), cache_dir=place.cache)
-    return caching.cache_text(captions if captions is not None else [s.caption for s in samples_in(place)], model, host, mode, place.cache)
+    return caching.cache_text(
+        captions if captions is not None else [s.caption for s in samples_in(place)], model, host, mode, place.cache
+    )
 
 
 def change_weights(folder):
@@ -79,7 +81,9 @@ def change_weights(folder):
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         save_file(
-            {name: tensor * 1.25 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}, file, {"format": "pt"}
+            {name: tensor * 1.25 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+            file,
+            {"format": "pt"},
         )
 
 
@@ -96,7 +100,9 @@ def direct_moments(folder, image, size, scaling=0.13025):
 
     vae = AutoencoderKL.from_pretrained(folder)
     scale = max(size[0] / image.width, size[1] / image.height)
-    resized = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    resized = image.convert("RGB").resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+    )
     left, top = round((resized.width - size[0]) / 2), round((resized.height - size[1]) / 2)
     array = np.asarray(resized.crop((left, top, left + size[0], top + size[1])), np.float32) / 127.5 - 1
     posterior = vae.encode(torch.from_numpy(array.transpose(2, 0, 1).copy())[None]).latent_dist
@@ -123,7 +129,9 @@ def test_flipped_moments_are_those_of_the_mirrored_picture(place, host):
     for i, sample in enumerate(latents.samples):
         expected = direct_moments(place.model / "vae", ImageOps.mirror(Image.open(sample.name)), (64, 64))
         framing = latents.framings[i]
-        if framing.resized[0] - framing.width - framing.left == framing.left:  # the middle is the middle of the mirror image too
+        if (
+            framing.resized[0] - framing.width - framing.left == framing.left
+        ):  # the middle is the middle of the mirror image too
             torch.testing.assert_close(latents.moments(i, flip=True)[0], expected[0], rtol=1e-4, atol=1e-5)
         assert not torch.equal(latents.moments(i, flip=True)[0], latents.moments(i)[0])
         assert not torch.allclose(latents.moments(i, flip=True)[0], latents.moments(i)[0].flip(-1), atol=1e-3)
@@ -158,7 +166,9 @@ def test_text_is_what_the_sdxl_pipeline_encodes(place, host, mode):
     pipeline = StableDiffusionXLPipeline.from_pretrained(place.model)
     pipeline.set_progress_bar_config(disable=True)
     for prompt in PROMPTS:
-        expected, _, expected_pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+        expected, _, expected_pooled, _ = pipeline.encode_prompt(
+            prompt, device="cpu", do_classifier_free_guidance=False
+        )
         with torch.no_grad():
             prompt_embeds, pooled = text({name: value[None] for name, value in text.fields(prompt).items()})
         assert prompt_embeds.shape == (1, 77, 80)
@@ -204,7 +214,9 @@ def test_editing_one_caption_encodes_that_caption_alone(place, host, encoded):
     text = text_of(place, host)
     assert encoded() == (0, 1)
     again = text_of(place, host, ["something else altogether"], "ram")
-    torch.testing.assert_close(text.fields("something else altogether"), again.fields("something else altogether"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        text.fields("something else altogether"), again.fields("something else altogether"), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_editing_one_image_encodes_that_image_alone(place, host, encoded):

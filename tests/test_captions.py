@@ -23,7 +23,10 @@ def drawn(options, number):
         ({"trigger_word": "inkstyle"}, "inkstyle, a girl,in  a house"),
         ({"prefix": "a drawing of", "suffix": "high contrast"}, "a drawing of, a girl,in  a house, high contrast"),
         ({"prefix": "best", "trigger_word": " ink ", "suffix": ""}, "best, ink, a girl,in  a house"),
-        ({"trigger_word": "ink", "shuffle_tags": True, "tag_dropout": 0.9}, "ink, a girl,in  a house"),  # nothing is drawn
+        (
+            {"trigger_word": "ink", "shuffle_tags": True, "tag_dropout": 0.9},
+            "ink, a girl,in  a house",
+        ),  # nothing is drawn
     ],
 )
 def test_prefix_trigger_word_caption_and_suffix_in_this_order(options, expected):
@@ -53,18 +56,33 @@ def test_dropout_leaves_the_order_and_the_kept_tags_and_drops_its_share():
 
 def test_shuffling_and_dropout_are_drawn_apart():
     """Switching shuffling on changes the order of the tags that remain, not which ones do."""
-    both, one = CaptionOptions(shuffle_tags=True, tag_dropout=0.5, variants=9), CaptionOptions(tag_dropout=0.5, variants=9)
+    both, one = (
+        CaptionOptions(shuffle_tags=True, tag_dropout=0.5, variants=9),
+        CaptionOptions(tag_dropout=0.5, variants=9),
+    )
     assert all(sorted(drawn(both, number)) == sorted(drawn(one, number)) for number in range(9))
 
 
 def test_a_draw_is_a_function_of_its_generator():
     options = CaptionOptions(shuffle_tags=True, variants=8)
-    assert [compose(TAGS, options, generator_for(i)) for i in range(5)] == [compose(TAGS, options, generator_for(i)) for i in range(5)]
+    assert [compose(TAGS, options, generator_for(i)) for i in range(5)] == [
+        compose(TAGS, options, generator_for(i)) for i in range(5)
+    ]
 
 
 # ---------------------------------------------------------------- which text comes when
 
-DRAWN = ["--trigger_word", "inkstyle", "--shuffle_tags", "--tag_dropout", 0.3, "--keep_tokens", 1, "--caption_variants", 3]
+DRAWN = [
+    "--trigger_word",
+    "inkstyle",
+    "--shuffle_tags",
+    "--tag_dropout",
+    0.3,
+    "--keep_tokens",
+    1,
+    "--caption_variants",
+    3,
+]
 
 
 class Texts(list):
@@ -131,5 +149,15 @@ def test_a_resumed_run_draws_the_same_texts_to_the_bit(train, tmp_path):
 def test_caption_options_that_differ_are_named_on_resuming(train, tmp_path, capsys):
     run = train("--max_train_steps", 1, "--max_train_samples", 4)
     capsys.readouterr()
-    train("--max_train_steps", 2, "--max_train_samples", 4, "--trigger_word", "ink", "--resume_from_checkpoint", "latest", into=run.dir)
+    train(
+        "--max_train_steps",
+        2,
+        "--max_train_samples",
+        4,
+        "--trigger_word",
+        "ink",
+        "--resume_from_checkpoint",
+        "latest",
+        into=run.dir,
+    )
     assert "resuming with --trigger_word ink, which was None" in capsys.readouterr().out

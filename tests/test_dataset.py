@@ -152,7 +152,12 @@ def test_a_metadata_file_without_the_caption_column_names_itself_and_its_columns
     text = '{"file_name": "a.png", "label": "x"}\n' if metadata.endswith("jsonl") else "file_name,label\na.png,x\n"
     (folder / metadata).write_text(text)
     message = refusal(folder)
-    assert str(folder / metadata) in message and "'text'" in message and "label" in message and "--caption_column" in message
+    assert (
+        str(folder / metadata) in message
+        and "'text'" in message
+        and "label" in message
+        and "--caption_column" in message
+    )
 
 
 def test_a_line_that_is_not_json_is_named(folder):
@@ -162,7 +167,8 @@ def test_a_line_that_is_not_json_is_named(folder):
 
 
 @pytest.mark.parametrize(
-    "line", ['["a.png", "x"]', '"a.png"', "5", "null", '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "x"}']
+    "line",
+    ['["a.png", "x"]', '"a.png"', "5", "null", '{"file_name": "a.png", "text": 5}', '{"file_name": 5, "text": "x"}'],
 )
 def test_json_that_is_no_caption_row_is_named_in_one_line(folder, line):
     (folder / "metadata.jsonl").write_text(line + "\n")
@@ -230,7 +236,9 @@ def test_held_out_samples_are_a_fixed_share_by_content_and_never_trained_on():
     training, held_out = dataset.hold_out(samples, 0.25)
     assert len(held_out) == 10 and len(training) == 30
     assert {s.key for s in training} | {s.key for s in held_out} == {s.key for s in samples}
-    assert {s.key for s in dataset.hold_out(samples[::-1], 0.25)[1]} == {s.key for s in held_out}  # whatever the order of the files
+    assert {s.key for s in dataset.hold_out(samples[::-1], 0.25)[1]} == {
+        s.key for s in held_out
+    }  # whatever the order of the files
     assert held_out != samples[:10] and held_out != samples[-10:]
     assert dataset.hold_out(samples, 0.0) == (samples, [])
     assert len(dataset.hold_out(samples, 0.001)[1]) == 1

@@ -122,12 +122,15 @@ def stored_as(colour, primaries, gamma):
     """An sRGB colour as bytes of another space (IEC 61966-2-1's curve; a matrix; a power)."""
     share = np.array(colour) / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    return tuple(round(255 * value) for value in np.clip(np.linalg.solve(primaries, SRGB @ linear), 0, 1) ** (1 / gamma))
+    return tuple(
+        round(255 * value) for value in np.clip(np.linalg.solve(primaries, SRGB @ linear), 0, 1) ** (1 / gamma)
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
 @pytest.mark.parametrize(
-    ("primaries", "gamma", "colour"), [(ADOBE, 563 / 256, (0, 200, 60)), (SRGB, 1.0, (120, 90, 60)), (ADOBE, 1.0, (200, 10, 90))]
+    ("primaries", "gamma", "colour"),
+    [(ADOBE, 563 / 256, (0, 200, 60)), (SRGB, 1.0, (120, 90, 60)), (ADOBE, 1.0, (200, 10, 90))],
 )
 def test_a_colour_profile_is_converted_to_srgb(primaries, gamma, colour, mode):
     stored = stored_as(colour, primaries, gamma)
@@ -175,7 +178,9 @@ def test_a_profile_that_cannot_be_used_is_counted_and_the_picture_taken_as_srgb(
     image.save(tmp_path / "a.tif", icc_profile=profile)
     (tmp_path / "a.txt").write_text("x")
     said = []
-    samples, bad = dataset.load_samples(None, [str(tmp_path)], image_column="image", caption_column="text", say=said.append)
+    samples, bad = dataset.load_samples(
+        None, [str(tmp_path)], image_column="image", caption_column="text", say=said.append
+    )
     assert bad == 0 and len(said) == 1 and "taken as sRGB" in said[0] and f"1 ({tmp_path / 'a.tif'})" in said[0]
     np.testing.assert_array_equal(np.asarray(decoding.decode(samples[0].read())), np.asarray(image.convert("RGB")))
 
@@ -187,7 +192,9 @@ def test_a_thin_picture_is_never_resized_whole(monkeypatch):
     """1 x 1000 at 1024 px would be 1024 x 1,024,000: 4 GB."""
     sample = sample_of(Image.new("RGB", (1, 1000), (10, 200, 30)))
     sizes, resize = [], Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest, **more: sizes.append(size) or resize(self, size, *rest, **more))
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest, **more: sizes.append(size) or resize(self, size, *rest, **more)
+    )
     result = pixels(sample, frame(sample, 1024))
     assert sizes == [(1024, 1024)] and result.shape == (3, 1024, 1024)
     assert (result - torch.tensor([10, 200, 30]).view(3, 1, 1) / 127.5 + 1).abs().max() < 1e-6

@@ -14,14 +14,22 @@ ROWS = score.held_out(32)
 
 
 def test_the_repository_stays_small():
-    sizes = {part.name: sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file()) / 1e6 for part in ASSETS.iterdir()}
+    sizes = {
+        part.name: sum(file.stat().st_size for file in [part, *part.rglob("*")] if file.is_file()) / 1e6
+        for part in ASSETS.iterdir()
+    }
     assert sizes["model"] < 25 and sizes["clip"] < 5 and sum(sizes.values()) < 30
 
 
 @pytest.fixture(scope="module")
 def held_out():
     """The held-out ink drawings, uint8 [32, 3, 128, 128]."""
-    return torch.stack([torch.from_numpy(np.array(Image.open(ASSETS / "held_out" / row["file_name"]))).permute(2, 0, 1) for row in ROWS])
+    return torch.stack(
+        [
+            torch.from_numpy(np.array(Image.open(ASSETS / "held_out" / row["file_name"]))).permute(2, 0, 1)
+            for row in ROWS
+        ]
+    )
 
 
 def test_what_is_drawn_on_disk_is_what_the_world_draws(held_out):
@@ -55,7 +63,9 @@ def test_plain_diffusers_draws_what_the_caption_says_in_the_plain_style():
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(ASSETS / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = pipeline([row["text"] for row in ROWS[:4]], num_inference_steps=12, guidance_scale=5.0, generator=torch.manual_seed(0)).images
+    drawn = pipeline(
+        [row["text"] for row in ROWS[:4]], num_inference_steps=12, guidance_scale=5.0, generator=torch.manual_seed(0)
+    ).images
     scores = score.score(drawn, ROWS[:4])
     assert scores["style"][0] == 0 and scores["attributes"][0] >= 15 / 16
 

@@ -22,7 +22,19 @@ def base(demo):
 @pytest.fixture(scope="module")
 def run(train):
     """A short QDoRA with an average, written as a LoRA of full rank too."""
-    flags = ["--max_train_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--lora_rank", 4, "--lora_alpha", 8, "--use_ema"]
+    flags = [
+        "--max_train_steps",
+        2,
+        "--learning_rate",
+        1e-2,
+        "--lr_warmup_steps",
+        0,
+        "--lora_rank",
+        4,
+        "--lora_alpha",
+        8,
+        "--use_ema",
+    ]
     return train(*flags, "--quantize", "nf4", "--export_dora_as_lora", 64, script="train_dora")
 
 
@@ -50,7 +62,9 @@ def by_comfyui(file, base):
 
 
 @pytest.mark.parametrize("file, average", [("", False), ("_ema", True)], ids=["as trained", "the average"])
-def test_the_kohya_file_of_a_4_bit_run_is_right_on_the_weights_that_its_readers_have(run, by_diffusers, base, file, average):
+def test_the_kohya_file_of_a_4_bit_run_is_right_on_the_weights_that_its_readers_have(
+    run, by_diffusers, base, file, average
+):
     expected = by_diffusers[f"ema_unet/{formats.WEIGHTS}" if average else formats.WEIGHTS]
     weights = by_comfyui(run.dir / "kohya" / f"{run.dir.name}{file}.safetensors", base)
     assert sorted(weights) == sorted(adapted(expected, base))
@@ -90,9 +104,16 @@ def test_the_share_that_a_lora_holds_is_that_of_the_largest_singular_values(fres
 @pytest.mark.parametrize("of_rank", [3, 24], ids=["of low rank", "of full rank"])
 def test_no_matrix_of_that_rank_is_nearer(shape, of_rank):
     generator = torch.Generator().manual_seed(0)
-    matrix = 1e-3 * torch.randn(shape[0], of_rank, generator=generator) @ torch.randn(of_rank, shape[1], generator=generator)
+    matrix = (
+        1e-3 * torch.randn(shape[0], of_rank, generator=generator) @ torch.randn(of_rank, shape[1], generator=generator)
+    )
     up, down = dora.low_rank(matrix, 5)
-    assert up.shape == (shape[0], 5) and down.shape == (5, shape[1]) and up.half().isfinite().all() and down.half().isfinite().all()
+    assert (
+        up.shape == (shape[0], 5)
+        and down.shape == (5, shape[1])
+        and up.half().isfinite().all()
+        and down.half().isfinite().all()
+    )
     left_out = torch.linalg.svdvals(matrix.double())[5:].norm().item()
     assert (matrix - up @ down).norm().item() == pytest.approx(left_out, rel=1e-3, abs=1e-6)
 
@@ -105,10 +126,16 @@ def test_a_layer_that_has_not_changed_stays_as_it_is():
 def test_a_dora_says_in_its_kohya_file_and_at_the_end_which_tools_are_exact(run, train, capsys):
     with safe_open(run.dir / "kohya" / f"{run.dir.name}.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["dora_norm"] == "base" and "ComfyUI v0.3.77" in metadata["dora_exact_in"] and "A1111" in metadata["dora_wrong_in"]
+    assert (
+        metadata["dora_norm"] == "base"
+        and "ComfyUI v0.3.77" in metadata["dora_exact_in"]
+        and "A1111" in metadata["dora_wrong_in"]
+    )
     again = train("--max_train_steps", 1, script="train_dora")
     said = capsys.readouterr().out
-    assert "pytorch_lora_weights.safetensors: for diffusers and infer.py" in said and "--export_dora_as_lora RANK" in said
+    assert (
+        "pytorch_lora_weights.safetensors: for diffusers and infer.py" in said and "--export_dora_as_lora RANK" in said
+    )
     assert f"kohya/{again.dir.name}.safetensors: for ComfyUI and Forge only" in said
 
     # asked for afterwards
@@ -136,5 +163,7 @@ def test_what_diffusers_reads_is_the_least_that_rebuilds_the_adapter(run):
         metadata = file.metadata()
     described = json.loads(metadata[formats.ADAPTER_METADATA])
     needed = {"lora_alpha": 8, "r": 4, "target_modules": sorted(ATTENTION), "use_dora": True}
-    assert {name.removeprefix("unet."): value for name, value in described.items() if "peft_version" not in name} == needed
+    assert {
+        name.removeprefix("unet."): value for name, value in described.items() if "peft_version" not in name
+    } == needed
     assert json.loads(metadata["recipe"])["flags"]["lora_dropout"] == 0.1

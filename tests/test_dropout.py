@@ -27,8 +27,12 @@ def run(request, train):
 
 def draw(folder, *flags, prompt=PROMPT):
     """infer.py -> pixels of PROMPT."""
-    manifest = infer.main(["--demo", "--steps", "2", "--output_dir", str(folder), "--prompt", prompt, PROMPT, *map(str, flags)])
-    return pixels(Image.open(folder / next(record["file"] for record in manifest["images"] if record["prompt"] == PROMPT)))
+    manifest = infer.main(
+        ["--demo", "--steps", "2", "--output_dir", str(folder), "--prompt", prompt, PROMPT, *map(str, flags)]
+    )
+    return pixels(
+        Image.open(folder / next(record["file"] for record in manifest["images"] if record["prompt"] == PROMPT))
+    )
 
 
 def pixels(image):
@@ -45,7 +49,9 @@ def test_one_seed_is_one_picture_whoever_draws_it_and_whatever_is_drawn_beside_i
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(folder)
     options = dict(height=64, width=64, num_inference_steps=2, guidance_scale=7.5)
-    plain = [pixels(pipeline(PROMPT, **options, generator=torch.Generator().manual_seed(42)).images[0]) for _ in range(2)]
+    plain = [
+        pixels(pipeline(PROMPT, **options, generator=torch.Generator().manual_seed(42)).images[0]) for _ in range(2)
+    ]
     assert np.array_equal(*plain) and np.abs(alone - plain[0]).max() <= 1
 
     infer.main(["--demo", "--merge", str(tmp_path / "merged"), "--lora", str(folder)])

@@ -10,7 +10,9 @@ from common.command_line import UserError
 
 def test_two_runs_are_compared_and_plotted(root, start, tmp_path):
     out, picture = tmp_path / "exactness.json", tmp_path / "exactness.png"
-    process = start(root / "benchmarks/exactness.py", "--out", out, "--steps", 4, "--", "--demo", "--lr_warmup_steps", 0)
+    process = start(
+        root / "benchmarks/exactness.py", "--out", out, "--steps", 4, "--", "--demo", "--lr_warmup_steps", 0
+    )
     said, _ = process.communicate(timeout=3600)
     result = json.loads(said.splitlines()[-1])
     assert process.returncode == 0 and result["steps"] == 4 and result["largest"] < 1e-3
@@ -21,7 +23,10 @@ def test_two_runs_are_compared_and_plotted(root, start, tmp_path):
 
 
 def test_differences_are_relative_to_the_plain_run():
-    runs = {"as it comes": {"loss": [1.0, 0.9, 2.0], "s_per_img": 0.1}, "plainly": {"loss": [1.0, 1.0, 4.0], "s_per_img": 0.3}}
+    runs = {
+        "as it comes": {"loss": [1.0, 0.9, 2.0], "s_per_img": 0.1},
+        "plainly": {"loss": [1.0, 1.0, 4.0], "s_per_img": 0.3},
+    }
     compared = exactness.compared(runs)
     assert compared == dict(steps=3, median=pytest.approx(0.1), largest=pytest.approx(0.5), times_as_fast=3.0)
 

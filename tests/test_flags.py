@@ -144,15 +144,21 @@ def values_for(field):
     return ["3"] if "int" in kind else ["0.5"] if "float" in kind else ["words"]
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if bool not in (field.type, *get_args(field.type))])
+@pytest.mark.parametrize(
+    "name", [name for name, field in FIELDS.items() if bool not in (field.type, *get_args(field.type))]
+)
 def test_underscores_and_hyphens_are_the_same_flag(name):
     value = values_for(FIELDS[name])
-    underscored, hyphened = (parse(train_opt.Flags, [f"--{spelling}", *value]) for spelling in (name, name.replace("_", "-")))
+    underscored, hyphened = (
+        parse(train_opt.Flags, [f"--{spelling}", *value]) for spelling in (name, name.replace("_", "-"))
+    )
     assert underscored == hyphened
     assert getattr(underscored, name) != default_of(FIELDS[name]) or str(default_of(FIELDS[name])) == value[0]
 
 
-@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if bool in (field.type, *get_args(field.type)) and name != "demo"])
+@pytest.mark.parametrize(
+    "name", [name for name, field in FIELDS.items() if bool in (field.type, *get_args(field.type)) and name != "demo"]
+)
 def test_every_switch_can_be_set_and_cleared_in_both_spellings(name):
     hyphened = name.replace("_", "-")
     for on in (f"--{name}", f"--{hyphened}"):
@@ -194,13 +200,19 @@ def test_dry_run_prints_the_resolved_flags_as_json_and_writes_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert train_opt.main(["--dry_run", "--lora-rank", "4", "--no_use_ema", "--validation_prompt", "x"]) is None
     shown = json.loads(capsys.readouterr().out)
-    assert shown == dataclasses.asdict(train_opt.Flags(dry_run=True, lora_rank=4, use_ema=False, validation_prompt=["x"]))
+    assert shown == dataclasses.asdict(
+        train_opt.Flags(dry_run=True, lora_rank=4, use_ema=False, validation_prompt=["x"])
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_changes_defaults_but_not_what_was_typed(demo):
     flags = parse(train_opt.Flags, ["--demo", "--resolution", "96"])
-    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (96, [str(demo.data)], str(demo.model))
+    assert (flags.resolution, flags.train_data_dir, flags.pretrained_model_name_or_path) == (
+        96,
+        [str(demo.data)],
+        str(demo.model),
+    )
     assert (flags.lora_rank, flags.min_snr_gamma, flags.gradient_accumulation_steps) == (8, 5.0, 8)
     assert parse(train_opt.Flags, []).train_data_dir == []  # and it changes them for this call only
 
@@ -303,7 +315,9 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize("flag", ["--output_dir", "--cache_dir"])
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(flag, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"{flag} {tmp_path / 'file/sub'}: {tmp_path / 'file'} is a file" in refusal([flag, str(tmp_path / "file/sub")])
+    assert f"{flag} {tmp_path / 'file/sub'}: {tmp_path / 'file'} is a file" in refusal(
+        [flag, str(tmp_path / "file/sub")]
+    )
 
 
 @dataclass
@@ -343,7 +357,12 @@ def test_resuming_elsewhere_does_not_write_over_a_run(tmp_path, files_in):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/metrics.jsonl").write_text("the work of a night")
     (tmp_path / "run/checkpoint-000004").mkdir(parents=True)
-    argv = ["--output_dir", str(tmp_path / "other"), "--resume_from_checkpoint", str(tmp_path / "run/checkpoint-000004")]
+    argv = [
+        "--output_dir",
+        str(tmp_path / "other"),
+        "--resume_from_checkpoint",
+        str(tmp_path / "run/checkpoint-000004"),
+    ]
     assert "already holds a run" in refusal(argv)
 
 
@@ -355,7 +374,9 @@ def test_a_missing_package_is_asked_for_by_name(monkeypatch):
     assert "pip install bitsandbytes" in refusal(["--use_8bit_adam"])
 
 
-@pytest.mark.parametrize("line", ["--lora_rank 0", "--resolutoin 512", "--train_data_dir ./nowhere", "--demo --lora_rank 0"])
+@pytest.mark.parametrize(
+    "line", ["--lora_rank 0", "--resolutoin 512", "--train_data_dir ./nowhere", "--demo --lora_rank 0"]
+)
 def test_a_script_answers_bad_input_with_one_line_status_2_and_no_file(root, answer, tmp_path, line):
     """With --demo too: the demo is not built for a command that is refused."""
     (tmp_path / "work").mkdir()

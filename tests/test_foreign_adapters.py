@@ -59,19 +59,25 @@ def lora_mid(n, k, height, width):
 
 def loha(n, k, *kernel):
     area = kernel[0] * kernel[1] if kernel else 1
-    t = {f"hada_w{i}_a": random(n, 3, seed=i) for i in (1, 2)} | {f"hada_w{i}_b": random(3, k * area, seed=i + 2) for i in (1, 2)}
+    t = {f"hada_w{i}_a": random(n, 3, seed=i) for i in (1, 2)} | {
+        f"hada_w{i}_b": random(3, k * area, seed=i + 2) for i in (1, 2)
+    }
     product = (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"])
     return t, product.view(n, k, *kernel) * 6 / 3
 
 
 def loha_of_high_rank(n, k):
-    t = {f"hada_w{i}_a": random(n, 16, seed=i) for i in (1, 2)} | {f"hada_w{i}_b": random(16, k, seed=i + 2) for i in (1, 2)}
+    t = {f"hada_w{i}_a": random(n, 16, seed=i) for i in (1, 2)} | {
+        f"hada_w{i}_b": random(16, k, seed=i + 2) for i in (1, 2)
+    }
     return t, (t["hada_w1_a"] @ t["hada_w1_b"]) * (t["hada_w2_a"] @ t["hada_w2_b"]) * 6 / 16
 
 
 def loha_tucker(n, k, height, width):
     t = {f"hada_t{i}": random(3, 3, height, width, seed=i) for i in (1, 2)}
-    t |= {f"hada_w{i}_a": random(3, n, seed=i + 2) for i in (1, 2)} | {f"hada_w{i}_b": random(3, k, seed=i + 4) for i in (1, 2)}
+    t |= {f"hada_w{i}_a": random(3, n, seed=i + 2) for i in (1, 2)} | {
+        f"hada_w{i}_b": random(3, k, seed=i + 4) for i in (1, 2)
+    }
     one, two = (tucker(t[f"hada_t{i}"], t[f"hada_w{i}_a"], t[f"hada_w{i}_b"]) for i in (1, 2))
     return t, one * two * 6 / 3
 
@@ -83,7 +89,11 @@ def lokr_whole(n, k, *kernel):
 
 def lokr_low_rank(n, k, *kernel):
     area = kernel[0] * kernel[1] if kernel else 1
-    t = {"lokr_w1": random(4, 2, seed=1), "lokr_w2_a": random(n // 4, 2, seed=2), "lokr_w2_b": random(2, k // 2 * area, seed=3)}
+    t = {
+        "lokr_w1": random(4, 2, seed=1),
+        "lokr_w2_a": random(n // 4, 2, seed=2),
+        "lokr_w2_b": random(2, k // 2 * area, seed=3),
+    }
     second = (t["lokr_w2_a"] @ t["lokr_w2_b"]).view(n // 4, k // 2, *kernel)
     return t, torch.kron(t["lokr_w1"].view(4, 2, *[1] * len(kernel)), second) * 6 / 2
 
@@ -186,7 +196,9 @@ def test_halves_are_known_by_all_of_their_names_in_the_unet_and_in_text_encoders
     side = len(encoder.weight)
     up, down = random(32, 4, seed=8), random(4, 32, seed=9)
     text_up, text_down = random(side, 4, seed=10), random(4, side, seed=11)
-    tensors = {f"unet.{Q}.{kind}": half for kind, half in zip(kinds, (down, up))} | {f"unet.{Q}.alpha": torch.tensor(8.0)}
+    tensors = {f"unet.{Q}.{kind}": half for kind, half in zip(kinds, (down, up))} | {
+        f"unet.{Q}.alpha": torch.tensor(8.0)
+    }
     tensors |= {f"text_encoder_2.text_model.{name}.{kind}": half for kind, half in zip(kinds, (text_down, text_up))}
     save_file(tensors, file)
     expected = encoder.weight.data + text_up @ text_down
@@ -198,7 +210,9 @@ def test_halves_are_known_by_all_of_their_names_in_the_unet_and_in_text_encoders
 def test_diffusers_first_names_of_attention_processors_are_known(fresh, base, file):
     up, down = random(32, 4, seed=8), random(4, 32, seed=9)
     names = [f"unet.{BLOCK}.attn1.processor.{part}_lora" for part in ("to_q", "to_out")]
-    save_file({f"{name}.{kind}.weight": half.clone() for name in names for kind, half in (("down", down), ("up", up))}, file)
+    save_file(
+        {f"{name}.{kind}.weight": half.clone() for name in names for kind, half in (("down", down), ("up", up))}, file
+    )
     now = merged_weights(fresh(), file)
     for layer in (Q, f"{BLOCK}.attn1.to_out.0"):
         assert torch.allclose(now[f"{layer}.weight"], base[f"{layer}.weight"] + up @ down, atol=1e-6)
@@ -219,7 +233,10 @@ def test_a_dora_over_columns_is_the_formula_of_lycoris(fresh, base, file, layer,
     else:
         parts, change = lokr_whole(*weight.shape)
     scale = 1 + random(1, weight.shape[1], *[1] * (axes - 2), seed=3).abs()
-    save_file({f"{kohya(layer)}.{kind}": t for kind, t in {**parts, "dora_scale": scale, "alpha": torch.tensor(2.0)}.items()}, file)
+    save_file(
+        {f"{kohya(layer)}.{kind}": t for kind, t in {**parts, "dora_scale": scale, "alpha": torch.tensor(2.0)}.items()},
+        file,
+    )
     norms = (weight + change).transpose(0, 1).flatten(1).norm(dim=1).view(scale.shape)
     expected = (weight + change) * scale / norms
     assert torch.allclose(merged_weights(fresh(), file)[f"{layer}.weight"], expected, atol=1e-5)
@@ -228,7 +245,9 @@ def test_a_dora_over_columns_is_the_formula_of_lycoris(fresh, base, file, layer,
 def test_a_dora_over_rows_without_alpha_has_alpha_equal_to_rank(fresh, base, file):
     weight, up, down = base[f"{Q}.weight"], random(32, 4, seed=1), random(4, 32, seed=2)
     scale = weight.norm(dim=1, keepdim=True) * 1.3
-    save_file({f"{KOHYA_Q}.lora_up.weight": up, f"{KOHYA_Q}.lora_down.weight": down, f"{KOHYA_Q}.dora_scale": scale}, file)
+    save_file(
+        {f"{KOHYA_Q}.lora_up.weight": up, f"{KOHYA_Q}.lora_down.weight": down, f"{KOHYA_Q}.dora_scale": scale}, file
+    )
     merged = weight + up @ down
     expected = merged * scale / merged.norm(dim=1, keepdim=True)
     assert torch.allclose(merged_weights(fresh(), file)[f"{Q}.weight"], expected, atol=1e-5)
@@ -238,7 +257,9 @@ def test_a_dora_of_a_lokr_keeps_both(fresh, base, file):
     weight = base[f"{Q}.weight"]
     parts, change = lokr_low_rank(*weight.shape)
     scale = weight.norm(dim=1, keepdim=True) * 0.8
-    save_file({f"{KOHYA_Q}.{kind}": t for kind, t in {**parts, "dora_scale": scale, "alpha": torch.tensor(6.0)}.items()}, file)
+    save_file(
+        {f"{KOHYA_Q}.{kind}": t for kind, t in {**parts, "dora_scale": scale, "alpha": torch.tensor(6.0)}.items()}, file
+    )
     merged = weight + change
     expected = merged * scale / merged.norm(dim=1, keepdim=True)
     assert torch.allclose(merged_weights(fresh(), file)[f"{Q}.weight"], expected, atol=1e-5)
@@ -247,7 +268,11 @@ def test_a_dora_of_a_lokr_keeps_both(fresh, base, file):
 def test_a_dora_of_a_text_encoder_is_read(fresh, file):
     """transformers filled its magnitudes with random numbers."""
     name, pipeline = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj", fresh()
-    layer = next(layer for name, layer in pipeline.text_encoder.named_modules() if name.endswith("encoder.layers.0.self_attn.q_proj"))
+    layer = next(
+        layer
+        for name, layer in pipeline.text_encoder.named_modules()
+        if name.endswith("encoder.layers.0.self_attn.q_proj")
+    )
     up, down, scale = random(32, 4, seed=1), random(4, 32, seed=2), torch.linspace(0.5, 1.5, 32)[:, None]
     save_file({f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.dora_scale": scale}, file)
     merged = layer.weight.data + up @ down
@@ -268,7 +293,10 @@ def test_8_bit_floats_count_as_the_numbers_they_are(fresh, base, file, dtype):
 
 def test_layers_are_used_without_the_embeddings_bundled_with_them_and_that_is_said(fresh, base, file, capsys):
     changes = written(file, base, {Q: loha})
-    save_file({**load_file(file), "bundle_emb.ink.clip_l": torch.zeros(2, 64), "bundle_emb.ink.clip_g": torch.zeros(2, 64)}, file)
+    save_file(
+        {**load_file(file), "bundle_emb.ink.clip_l": torch.zeros(2, 64), "bundle_emb.ink.clip_g": torch.zeros(2, 64)},
+        file,
+    )
     now = merged_weights(fresh(), file)
     assert torch.allclose(now[f"{Q}.weight"], base[f"{Q}.weight"] + changes[f"{Q}.weight"], atol=1e-6)
     assert "the text embeddings in it (ink) are left out" in capsys.readouterr().out

@@ -56,7 +56,9 @@ def shake(module, seed=1):
 
 def drawn(pipeline):
     """An image [64, 64, 3] in 0..1."""
-    options = dict(height=64, width=64, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np")
+    options = dict(
+        height=64, width=64, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np"
+    )
     return torch.from_numpy(pipeline("a smiling cat with blue eyes", **options).images[0])
 
 
@@ -85,7 +87,9 @@ def patched(pipeline, changes):
 # ---------------------------------------------------------------- what we write, read by others
 
 
-@pytest.mark.parametrize("targets", [ATTENTION + FEED_FORWARD, ATTENTION + RESIDUAL], ids=["attention and ff", "convolutions too"])
+@pytest.mark.parametrize(
+    "targets", [ATTENTION + FEED_FORWARD, ATTENTION + RESIDUAL], ids=["attention and ff", "convolutions too"]
+)
 def test_our_kohya_file_draws_the_same_in_plain_diffusers_though_alpha_is_not_the_rank(tuned, fresh, tmp_path, targets):
     trained, other = tuned(targets), fresh()
     other.load_lora_weights(written_kohya(trained, tmp_path))
@@ -100,8 +104,14 @@ def test_our_kohya_file_draws_the_same_by_comfyuis_formulas(tuned, fresh, tmp_pa
     for name in {key.partition(".")[0] for key in tensors}:
         block = next(block for block in ORIGINAL if name.startswith(f"lora_unet_{block}_"))
         inside = name.removeprefix(f"lora_unet_{block}_")
-        layer = next(n for n, _ in other.unet.named_modules() if n.startswith(ORIGINAL[block]) and n.replace(".", "_").endswith(inside))
-        up, down, alpha = (tensors[f"{name}.{kind}"].float() for kind in ("lora_up.weight", "lora_down.weight", "alpha"))
+        layer = next(
+            n
+            for n, _ in other.unet.named_modules()
+            if n.startswith(ORIGINAL[block]) and n.replace(".", "_").endswith(inside)
+        )
+        up, down, alpha = (
+            tensors[f"{name}.{kind}"].float() for kind in ("lora_up.weight", "lora_down.weight", "alpha")
+        )
         changes[layer] = comfyui(
             other.unet.get_submodule(layer).weight.data, up @ down, alpha / len(down), tensors.get(f"{name}.dora_scale")
         )
@@ -158,16 +168,23 @@ def test_our_peft_folder_draws_the_same_by_peft_itself_and_by_us(tuned, fresh, t
 
 
 def test_a_run_writes_on_request_what_peft_reads_for_each_part_of_the_model(train, fresh):
-    run = train("--max_train_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--train_text_encoder", "--save_peft")
+    run = train(
+        "--max_train_steps", 2, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--train_text_encoder", "--save_peft"
+    )
     by_diffusers, by_peft = fresh(), fresh()
     by_diffusers.load_lora_weights(run.dir)
     for component, folder in zip(COMPONENTS, ("", "text_encoder", "text_encoder_2")):
         peft = PeftModel.from_pretrained(getattr(by_peft, component), run.dir / "peft" / folder)
-        assert peft.active_peft_config.base_model_name_or_path == json.loads((run.dir / "config.json").read_text())["base_model"]
+        assert (
+            peft.active_peft_config.base_model_name_or_path
+            == json.loads((run.dir / "config.json").read_text())["base_model"]
+        )
     assert gap(drawn(by_diffusers), drawn(by_peft)) < 1e-3 < gap(drawn(fresh()), drawn(by_peft))
     assert gap(drawn(by_diffusers), drawn(loaded(fresh(), run.dir / "peft"))) < 1e-3
     alone = loaded(fresh(), run.dir / "peft" / "text_encoder_2")
-    assert [component for component in COMPONENTS if hasattr(getattr(alone, component), "peft_config")] == ["text_encoder_2"]
+    assert [component for component in COMPONENTS if hasattr(getattr(alone, component), "peft_config")] == [
+        "text_encoder_2"
+    ]
 
 
 # ---------------------------------------------------------------- what load_adapter reads
@@ -188,7 +205,10 @@ def peft_folder(pipeline, folder):
     """What save_pretrained of a PeftModel writes: names under base_model.model, and adapter_config.json."""
     weights = get_peft_model_state_dict(pipeline.unet)
     folder.mkdir()
-    save_file({f"base_model.model.{key}": tensor.contiguous() for key, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{key}": tensor.contiguous() for key, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
     pipeline.unet.peft_config["default"].save_pretrained(folder)
     return folder
 
@@ -238,14 +258,27 @@ def test_a_strangers_kohya_file_counts_with_the_rank_and_alpha_of_each_layer(fre
             None,
         ),
         "lora_unet_output_blocks_5_1_transformer_blocks_0_ff_net_2": (unet, f"{up_block}.ff.net.2", 2, 6.0),
-        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (pipeline.text_encoder, "encoder.layers.0.self_attn.q_proj", 2, 1.0),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+            pipeline.text_encoder,
+            "encoder.layers.0.self_attn.q_proj",
+            2,
+            1.0,
+        ),
         "lora_te1_text_model_encoder_layers_0_mlp_fc1": (pipeline.text_encoder, "encoder.layers.0.mlp.fc1", 4, 4.0),
-        "lora_te2_text_model_encoder_layers_1_self_attn_out_proj": (pipeline.text_encoder_2, "encoder.layers.1.self_attn.out_proj", 2, 8.0),
+        "lora_te2_text_model_encoder_layers_1_self_attn_out_proj": (
+            pipeline.text_encoder_2,
+            "encoder.layers.1.self_attn.out_proj",
+            2,
+            8.0,
+        ),
     }
     tensors, changes = {}, []
     for key, (module, name, rank, alpha) in layers.items():
         layer = next(layer for full, layer in module.named_modules() if full.removeprefix("text_model.") == name)
-        up, down = (torch.randn(shape, generator=generator) for shape in ((len(layer.weight), rank), (rank, layer.weight.shape[1])))
+        up, down = (
+            torch.randn(shape, generator=generator)
+            for shape in ((len(layer.weight), rank), (rank, layer.weight.shape[1]))
+        )
         tensors |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
         tensors |= {f"{key}.alpha": torch.tensor(alpha)} if alpha else {}
         changes.append((layer, layer.weight.data + (alpha or rank) / rank * up @ down))

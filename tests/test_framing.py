@@ -82,7 +82,9 @@ def test_other_kinds_of_transparency_too(kind):
 def test_every_mode_becomes_rgb(mode):
     image = picture((64, 64), mode=mode)
     sample = sample_of(image, "TIFF" if mode == "CMYK" else "PNG")
-    np.testing.assert_allclose(pixels(sample, frame(sample, 64)), reference(image.convert("RGB"), frame(sample, 64)), atol=1e-6)
+    np.testing.assert_allclose(
+        pixels(sample, frame(sample, 64)), reference(image.convert("RGB"), frame(sample, 64)), atol=1e-6
+    )
 
 
 def grey16(top):
@@ -124,7 +126,8 @@ def test_centre_crops(size, resolution, expected):
 
 @pytest.mark.parametrize("size", [(333, 517), (517, 333), (1001, 1000), (3001, 1999), (65, 64), (1, 1), (5000, 64)])
 @pytest.mark.parametrize(
-    "options", [{}, {"center_crop": False}, {"aspect_ratio_buckets": True}, {"center_crop": False, "aspect_ratio_buckets": True}]
+    "options",
+    [{}, {"center_crop": False}, {"aspect_ratio_buckets": True}, {"center_crop": False, "aspect_ratio_buckets": True}],
 )
 def test_a_crop_lies_inside_the_resized_picture_which_keeps_its_aspect(size, options):
     framing = frame(sized(*size), 512, **options)

@@ -55,7 +55,9 @@ def test_a_block_recomputed_in_the_backward_pass_gives_the_same(unet):
     assert_close(run_of(fused), run_of(unet))
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), [(3, 1, 1, 8), (3, 2, 1, 8), (3, 2, 1, 7), (1, 1, 0, 5)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"), [(3, 1, 1, 8), (3, 2, 1, 8), (3, 2, 1, 7), (1, 1, 0, 5)]
+)
 def test_the_gradient_of_a_frozen_convolution_needs_no_input(kernel, stride, padding, size):
     """As a GPU computes it; a CPU leaves it to PyTorch."""
     conv = torch.nn.Conv2d(6, 10, kernel, stride, padding).requires_grad_(False)
@@ -136,7 +138,11 @@ def test_a_plan_that_ran_out_of_memory_is_forgotten(tmp_path):
 def test_a_damaged_plan_is_measured_again(unet, tmp_path, monkeypatch, damaged):
     place = tmp_path / "key.json"
     place.write_text(damaged)
-    monkeypatch.setattr(fit, "_measure", lambda engine, make, share, checkpointing, budget: (fit.Fit(1, checkpointing), "plan: anew", 0.1))
+    monkeypatch.setattr(
+        fit,
+        "_measure",
+        lambda engine, make, share, checkpointing, budget: (fit.Fit(1, checkpointing), "plan: anew", 0.1),
+    )
     assert fit.measured(EngineOf(unet), None, 4, fit.BlockCheckpointing(), 10.0, place)[1] == "plan: anew"
     assert json.loads(place.read_text())["line"] == "plan: anew"
 
@@ -152,7 +158,14 @@ def test_a_plan_belongs_to_what_changes_a_pass(assemble):
     key = assembly._plan_key(flags, *given)
     same = dict(output_dir="elsewhere", seed=1, max_train_steps=7, learning_rate=1.0)
     assert assembly._plan_key(dataclasses.replace(flags, **same), *given) == key
-    others = dict(text_cache="none", lora_rank=5, lora_target_modules=["to_q"], quantize="nf4", use_8bit_adam=True, lora_dropout=0.3)
+    others = dict(
+        text_cache="none",
+        lora_rank=5,
+        lora_target_modules=["to_q"],
+        quantize="nf4",
+        use_8bit_adam=True,
+        lora_dropout=0.3,
+    )
     keys = {assembly._plan_key(dataclasses.replace(flags, **{name: value}), *given) for name, value in others.items()}
     keys |= {assembly._plan_key(flags, *given[:i], "other", *given[i + 1 :]) for i in range(len(given))}
     assert len(keys | {key}) == len(others) + len(given) + 1

@@ -39,7 +39,9 @@ def test_fused_layers_compute_what_peft_computes_in_fp16(assemble, script, flags
     assert (grad - expected_grad).norm() < 2e-2 * expected_grad.norm()  # two ways of rounding, over 80 layers
 
 
-@pytest.mark.parametrize(("script", "flags"), [*METHODS, ("train_dora", []), ("train_qlora", ["--gradient_checkpointing"])], ids=names)
+@pytest.mark.parametrize(
+    ("script", "flags"), [*METHODS, ("train_dora", []), ("train_qlora", ["--gradient_checkpointing"])], ids=names
+)
 def test_a_replayed_pass_is_the_launched_pass(assemble, script, flags):
     """Dropout and checkpointing included: masks are a function of the seed that is read when the graph runs."""
     losses = {}
@@ -61,7 +63,11 @@ def test_an_overflow_moves_nothing_but_the_scale(assemble, graph):
     engine.loss_scale.value.fill_(2.0**40)
     result = engine.step(4, data.examples.effective_batch(3, 8, 4))
     assert not result.applied and engine.loss_scale.value.item() == 2.0**39
-    assert torch.equal(engine.flat.data, before) and torch.equal(engine.ema.average, average) and not engine.flat.grad.any()
+    assert (
+        torch.equal(engine.flat.data, before)
+        and torch.equal(engine.ema.average, average)
+        and not engine.flat.grad.any()
+    )
     engine.loss_scale.value.fill_(2.0**12)
     assert engine.step(4, data.examples.effective_batch(3, 8, 4)).applied
 
@@ -153,7 +159,16 @@ def test_every_kernel_passes_the_check_at_the_start(unproven, dtype, rank):
     assert all(operation.on_gpu is not operation.plain for operation in unproven)
 
 
-OPERATIONS = ["seeded_dropout", "gain_backward", "scale_rows", "update_gain", "geglu", "group_norm", "add_norm", "add_bias"]
+OPERATIONS = [
+    "seeded_dropout",
+    "gain_backward",
+    "scale_rows",
+    "update_gain",
+    "geglu",
+    "group_norm",
+    "add_norm",
+    "add_bias",
+]
 DORA = ["--max_train_steps", 3, "--lr_warmup_steps", 0, "--learning_rate", 1e-3, "--lora_dropout", 0.1]
 
 
@@ -164,7 +179,9 @@ def dora_losses(train):
 
 
 @pytest.mark.parametrize("broken", [*map(lambda name: [name], OPERATIONS), OPERATIONS], ids=names)
-def test_kernels_that_do_not_compile_cost_speed_and_not_the_run(unproven, train, dora_losses, monkeypatch, capsys, broken):
+def test_kernels_that_do_not_compile_cost_speed_and_not_the_run(
+    unproven, train, dora_losses, monkeypatch, capsys, broken
+):
     """The same losses, dropout masks included, from passes that are still captured and replayed."""
     from common import kernel_check
 
@@ -216,12 +233,18 @@ def test_the_gradients_through_a_gain_are_their_formulas(rows, columns, with_bia
         assert error(dm, 1 + times * expected) < 1e-5
 
 
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3), (640, 640, 64), (640, 640, 128)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3), (640, 640, 64), (640, 640, 128)]
+)
 def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
     from common.kernels import scale_rows, update_gain
     from common.operations import row_norms
 
-    w, A, B = random(rows, columns), random(rank, columns, seed=1, dtype=torch.float32), random(rows, rank, seed=2, dtype=torch.float32)
+    w, A, B = (
+        random(rows, columns),
+        random(rank, columns, seed=1, dtype=torch.float32),
+        random(rows, rank, seed=2, dtype=torch.float32),
+    )
     expected = (w.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
     assert error(row_norms(w, A, B, 0.5), expected) < 1e-6
     m, gain, b = random(rows, seed=3, dtype=torch.float32), torch.empty(rows, device="cuda"), torch.empty_like(B).half()
@@ -241,8 +264,15 @@ def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, widt
     from common.norm_kernels import group_norm
 
     norm = torch.nn.GroupNorm(groups, channels, eps=1e-5).cuda().requires_grad_(False)
-    norm.weight.copy_(1 + random(channels, seed=3, dtype=torch.float32)), norm.bias.copy_(random(channels, seed=4, dtype=torch.float32))
-    x, dy, shift = (10 + random(2, channels, height, width)), random(2, channels, height, width, seed=1), random(2, channels, seed=2)
+    (
+        norm.weight.copy_(1 + random(channels, seed=3, dtype=torch.float32)),
+        norm.bias.copy_(random(channels, seed=4, dtype=torch.float32)),
+    )
+    x, dy, shift = (
+        (10 + random(2, channels, height, width)),
+        random(2, channels, height, width, seed=1),
+        random(2, channels, seed=2),
+    )
     exact, exact_shift = x.double().requires_grad_(), shift.double().requires_grad_()
     expected = torch.nn.functional.group_norm(
         exact + exact_shift[:, :, None, None] * shifted, groups, norm.weight.double(), norm.bias.double(), 1e-5
@@ -252,7 +282,9 @@ def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, widt
     x, shift = x.requires_grad_(), shift.requires_grad_()
     (y := group_norm(x, norm.half(), silu, shift if shifted else None)).backward(dy)
     assert error(y, expected) < 1e-3 and error(x.grad, exact.grad) < 1e-3
-    assert not shifted or error(shift.grad, exact_shift.grad) < 2e-2  # sums that nearly cancel: a group's gradients sum to zero
+    assert (
+        not shifted or error(shift.grad, exact_shift.grad) < 2e-2
+    )  # sums that nearly cancel: a group's gradients sum to zero
 
 
 @pytest.mark.parametrize("width", [640, 1280, 48])
@@ -261,7 +293,10 @@ def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
     from common.norm_kernels import add_norm
 
     norm = torch.nn.LayerNorm(width).cuda().requires_grad_(False)
-    norm.weight.copy_(1 + random(width, seed=3, dtype=torch.float32)), norm.bias.copy_(random(width, seed=4, dtype=torch.float32))
+    (
+        norm.weight.copy_(1 + random(width, seed=3, dtype=torch.float32)),
+        norm.bias.copy_(random(width, seed=4, dtype=torch.float32)),
+    )
     h, a = (3 + random(2, 77, width)).requires_grad_(), random(2, 77, width, seed=1).requires_grad_()
     dtotal, dy = random(2, 77, width, seed=5), random(2, 77, width, seed=6)
     leaves = [t.detach().double().requires_grad_() for t in (h, a)]
@@ -292,7 +327,10 @@ def test_one_fused_layer_is_its_formula_in_fp16(use_dora, quantize, p):
     model, layer, flat, seed = adapted_layer(use_dora, quantize, p)
     generator = torch.Generator("cuda").manual_seed(2)
     x, dy = (torch.randn(1024, n, device="cuda", generator=generator).half() for n in (640, 1280))
-    W, A, B = (t.double() for t in (layer.forward.weight(), layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach()))
+    W, A, B = (
+        t.double()
+        for t in (layer.forward.weight(), layer.lora_A.default.weight.detach(), layer.lora_B.default.weight.detach())
+    )
     mask = seeded(torch.ones_like(x), p, seed, layer).double() if p else torch.ones_like(x).double()
     leaves = [x.double().requires_grad_(), A.requires_grad_(), B.requires_grad_()]
     leaves += [layer.lora_magnitude_vector.default.weight.detach().double().requires_grad_()] if use_dora else []
@@ -304,7 +342,9 @@ def test_one_fused_layer_is_its_formula_in_fp16(use_dora, quantize, p):
     for got, reference in zip(outputs_and_gradients(layer.forward, layer, flat, x, dy), exact, strict=True):
         assert (got.double() - reference).norm() < 1e-3 * reference.norm()
     if not p:
-        for got, reference in zip(outputs_and_gradients(layer.forward.peft_forward, layer, flat, x, dy), exact, strict=True):
+        for got, reference in zip(
+            outputs_and_gradients(layer.forward.peft_forward, layer, flat, x, dy), exact, strict=True
+        ):
             assert (got.double() - reference).norm() < 5e-3 * reference.norm()
 
 
@@ -329,10 +369,15 @@ def adapted_layer(use_dora, quantize, p):
         model[0].half().load_state_dict(base.state_dict())
         model.is_loaded_in_4bit = True
     model = model.cuda().requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules=["0"], use_dora=use_dora), model)
+    inject_adapter_in_model(
+        LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules=["0"], use_dora=use_dora), model
+    )
     for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
         parameter.data = parameter.data.float().cuda()
-    flat, seed = adapters.FlatParameters([(adapters.trainable(model), {})], torch.float16), torch.tensor(3, device="cuda")
+    flat, seed = (
+        adapters.FlatParameters([(adapters.trainable(model), {})], torch.float16),
+        torch.tensor(3, device="cuda"),
+    )
     fused.fuse([model], flat, seed)
     generator = torch.Generator("cuda").manual_seed(1)
     flat.data.add_(0.02 * torch.randn(len(flat), device="cuda", generator=generator))
@@ -346,7 +391,13 @@ def outputs_and_gradients(forward, layer, flat, x, dy):
     x = x.clone().requires_grad_()
     (y := forward(x)).backward(dy)
     magnitudes = [magnitude.weight.grad.clone() for magnitude in layer.lora_magnitude_vector.values()]
-    return [y.detach(), x.grad, layer.lora_A.default.weight.grad.clone(), layer.lora_B.default.weight.grad.clone(), *magnitudes]
+    return [
+        y.detach(),
+        x.grad,
+        layer.lora_A.default.weight.grad.clone(),
+        layer.lora_B.default.weight.grad.clone(),
+        *magnitudes,
+    ]
 
 
 @pytest.mark.parametrize("memory", ["gpu", "offload", "sequential"])
@@ -370,5 +421,7 @@ def test_images_are_those_of_plain_diffusers_in_every_memory_tier(demo, train, m
     expected = [plain("a girl", generator=sampling.generator(3), **options).images[0]]
     plain.load_lora_weights(run.dir)
     expected += [plain("a girl", generator=sampling.generator(3), **options).images[0], expected[0]]
-    furthest = [max(high for _, high in ImageChops.difference(*pair).getextrema()) for pair in zip(drawn, expected, strict=True)]
+    furthest = [
+        max(high for _, high in ImageChops.difference(*pair).getextrema()) for pair in zip(drawn, expected, strict=True)
+    ]
     assert max(furthest) <= 4 and drawn[0].tobytes() == drawn[2].tobytes() != drawn[1].tobytes()

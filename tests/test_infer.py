@@ -33,7 +33,9 @@ def draw(tmp_path):
     def draw(*flags):
         manifest = infer.main(["--demo", "--steps", str(STEPS), "--output_dir", str(tmp_path), *map(str, flags)])
         assert manifest == json.loads((tmp_path / "manifest.json").read_text())
-        return manifest, {(r["column"], r["prompt"], r["seed"]): Image.open(tmp_path / r["file"]) for r in manifest["images"]}
+        return manifest, {
+            (r["column"], r["prompt"], r["seed"]): Image.open(tmp_path / r["file"]) for r in manifest["images"]
+        }
 
     return draw
 
@@ -42,14 +44,19 @@ def draw(tmp_path):
 def plain(demo):
     """plain(adapter folder or None, ...): the image that plain diffusers draws."""
 
-    def plain(adapter=None, prompt=PROMPT, seed=42, kind=StableDiffusionXLPipeline, prepare=lambda pipeline: None, **options):
+    def plain(
+        adapter=None, prompt=PROMPT, seed=42, kind=StableDiffusionXLPipeline, prepare=lambda pipeline: None, **options
+    ):
         pipeline = kind.from_pretrained(demo.model)
         pipeline.set_progress_bar_config(disable=True)
         if adapter:
             pipeline.load_lora_weights(adapter)
         prepare(pipeline)
         size = {} if "image" in options else dict(height=64, width=64)
-        options = dict(num_inference_steps=STEPS, guidance_scale=7.5, generator=torch.Generator().manual_seed(seed), **size) | options
+        options = (
+            dict(num_inference_steps=STEPS, guidance_scale=7.5, generator=torch.Generator().manual_seed(seed), **size)
+            | options
+        )
         return pipeline(prompt, **options).images[0]
 
     return plain
@@ -114,7 +121,18 @@ def test_sampler_negative_prompt_and_guidance_are_those_of_plain_diffusers(draw,
     def karras(pipeline):
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=True)
 
-    flags = ["--prompt", PROMPT, "--negative_prompt", "the sea", "--guidance_scale", 3, "--scheduler", "dpmpp_2m_karras", "--seed", 7]
+    flags = [
+        "--prompt",
+        PROMPT,
+        "--negative_prompt",
+        "the sea",
+        "--guidance_scale",
+        3,
+        "--scheduler",
+        "dpmpp_2m_karras",
+        "--seed",
+        7,
+    ]
     _, images = draw(*flags)
     expected = plain(seed=7, negative_prompt="the sea", guidance_scale=3.0, prepare=karras)
     assert furthest(images["base", PROMPT, 7], expected) <= ROUNDING
@@ -188,7 +206,9 @@ def find(grid, image, side):
 
 def test_large_images_are_shrunk_and_long_words_cut_so_that_the_grid_stays_readable():
     image = Image.new("RGB", (1024, 1024), "#804020")
-    grid = grids.grid([[image, image]], ["base", "a_very_long_name_without_any_space_" * 4], ["prompt " * 40], "small print " * 40)
+    grid = grids.grid(
+        [[image, image]], ["base", "a_very_long_name_without_any_space_" * 4], ["prompt " * 40], "small print " * 40
+    )
     assert grid.width < 3 * grids.CELL_PX[1] and grid.height < 2 * grids.CELL_PX[1]
 
 
@@ -217,7 +237,9 @@ def test_black_images_and_cut_prompts_are_pointed_out(draw, capsys, monkeypatch)
 # ---------------------------------------------------------------- adapters without --lora
 
 
-def test_compare_takes_the_runs_in_outputs_and_leaves_out_those_of_another_model(trained, draw, tmp_path, monkeypatch, capsys):
+def test_compare_takes_the_runs_in_outputs_and_leaves_out_those_of_another_model(
+    trained, draw, tmp_path, monkeypatch, capsys
+):
     from safetensors.torch import save_file
 
     monkeypatch.chdir(tmp_path)
@@ -275,7 +297,8 @@ def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(s
 
 
 @pytest.mark.parametrize(
-    "free_gib, resolution, tier", [(14.5, 1024, "gpu"), (7.9, 512, "gpu"), (9.0, 1024, "offload"), (3.8, 1024, "sequential")]
+    "free_gib, resolution, tier",
+    [(14.5, 1024, "gpu"), (7.9, 512, "gpu"), (9.0, 1024, "offload"), (3.8, 1024, "sequential")],
 )
 def test_auto_picks_the_memory_tier_by_what_is_free_and_says_so(monkeypatch, free_gib, resolution, tier):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 16 * 2**30))
@@ -352,8 +375,18 @@ def test_help_and_mistakes_are_answered_without_torch(root, answer):
 
 def test_the_documented_defaults():
     flags = parse(infer.Flags, [])
-    assert (flags.resolution, flags.steps, flags.guidance_scale, flags.seed, flags.scheduler) == (1024, 30, 7.5, 42, "euler")
-    assert infer.REFERENCE_PROMPTS == ["Naruto Uzumaki eating ramen", "Bill Gates in Naruto style", "A boy with blue eyes in Naruto style"]
+    assert (flags.resolution, flags.steps, flags.guidance_scale, flags.seed, flags.scheduler) == (
+        1024,
+        30,
+        7.5,
+        42,
+        "euler",
+    )
+    assert infer.REFERENCE_PROMPTS == [
+        "Naruto Uzumaki eating ramen",
+        "Bill Gates in Naruto style",
+        "A boy with blue eyes in Naruto style",
+    ]
 
 
 def test_columns_of_equal_names_have_files_of_their_own():
@@ -376,14 +409,19 @@ def test_nothing_that_was_drawn_before_is_written_over(draw, trained, tmp_path, 
     second, _ = draw("--prompt", "another prompt")
     third, _ = draw("--prompt", PROMPT, "--compare", "--lora", trained, "--guidance_scale", 2)
     after = files_in(tmp_path)
-    assert set(before.values()) <= set(after.values()) and len([name for name in after if name.startswith("images/")]) == 5
+    assert (
+        set(before.values()) <= set(after.values()) and len([name for name in after if name.startswith("images/")]) == 5
+    )
     assert after["compare_1.png"] == before["compare.png"] != after["compare.png"]
     kept = [json.loads(after[f"manifest{suffix}.json"]) for suffix in ("_1", "_2", "")]
     assert kept == [first | {"grid": "compare_1.png"}, second, third] and third["grid"] == "compare.png"
     for manifest in kept:
         for record in manifest["images"]:
             assert record["sha256"] == hashlib.sha256(after[record["file"]]).hexdigest()
-    assert [record["file"] for record in third["images"]] == ["images/base_00_42_3.png", f"images/{trained.name}_00_42_2.png"]
+    assert [record["file"] for record in third["images"]] == [
+        "images/base_00_42_3.png",
+        f"images/{trained.name}_00_42_2.png",
+    ]
 
 
 def test_after_make_demo_the_run_is_found(trained, tmp_path, monkeypatch):

@@ -19,7 +19,12 @@ import pytest
 
 from common import launch, stopping
 
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]  # what the command `accelerate launch` runs
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.accelerate_cli",
+    "launch",
+]  # what the command `accelerate launch` runs
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 ALONE = {"RANK": None, "LOCAL_WORLD_SIZE": None, "ACCELERATE_MIXED_PRECISION": None, "TORCHELASTIC_RUN_ID": None}
 
@@ -35,9 +40,13 @@ def begin(root, tmp_path):
         env = {**os.environ, "MASTER_PORT": str(port), "PYTHONPATH": str(root), **environment}
         env.pop("ACCELERATE_USE_CPU", None)
         with output.open("w") as file:
-            process = subprocess.Popen(list(map(str, words)), cwd=cwd or root, env=env, stdout=file, stderr=file, start_new_session=True)
+            process = subprocess.Popen(
+                list(map(str, words)), cwd=cwd or root, env=env, stdout=file, stderr=file, start_new_session=True
+            )
         begun.append(process)
-        return SimpleNamespace(process=process, pid=process.pid, text=lambda: output.read_text(), lines=lambda: lines_of(output))
+        return SimpleNamespace(
+            process=process, pid=process.pid, text=lambda: output.read_text(), lines=lambda: lines_of(output)
+        )
 
     yield begin
     for process in begun:
@@ -76,7 +85,17 @@ def press_twice(run):
 
 def test_accelerate_launch_at_768_ends_in_order_and_names_the_command_that_goes_on(begin, root, tmp_path):
     """`accelerate launch train_opt.py --resolution 768`: the launcher dies of a Ctrl-C; the training saves, exits and has the last word."""
-    flags = ["--demo", "--max_train_samples", 1, "--train_batch_size", 1, "--gradient_accumulation_steps", 1, "--cache_dir", tmp_path / "c"]
+    flags = [
+        "--demo",
+        "--max_train_samples",
+        1,
+        "--train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        1,
+        "--cache_dir",
+        tmp_path / "c",
+    ]
     run = begin(*ACCELERATE, "train_opt.py", "--resolution", 768, *flags, "--output_dir", tmp_path / "my run")
     wait_until(lambda: steps_in(tmp_path / "my run") or run.process.poll() is not None, run.text)
     (script,) = psutil.Process(run.pid).children()
@@ -97,7 +116,11 @@ def test_a_typo_under_a_launcher_is_said_and_fails(begin, launcher):
     """Once on a line of its own, whatever the number of processes; torchrun adds its report, which ends with the same line."""
     run = begin(*launcher, "train_opt.py", "--demo", "--learning_rat", "1e-3")
     assert run.process.wait() != 0
-    said = [line for line in run.lines() if "error: unrecognized arguments: --learning_rat 1e-3; did you mean --learning_rate?" in line]
+    said = [
+        line
+        for line in run.lines()
+        if "error: unrecognized arguments: --learning_rat 1e-3; did you mean --learning_rate?" in line
+    ]
     assert len([line for line in said if line.startswith("train_opt.py: ")]) == 1
     assert said[-1] in run.lines()[-2:] and "interrupted" not in run.text()
     assert "Traceback" not in run.text() or launcher is TORCHRUN
@@ -108,8 +131,25 @@ def test_a_typo_under_a_launcher_is_said_and_fails(begin, launcher):
 
 def test_two_processes_take_the_steps_of_one_and_save_at_a_double_ctrl_c(begin, train, rows_of, tmp_path):
     """As typed, with an effective batch that two cannot share evenly: the same losses, held-out losses and learning rates."""
-    flags = ["--max_train_steps", 400, "--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.3, "--no_gradient_checkpointing"]
-    flags += ["--validation_split", 0.25, "--validation_steps", 2, "--train_batch_size", 3, "--gradient_accumulation_steps", 3]
+    flags = [
+        "--max_train_steps",
+        400,
+        "--aspect_ratio_buckets",
+        "--random_flip",
+        "--caption_dropout",
+        0.3,
+        "--no_gradient_checkpointing",
+    ]
+    flags += [
+        "--validation_split",
+        0.25,
+        "--validation_steps",
+        2,
+        "--train_batch_size",
+        3,
+        "--gradient_accumulation_steps",
+        3,
+    ]
     places = ["--demo", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"]
     run = begin(*ACCELERATE, "--multi_gpu", "--num_processes", 2, "train_opt.py", *places, *flags)
     wait_until(lambda: len(steps_in(tmp_path / "run")) >= 2 or run.process.poll() is not None, run.text)
@@ -122,7 +162,8 @@ def test_two_processes_take_the_steps_of_one_and_save_at_a_double_ctrl_c(begin, 
     assert steps == list(range(1, len(rows) + 1)) and (tmp_path / f"run/checkpoint-{len(rows):06d}").is_dir()
     assert (tmp_path / "run/pytorch_lora_weights.safetensors").exists()
     assert (
-        "9 images a step cannot be shared evenly by 2 processes: 1 of them take 5, the others 4; the effective batch stays 9" in run.text()
+        "9 images a step cannot be shared evenly by 2 processes: 1 of them take 5, the others 4; the effective batch stays 9"
+        in run.text()
     )
     (told,) = [line for line in run.lines() if line.startswith("to go on: ")]
     assert told.startswith("to go on: accelerate launch --quiet --num_processes 2 train_opt.py --demo")
@@ -177,7 +218,9 @@ def test_a_process_that_fails_alone_ends_the_others_and_is_heard(begin, tmp_path
 @pytest.mark.parametrize(
     ("batch", "accumulation", "world", "images", "said"), [(1, 8, 2, 8, None), (4, 1, 2, 4, None), (1, 1, 2, 2, "is 2")]
 )
-def test_the_effective_batch_does_not_depend_on_the_number_of_processes(assemble, batch, accumulation, world, images, said):
+def test_the_effective_batch_does_not_depend_on_the_number_of_processes(
+    assemble, batch, accumulation, world, images, said
+):
     from dataclasses import replace
 
     from common import assembly
@@ -216,7 +259,15 @@ def test_processes_wait_for_one_that_encodes_for_hours(monkeypatch):
 def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch, environment, launcher):
     for name, value in {**ALONE, **environment}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-    typed = ["train_opt.py", "--output_dir", "my runs/a", "--resume-from-checkpoint", "latest", "--validation_prompt", "a cat's hat"]
+    typed = [
+        "train_opt.py",
+        "--output_dir",
+        "my runs/a",
+        "--resume-from-checkpoint",
+        "latest",
+        "--validation_prompt",
+        "a cat's hat",
+    ]
     command = launch.resuming_command(typed)
     assert command.startswith(f"{launcher} train_opt.py ")
     left = shlex.split(command)[len(launcher.split()) :]
@@ -259,7 +310,9 @@ run(main if sys.argv[1] == "main" else listens)
 """
 
 
-@pytest.mark.parametrize(("number", "said"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM"), ("SIGHUP", "ended by SIGHUP")])
+@pytest.mark.parametrize(
+    ("number", "said"), [("SIGINT", "interrupted"), ("SIGTERM", "ended by SIGTERM"), ("SIGHUP", "ended by SIGHUP")]
+)
 def test_a_signal_before_training_keeps_what_is_done_and_is_one_line(begin, tmp_path, number, said):
     (tmp_path / "script.py").write_text(SLEEPS)
     run = begin(sys.executable, tmp_path / "script.py", "main", cwd=tmp_path)
@@ -335,5 +388,7 @@ def test_a_ctrl_c_within_the_imports_is_one_line(begin, tmp_path, moment):
 
 @pytest.mark.parametrize("script", ["train_sdxl", "train_opt", "train_qlora", "train_dora", "infer", "verify_setup"])
 def test_the_first_thing_a_script_does_is_to_be_ready_for_ctrl_c(root, script):
-    imports = [line for line in (root / f"{script}.py").read_text().splitlines() if line.startswith(("import ", "from "))]
+    imports = [
+        line for line in (root / f"{script}.py").read_text().splitlines() if line.startswith(("import ", "from "))
+    ]
     assert imports[0].startswith("import common ")

@@ -123,13 +123,17 @@ def test_a_held_out_loss_needs_no_more_than_one_image(train, monkeypatch):
 def test_a_held_out_loss_that_has_no_room_is_left_out(train, plain, monkeypatch, capsys):
     validating = lambda self, fields: not torch.is_grad_enabled()  # noqa: E731
     monkeypatch.setattr(engine.Engine, "predict", fails_when(validating, engine.Engine.predict))
-    run = train("--max_train_steps", 3, "--validation_steps", 1, "--validation_split", 0.25, "--early_stopping_patience", 1)
+    run = train(
+        "--max_train_steps", 3, "--validation_steps", 1, "--validation_split", 0.25, "--early_stopping_patience", 1
+    )
     assert run.result["step"] == 3 and not any("val_loss" in row for row in run.rows)
     assert "no held-out loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["train_opt", "train_qlora"])
-def test_pictures_that_have_no_room_are_left_out_and_their_step_is_saved_before(train, few_steps, monkeypatch, capsys, script):
+def test_pictures_that_have_no_room_are_left_out_and_their_step_is_saved_before(
+    train, few_steps, monkeypatch, capsys, script
+):
     flags = ["--max_train_steps", 4, "--validation_steps", 2, "--checkpointing_steps", 0]
     expected = train(*flags, script=script)
     denoising = lambda *_, **__: not torch.is_grad_enabled()  # noqa: E731
@@ -167,14 +171,18 @@ def test_a_picture_is_decoded_in_tiles_or_on_the_cpu(train, few_steps, monkeypat
     assert ("on the CPU" if failures == 2 else "in tiles") in capsys.readouterr().out
 
 
-def test_a_pass_that_fits_no_more_ends_the_run_with_a_checkpoint_and_advice_that_resume_takes(train, monkeypatch, tmp_path):
+def test_a_pass_that_fits_no_more_ends_the_run_with_a_checkpoint_and_advice_that_resume_takes(
+    train, monkeypatch, tmp_path
+):
     flags = ["--max_train_steps", 4, "--gradient_checkpointing"]
     expected = train(*flags)
     with monkeypatch.context() as patch:
         passes = []
         third = lambda self, fields: passes.append(len(fields["t"])) or len(passes) > 4  # noqa: E731
         patch.setattr(engine.Engine, "forward_backward", fails_when(third, engine.Engine.forward_backward))
-        with pytest.raises(command_line.UserError, match="one image a pass and every block recomputed: .*--quantize nf4"):
+        with pytest.raises(
+            command_line.UserError, match="one image a pass and every block recomputed: .*--quantize nf4"
+        ):
             train(*flags, into=tmp_path)
         assert passes == [4, 4, 4, 4, 4, 2, 1]
     assert (tmp_path / "checkpoint-000002").is_dir()
@@ -204,7 +212,9 @@ def test_a_step_that_did_not_fit_on_another_process_moves_nothing_here(assemble)
 def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(fit, "start_new_peak", lambda device: None)
-    stub = type("Engine", (), {"forward_backward": staticmethod(out_of_memory), "optimizer_state_bytes": lambda self: 0})()
+    stub = type(
+        "Engine", (), {"forward_backward": staticmethod(out_of_memory), "optimizer_state_bytes": lambda self: 0}
+    )()
     stub.host = type("Host", (), {"device": torch.device("cpu")})
     batch = type("Batch", (), {"tensors": {}})
     with pytest.raises(memory.OutOfMemory, match="with one image a pass: add --gradient_checkpointing, or "):
@@ -216,7 +226,9 @@ def test_loading_that_does_not_fit_is_one_line_and_status_2(train, monkeypatch, 
     with pytest.raises(SystemExit) as raised:
         command_line.run(lambda: train("--max_train_steps", 1))
     assert raised.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith("out of GPU memory while loading: ")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith("out of GPU memory while loading: ")
+    )
 
 
 def test_the_cache_is_not_filled_by_what_failed(parts, pictures, monkeypatch):
@@ -228,7 +240,9 @@ def test_the_cache_is_not_filled_by_what_failed(parts, pictures, monkeypatch):
     assert not store._pending
 
 
-@pytest.mark.parametrize(("fitting", "expected"), [(1000, (4, {"a", "b"})), (350, (4, {"b"})), (100, (4, set())), (0, (1, set()))])
+@pytest.mark.parametrize(
+    ("fitting", "expected"), [(1000, (4, {"a", "b"})), (350, (4, {"b"})), (100, (4, set())), (0, (1, set()))]
+)
 def test_a_plan_that_does_not_fit_after_all_keeps_less(monkeypatch, fitting, expected):
     """Room for both blocks by the estimate, of which `fitting` bytes are really there; larger passes are the faster ones."""
     sizes = {"a": 50, "b": 50}

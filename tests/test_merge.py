@@ -84,7 +84,9 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("together", TOGETHER.values(), ids=TOGETHER)
-def test_the_merged_model_draws_what_plain_diffusers_draws_with_the_active_adapters(together, files, fresh, base, merged):
+def test_the_merged_model_draws_what_plain_diffusers_draws_with_the_active_adapters(
+    together, files, fresh, base, merged
+):
     active = fresh()
     for name, _ in together:
         active.load_lora_weights(files[name], adapter_name=name.replace(" ", "_"))
@@ -163,7 +165,9 @@ def test_a_merged_model_is_a_model_to_train_and_to_draw_with(files, merged, fres
 # ---------------------------------------------------------------- what goes wrong
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "ctrl-c"])
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "ctrl-c"]
+)
 def test_a_merge_that_is_cut_short_leaves_nothing(files, merged, tmp_path, monkeypatch, failure):
     def cut_short(unet, folder, **options):
         folder.mkdir(parents=True)
@@ -203,10 +207,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("place, flags, complaint", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused_in_one_line_before_anything_is_loaded(files, demo, tmp_path, files_in, monkeypatch, place, flags, complaint):
+def test_a_mistake_is_refused_in_one_line_before_anything_is_loaded(
+    files, demo, tmp_path, files_in, monkeypatch, place, flags, complaint
+):
     (tmp_path / "taken").write_text("precious")
     (tmp_path / "empty").mkdir()
-    places = dict(taken=tmp_path / "taken", empty=tmp_path / "empty", new=tmp_path / "new", model=demo.model, lora=files["lora"])
+    places = dict(
+        taken=tmp_path / "taken", empty=tmp_path / "empty", new=tmp_path / "new", model=demo.model, lora=files["lora"]
+    )
     before = files_in(demo.model), files_in(tmp_path)
     monkeypatch.setattr(device, "start", lambda *options: pytest.fail("started the device"))
     with pytest.raises(UserError) as refusal:

@@ -166,7 +166,9 @@ def outcome(main, capsys):
     return caught.value.code, line
 
 
-@pytest.mark.parametrize("error", [KeyError("conv_in"), ConnectionResetError(104, "reset"), RuntimeError("a\nb " * 999)])
+@pytest.mark.parametrize(
+    "error", [KeyError("conv_in"), ConnectionResetError(104, "reset"), RuntimeError("a\nb " * 999)]
+)
 def test_an_unforeseen_error_is_one_line_and_a_file_with_the_traceback(tmp_path, capsys, error):
     def main():
         flags = parse(train_opt.Flags, ["--output_dir", str(tmp_path)])  # noqa: F841 (where the output folder is found)
@@ -217,4 +219,6 @@ def test_a_reader_of_stdout_who_leaves_ends_nothing(root, tmp_path):
 def test_nothing_that_only_unix_has_is_imported_with_the_package(root):
     """Windows stops at the first module of this kind, at the top of a file."""
     unix_only = re.compile(r"^(import|from) (resource|fcntl|pwd|grp|termios)\b", re.MULTILINE)
-    assert [path.name for path in [*root.glob("common/*.py"), *root.glob("*.py")] if unix_only.search(path.read_text())] == []
+    assert [
+        path.name for path in [*root.glob("common/*.py"), *root.glob("*.py")] if unix_only.search(path.read_text())
+    ] == []

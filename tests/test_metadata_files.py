@@ -12,11 +12,18 @@ def rows_of(tmp_path, text, name="metadata.csv"):
 
 
 REFUSED = {  # a CSV file -> parts of its refusal
-    "file_name,text\n0.png,ink style, a girl with red hair\n1.png,a house\n": ["line 2 has 3 fields", "2", "double quotes"],
+    "file_name,text\n0.png,ink style, a girl with red hair\n1.png,a house\n": [
+        "line 2 has 3 fields",
+        "2",
+        "double quotes",
+    ],
     "file_name,text\n0.png,a\n1.png\n": ["line 3 has 1 field", "write every field"],
     'file_name,text\n0.png,"a 24 inch wheel\n1.png,a boy\n2.png,a fox\n': ["line 2", "close every quote"],
     'file_name,text\n0.png,a\n1.png,"a wheel\n2.png,"a boy"\n': ["line 3", "close every quote"],
-    'file_name,text\n0.png,"a wheel\n1.png,a boy"\n2.png,a fox\n': ["line 2", "close every quote"],  # would swallow a row
+    'file_name,text\n0.png,"a wheel\n1.png,a boy"\n2.png,a fox\n': [
+        "line 2",
+        "close every quote",
+    ],  # would swallow a row
     "file_name;text\n0.png;a girl; blue eyes\n": ["line 2 has 3 fields", "semicolons"],
     "file_name|text\n0.png|a girl\n": ["line 2", "file_name|text", "--caption_column"],
     "file_name,text\n,a girl\n": ["line 2", "file_name"],

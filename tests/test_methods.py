@@ -45,7 +45,9 @@ def sdxl():
 def test_trainable_parameters_of_the_unet(sdxl, strategy, use_dora, layers, expected):
     """DoRA's documented rank and layers are those of the normal strategy."""
     options = train_qlora.STRATEGIES[strategy]
-    adapters.add_lora(sdxl.unet, options["lora_target_modules"], options["lora_rank"], options["lora_alpha"], 0.1, use_dora)
+    adapters.add_lora(
+        sdxl.unet, options["lora_target_modules"], options["lora_rank"], options["lora_alpha"], 0.1, use_dora
+    )
     try:
         trained = adapters.trainable(sdxl.unet)
         assert sum(p.numel() for _, p in trained) == expected
@@ -85,7 +87,13 @@ def frozen_bits(module):
         if not parameter.requires_grad:
             bits[name] = parameter.data.clone()
         if state := getattr(parameter, "quant_state", None):
-            scales = dict(absmax=state.absmax, offset=state.offset, code=state.code, absmax2=state.state2.absmax, code2=state.state2.code)
+            scales = dict(
+                absmax=state.absmax,
+                offset=state.offset,
+                code=state.code,
+                absmax2=state.state2.absmax,
+                code2=state.state2.code,
+            )
             bits |= {f"{name}.{key}": values.clone() for key, values in scales.items()}
     return bits
 
@@ -106,7 +114,11 @@ def test_the_base_is_bit_equal_after_training(train, demo, method):
     for module, before in zip(seen["modules"], seen["before"], strict=True):
         after = frozen_bits(module)
         assert after.keys() == before.keys() and len(after) > 30
-        assert [name for name in after if after[name].dtype != before[name].dtype or not torch.equal(after[name], before[name])] == []
+        assert [
+            name
+            for name in after
+            if after[name].dtype != before[name].dtype or not torch.equal(after[name], before[name])
+        ] == []
     untouched = [name for name, values in run.weights().items() if not values.any()]
     # every tensor of the adapter has moved off zero; SDXL reads CLIP-L before its last layer, of the demo's two layers the second
     assert all(name.startswith("text_encoder.text_model.encoder.layers.1.") for name in untouched)
@@ -142,7 +154,16 @@ def gain(train, method):
     def validate(engine, data):
         seen["start"] = engine.validate(data.held_out.validation_batches, 8)
 
-    budget = ["--max_train_steps", 16, "--train_batch_size", 8, "--gradient_accumulation_steps", 1, "--learning_rate", 5e-3]
+    budget = [
+        "--max_train_steps",
+        16,
+        "--train_batch_size",
+        8,
+        "--gradient_accumulation_steps",
+        1,
+        "--learning_rate",
+        5e-3,
+    ]
     run = train(*flags, *budget, "--validation_split", 0.25, "--validation_steps", 100, script=script, prepare=validate)
     return seen["start"] - run.rows[-1]["val_loss"]
 
@@ -177,7 +198,10 @@ def relative_error(found, expected):
 
 FUSED = {
     "LoRA": ("train_sdxl", NO_DROPOUT),
-    "LoRA with feed-forward": ("train_sdxl", ["--lora_target_modules", *ATTENTION_PROJECTIONS, "ff.net.0.proj", "ff.net.2"]),
+    "LoRA with feed-forward": (
+        "train_sdxl",
+        ["--lora_target_modules", *ATTENTION_PROJECTIONS, "ff.net.0.proj", "ff.net.2"],
+    ),
     "DoRA": ("train_dora", NO_DROPOUT),
     "NF4 LoRA": ("train_qlora", NO_DROPOUT),
     "NF4 DoRA": ("train_dora", ["--quantize", "nf4", *NO_DROPOUT]),
@@ -206,13 +230,20 @@ def test_one_layer_is_its_formula(use_dora, bias, p):
     """y = g (x W^T + s d(x) A^T B^T) + bias with g = m / n: the mask acts on the adapter's branch only, n is a constant."""
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias)).requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, lora_dropout=p, target_modules=["0"], use_dora=use_dora), model)
+    inject_adapter_in_model(
+        LoraConfig(r=4, lora_alpha=6, lora_dropout=p, target_modules=["0"], use_dora=use_dora), model
+    )
     layer, seed, s = model[0], torch.tensor(11), 6 / 4
     flat = adapters.FlatParameters([(adapters.trainable(model), {})])
     fused.fuse([model], flat, seed)
     flat.data.add_(0.1 * torch.randn(len(flat)))
     flat.publish()
-    W, b, A, B = layer.base_layer.weight, layer.base_layer.bias, layer.lora_A.default.weight, layer.lora_B.default.weight
+    W, b, A, B = (
+        layer.base_layer.weight,
+        layer.base_layer.bias,
+        layer.lora_A.default.weight,
+        layer.lora_B.default.weight,
+    )
     x, dy = torch.randn(2, 7, 24, requires_grad=True), torch.randn(2, 7, 40)
     model(x).backward(dy)
     found = [model(x).detach(), x.grad.clone(), flat.grad.clone()]
@@ -232,7 +263,9 @@ def test_one_layer_is_its_formula(use_dora, bias, p):
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_dora_starts_as_the_frozen_model(assemble, quantize):
-    dora, lora = (assemble("--quantize", quantize, *NO_DROPOUT, script=script) for script in ("train_dora", "train_sdxl"))
+    dora, lora = (
+        assemble("--quantize", quantize, *NO_DROPOUT, script=script) for script in ("train_dora", "train_sdxl")
+    )
     (batch,) = dora.data.examples.effective_batch(0, 8, 8)
     with torch.no_grad():
         start, expected = dora.engine.predict(batch.tensors)[0], lora.engine.predict(batch.tensors)[0]
@@ -247,7 +280,8 @@ def test_recomputed_blocks_drop_the_same_elements(assemble, method):
     script, flags = METHODS[method]
     dropped = [*flags, "--lora_dropout", 0.3]
     stored, recomputed = (
-        assemble(*dropped, switch, script=script) for switch in ("--no_gradient_checkpointing", "--gradient_checkpointing")
+        assemble(*dropped, switch, script=script)
+        for switch in ("--no_gradient_checkpointing", "--gradient_checkpointing")
     )
     (loss, gradient), (expected_loss, expected_gradient) = gradients(recomputed), gradients(stored)
     assert loss == expected_loss and relative_error(gradient, expected_gradient) < 1e-6
@@ -265,8 +299,14 @@ def test_dropout_keeps_share_and_mean_and_is_linear(p):
     assert d(x).mean().item() == pytest.approx(x.mean().item(), abs=0.04)
     torch.testing.assert_close(d(x), torch.where(kept, x / (1 - p), 0))  # 1 / (1 - p) is rounded before it multiplies
     torch.testing.assert_close(d(2 * x - 3 * y), 2 * d(x) - 3 * d(y))
-    torch.testing.assert_close((d(x) * y).sum(), (x * d(y)).sum())  # its own transpose: the backward pass is the same mask
-    assert torch.equal(d(x), d(x)) and not torch.equal(d(x), d(x, salt=4)) and not torch.equal(d(x), d(x, seed=torch.tensor(8)))
+    torch.testing.assert_close(
+        (d(x) * y).sum(), (x * d(y)).sum()
+    )  # its own transpose: the backward pass is the same mask
+    assert (
+        torch.equal(d(x), d(x))
+        and not torch.equal(d(x), d(x, salt=4))
+        and not torch.equal(d(x), d(x, seed=torch.tensor(8)))
+    )
     torch.testing.assert_close(seeded_dropout(x, p, seed, 3, add_to=y.clone(), alpha=0.5), y + 0.5 * d(x))
 
 
@@ -291,7 +331,9 @@ def test_dropout_keeps_share_and_mean_and_is_linear(p):
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, script, line, missing, named):
     original = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else original(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else original(name, *rest)
+    )
     with pytest.raises(UserError) as caught:
         __import__(script).main(["--demo", "--output_dir", str(tmp_path / "out"), *line.split()])
     assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in named)

@@ -55,7 +55,12 @@ def test_every_part_is_bit_equal_to_from_pretrained(demo, host, tmp_path):
     for part, encoder, cls in zip(ENCODERS, encoders, (CLIPTextModel, CLIPTextModelWithProjection)):
         ours = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
         file = load_file(demo.model / part / "model.safetensors")
-        assert all(torch.equal(ours.pop(name.removeprefix("text_model.")), tensor.float()) for name, tensor in file.items()) and not ours
+        assert (
+            all(
+                torch.equal(ours.pop(name.removeprefix("text_model.")), tensor.float()) for name, tensor in file.items()
+            )
+            and not ours
+        )
         # saved anew: transformers 5.0 reads random numbers from files of 5.23, whose names have no `text_model.`
         encoder.save_pretrained(tmp_path / part)
         reference.append(cls.from_pretrained(tmp_path / part).eval())

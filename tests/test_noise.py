@@ -185,7 +185,10 @@ def test_a_generator_depends_on_its_identity_alone():
 
 def test_different_identities_have_different_noise():
     """(seed, step, index): none may be mixed up with another, as adding them up would."""
-    identities = [(seed, step, i) for seed in range(3) for step in range(12) for i in range(12)] + [(0, "epoch", 1), (0, "validation", 1)]
+    identities = [(seed, step, i) for seed in range(3) for step in range(12) for i in range(12)] + [
+        (0, "epoch", 1),
+        (0, "validation", 1),
+    ]
     streams = {tuple(torch.rand(2, generator=generator_for(*identity)).tolist()) for identity in identities}
     assert len(streams) == len(identities)
 

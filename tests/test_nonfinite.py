@@ -42,16 +42,25 @@ def test_an_overflow_changes_nothing_but_the_scale(assemble, value):
     result = engine.step(3, parts.data.examples.effective_batch(2, 8, 4))
     assert not result.applied and math.isfinite(result.loss)
     assert torch.equal(engine.flat.data, weights) and torch.equal(engine.ema.average, average)
-    assert all(torch.equal(torch.as_tensor(engine.optimizer.state[group][key]), values) for key, values in state.items())
+    assert all(
+        torch.equal(torch.as_tensor(engine.optimizer.state[group][key]), values) for key, values in state.items()
+    )
     assert engine.loss_scale.value.item() == 2.0**11
     assert not engine.flat.grad.any()
-    assert engine.step(3, parts.data.examples.effective_batch(2, 8, 4)).applied and engine.loss_scale.value.item() == 2.0**11
+    assert (
+        engine.step(3, parts.data.examples.effective_batch(2, 8, 4)).applied
+        and engine.loss_scale.value.item() == 2.0**11
+    )
 
 
 def test_a_run_with_overflows_ends_like_one_without(train):
     """The step is done again with the same examples at half the scale: no step, no learning rate and no batch is lost."""
-    clean = train("--max_train_steps", 5, "--lr_warmup_steps", 1, prepare=lambda engine, data: overflow_at(engine, set()))
-    overflowed = train("--max_train_steps", 5, "--lr_warmup_steps", 1, prepare=lambda engine, data: overflow_at(engine, {1, 2, 5}))
+    clean = train(
+        "--max_train_steps", 5, "--lr_warmup_steps", 1, prepare=lambda engine, data: overflow_at(engine, set())
+    )
+    overflowed = train(
+        "--max_train_steps", 5, "--lr_warmup_steps", 1, prepare=lambda engine, data: overflow_at(engine, {1, 2, 5})
+    )
     assert [row["loss_scale"] for row in clean.rows] == [4096] * 5
     assert [row["loss_scale"] for row in overflowed.rows] == [4096, 1024, 1024, 512, 512]
     for a, b in zip(clean.numbers, overflowed.numbers, strict=True):
@@ -63,7 +72,9 @@ def test_a_run_with_overflows_ends_like_one_without(train):
 def test_loss_scaling_does_not_change_the_update(train, plain):
     scaled = train("--max_train_steps", 4, prepare=lambda engine, data: overflow_at(engine, set()))
     assert scaled.losses == pytest.approx(plain.losses, rel=1e-5)
-    assert [row["grad_norm"] for row in scaled.rows] == pytest.approx([row["grad_norm"] for row in plain.rows], rel=1e-5)
+    assert [row["grad_norm"] for row in scaled.rows] == pytest.approx(
+        [row["grad_norm"] for row in plain.rows], rel=1e-5
+    )
 
 
 def test_the_scale_doubles_after_enough_good_steps():
@@ -106,7 +117,9 @@ def poison(numbers, renumber=lambda number: number):
 def test_a_batch_whose_loss_is_not_finite_is_left_out(train):
     """The run goes on with the next one, as if that batch did not exist."""
     run = train("--max_train_steps", 4, "--lr_warmup_steps", 1, prepare=poison({1}))
-    without = train("--max_train_steps", 4, "--lr_warmup_steps", 1, prepare=poison((), lambda number: number + (number >= 1)))
+    without = train(
+        "--max_train_steps", 4, "--lr_warmup_steps", 1, prepare=poison((), lambda number: number + (number >= 1))
+    )
     assert [row["step"] for row in run.rows] == [1, 2, 3, 4]
     assert run.losses == without.losses and [row["lr"] for row in run.rows] == [row["lr"] for row in without.rows]
     assert run.same_weights(without)

@@ -58,7 +58,13 @@ def test_an_unreachable_hub_gets_one_line_and_is_waited_for_ten_seconds_at_most(
 
     (tmp_path / "work").mkdir()
     address = silent_hub.address if hub == "silent" else "http://127.0.0.1:9"
-    process = start(root / "train_opt.py", cwd=tmp_path / "work", HF_HUB_OFFLINE="0", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "hf"))
+    process = start(
+        root / "train_opt.py",
+        cwd=tmp_path / "work",
+        HF_HUB_OFFLINE="0",
+        HF_ENDPOINT=address,
+        HF_HOME=str(tmp_path / "hf"),
+    )
     out, err = process.communicate(timeout=3600)
     lines = [line for line in err.splitlines() if "error:" in line]
     assert process.returncode == 2 and "Traceback" not in err and len(lines) == 1

@@ -18,18 +18,40 @@ def pair(layer=f"unet.{Q}", inside=32, outside=32, names=("lora.down.weight", "l
 
 KOHYA = ("lora_down.weight", "lora_up.weight")
 REFUSED = {
-    "SD 1.5, diffusers": (pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320), "2 of 2 keys fit nothing"),
-    "SD 1.5, kohya": (pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768, KOHYA), "2 of 2 keys fit nothing"),
+    "SD 1.5, diffusers": (
+        pair("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", 320, 320),
+        "2 of 2 keys fit nothing",
+    ),
+    "SD 1.5, kohya": (
+        pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj", 768, 768, KOHYA),
+        "2 of 2 keys fit nothing",
+    ),
     "right names, wrong shapes": (pair(inside=320, outside=320), f"fit nothing in this SDXL, e.g. unet.{Q}"),
     "part of a LoHa": ({f"{KOHYA_Q}.hada_w1_a": torch.ones(32, 4)}, f"e.g. {KOHYA_Q}.hada_w1_a"),
-    "a LoKr of other shapes": ({f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4), f"{KOHYA_Q}.lokr_w2": torch.ones(4, 4)}, "2 of 2 keys"),
+    "a LoKr of other shapes": (
+        {f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4), f"{KOHYA_Q}.lokr_w2": torch.ones(4, 4)},
+        "2 of 2 keys",
+    ),
     "factors that do not go together": (
-        {f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4), f"{KOHYA_Q}.lokr_w2_a": torch.ones(8, 2), f"{KOHYA_Q}.lokr_w2_b": torch.ones(3, 8)},
+        {
+            f"{KOHYA_Q}.lokr_w1": torch.ones(4, 4),
+            f"{KOHYA_Q}.lokr_w2_a": torch.ones(8, 2),
+            f"{KOHYA_Q}.lokr_w2_b": torch.ones(3, 8),
+        },
         "3 of 3 keys",
     ),
-    "half of a pair": (pair() | {f"unet.{Q.replace('to_q', 'to_k')}.lora.down.weight": torch.ones(4, 32)}, "1 of 3 keys"),
-    "dora_scale without its halves": (pair() | {f"{KOHYA_Q.replace('to_q', 'to_k')}.dora_scale": torch.ones(32, 1)}, "1 of 3 keys"),
-    "dora_scale of another size": (pair(KOHYA_Q, names=KOHYA) | {f"{KOHYA_Q}.dora_scale": torch.ones(8, 1)}, "3 of 3 keys"),
+    "half of a pair": (
+        pair() | {f"unet.{Q.replace('to_q', 'to_k')}.lora.down.weight": torch.ones(4, 32)},
+        "1 of 3 keys",
+    ),
+    "dora_scale without its halves": (
+        pair() | {f"{KOHYA_Q.replace('to_q', 'to_k')}.dora_scale": torch.ones(32, 1)},
+        "1 of 3 keys",
+    ),
+    "dora_scale of another size": (
+        pair(KOHYA_Q, names=KOHYA) | {f"{KOHYA_Q}.dora_scale": torch.ones(8, 1)},
+        "3 of 3 keys",
+    ),
     "two spellings of one layer": (pair() | pair(KOHYA_Q, names=KOHYA), "2 of 4 keys"),
     "alpha is NaN": (pair() | {f"unet.{Q}.alpha": torch.tensor(float("nan"))}, f"the alpha of {Q} is nan"),
     "alpha is infinite": (pair() | {f"unet.{Q}.alpha": torch.tensor(float("inf"))}, f"the alpha of {Q} is inf"),
@@ -81,7 +103,9 @@ def test_a_configuration_that_would_be_read_wrong_is_refused(fresh, untouched, t
     described = json.loads(config.read_text())
     for settings, expected in (({"not_used": None, "nor_this": {}}, None), (change, complaint)):
         config.write_text(json.dumps(described | settings))
-        save_adapter_with(tmp_path / "a.safetensors", trained.unet, {f"unet.{k}": v for k, v in (described | settings).items()})
+        save_adapter_with(
+            tmp_path / "a.safetensors", trained.unet, {f"unet.{k}": v for k, v in (described | settings).items()}
+        )
         for place in (config.parent, tmp_path / "a.safetensors"):
             if expected is None:
                 assert loaded(fresh(), place).get_list_adapters() == {"unet": ["adapter00"]}

@@ -14,11 +14,14 @@ ROW = {"step": 1, "loss": 0.5, "mse": 0.6, "lr": 1e-4}
 
 
 def write(folder, *lines):
-    (folder / "metrics.jsonl").write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    (folder / "metrics.jsonl").write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    )
 
 
 @pytest.mark.parametrize(
-    "bad", [b"{", b"\x00" * 30, b"[1]", b'{"step": 2}', b'"step"', b'{"step": "2", "loss": 1, "mse": 1, "lr": 1}', b"\xff"]
+    "bad",
+    [b"{", b"\x00" * 30, b"[1]", b'{"step": 2}', b'"step"', b'{"step": "2", "loss": 1, "mse": 1, "lr": 1}', b"\xff"],
 )
 def test_a_bad_line_loses_nothing_else(tmp_path, bad):
     write(tmp_path, ROW, bad, {**ROW, "step": 3}, bad)
@@ -31,7 +34,9 @@ def figures(monkeypatch):
     from matplotlib.figure import Figure
 
     saved, original = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *rest, **options: saved.append(self) or original(self, *rest, **options))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *rest, **options: saved.append(self) or original(self, *rest, **options)
+    )
     return saved
 
 
@@ -82,7 +87,9 @@ def test_latin_greek_and_cyrillic_need_no_other_font(text, monkeypatch):
 def test_other_letters_are_written_in_a_font_of_the_machine_that_has_them(monkeypatch):
     """Here DejaVu stands for that font, and one without Cyrillic for DejaVu."""
     monkeypatch.setattr(grids, "dejavu", lambda: str(FONTS / "cmr10.ttf"))
-    monkeypatch.setattr(grids, "_system_fonts", lambda: [str(FONTS / "cmb10.ttf"), __file__, str(FONTS / "DejaVuSans.ttf")])
+    monkeypatch.setattr(
+        grids, "_system_fonts", lambda: [str(FONTS / "cmb10.ttf"), __file__, str(FONTS / "DejaVuSans.ttf")]
+    )
     assert grids.legible("лиса") == (str(FONTS / "DejaVuSans.ttf"), "лиса")
 
 

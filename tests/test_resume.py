@@ -21,7 +21,13 @@ from common.command_line import UserError
 STEPS = ["--max_train_steps", 12, "--checkpointing_steps", 4, "--lr_warmup_steps", 0]
 RECIPES = {
     "adamw": [],
-    "8-bit adam, buckets, flips": ["--use_8bit_adam", "--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.2],
+    "8-bit adam, buckets, flips": [
+        "--use_8bit_adam",
+        "--aspect_ratio_buckets",
+        "--random_flip",
+        "--caption_dropout",
+        0.2,
+    ],
 }
 COMMON = ["--demo", "--train_batch_size", 4, "--gradient_accumulation_steps", 2, "--no_gradient_checkpointing"]
 
@@ -55,7 +61,9 @@ def wait_for_row(process, folder, step, rows_of, timeout_s=3600):
         if (folder / "metrics.jsonl").exists() and f'"step": {step},' in (folder / "metrics.jsonl").read_text():
             return
         time.sleep(0.005)
-    raise AssertionError(f"step {step} was not reached: {process.communicate() if process.poll() is not None else 'timeout'}")
+    raise AssertionError(
+        f"step {step} was not reached: {process.communicate() if process.poll() is not None else 'timeout'}"
+    )
 
 
 def launch(start, root, folder, *flags):
@@ -70,7 +78,9 @@ def complete(folder):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_killed_run_resumes_to_the_same_losses_and_the_same_bits(start, root, train, whole, rows_of, tmp_path, recipe):
+def test_a_killed_run_resumes_to_the_same_losses_and_the_same_bits(
+    start, root, train, whole, rows_of, tmp_path, recipe
+):
     """kill -9 after step 6, between the checkpoints of steps 4 and 8; killed in one process, resumed in another."""
     process = launch(start, root, tmp_path, *STEPS, *RECIPES[recipe])
     wait_for_row(process, tmp_path, 6, rows_of)
@@ -79,7 +89,9 @@ def test_a_killed_run_resumes_to_the_same_losses_and_the_same_bits(start, root, 
     assert complete(tmp_path) == ["checkpoint-000004"]
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
     resumed = train(*STEPS, *RECIPES[recipe], "--resume_from_checkpoint", "latest", into=tmp_path)
-    assert [row["step"] for row in resumed.rows] == list(range(1, 13))  # the rows after the checkpoint are not there twice
+    assert [row["step"] for row in resumed.rows] == list(
+        range(1, 13)
+    )  # the rows after the checkpoint are not there twice
     assert_equal_runs(resumed, whole(*STEPS, *RECIPES[recipe]))
 
 
@@ -102,7 +114,9 @@ def test_sigterm_ends_with_a_checkpoint_that_resumes_exactly(start, root, train,
     assert process.returncode == 0 and "SIGTERM" in out and "Traceback" not in err
     step = rows_of(tmp_path)[-1]["step"]
     assert 3 <= step < 12 and complete(tmp_path) == [f"checkpoint-{step:06d}"]
-    assert (tmp_path / f"pytorch_lora_weights_{step:06d}.safetensors").exists() and (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    assert (tmp_path / f"pytorch_lora_weights_{step:06d}.safetensors").exists() and (
+        tmp_path / "pytorch_lora_weights.safetensors"
+    ).exists()
     assert_equal_runs(train(*STEPS, "--resume_from_checkpoint", "latest", into=tmp_path), whole(*STEPS))
 
 
@@ -164,14 +178,26 @@ def test_early_stopping_counts_on_after_a_resume(train, tmp_path, monkeypatch):
     """Best loss and patience are part of where a run stands."""
     from common.engine import Engine
 
-    flags = ["--max_train_steps", 9, "--validation_split", 0.25, "--validation_steps", 1, "--early_stopping_patience", 3]
+    flags = [
+        "--max_train_steps",
+        9,
+        "--validation_split",
+        0.25,
+        "--validation_steps",
+        1,
+        "--early_stopping_patience",
+        3,
+    ]
     scripted = iter([1.0, 2.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr(Engine, "validate", lambda self, batches: next(scripted))
     first = train(*flags, "--max_train_minutes", 1e-9, into=tmp_path)
     rest = train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path)
     assert first.result["step"] < 4 and (rest.result["ended"], rest.result["step"]) == ("early stopping", 4)
     again = train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path)
-    assert (again.result["ended"], again.result["step"]) == ("early stopping", 4)  # it does not creep on a step a command
+    assert (again.result["ended"], again.result["step"]) == (
+        "early stopping",
+        4,
+    )  # it does not creep on a step a command
 
 
 # ---------------------------------------------------------------- what is resumed from
@@ -239,7 +265,9 @@ def test_resuming_a_finished_run_changes_no_weight_and_no_row(train, whole, tmp_
         (["--use_8bit_adam"], "--use_8bit_adam"),
     ],
 )
-def test_another_adapter_or_optimizer_is_refused_in_one_line_and_nothing_is_written_over(train, copy, files_in, flags, named):
+def test_another_adapter_or_optimizer_is_refused_in_one_line_and_nothing_is_written_over(
+    train, copy, files_in, flags, named
+):
     before = files_in(copy)
     message = refusal(train, copy, *flags)
     assert "--resume_from_checkpoint" in message and named in message
@@ -305,7 +333,9 @@ def test_a_damaged_config_does_not_stop_a_run_from_going_on(train, whole, copy):
     assert_equal_runs(resume(train, copy), whole(*STEPS))
 
 
-def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(train, whole, stopped, tmp_path, monkeypatch, capsys):
+def test_latest_goes_on_from_the_output_of_an_earlier_kaggle_version(
+    train, whole, stopped, tmp_path, monkeypatch, capsys
+):
     """Attached as input, read-only, below a folder that is named after the notebook; the new output folder is empty."""
     from common import run_folder
 
@@ -351,7 +381,14 @@ def test_an_output_folder_that_vanishes_or_fills_costs_no_step(train, whole, tmp
 def test_a_model_file_that_vanishes_costs_no_step_and_is_what_the_message_names(train, demo, tmp_path):
     """The VAE is read again for each validation image; the output folder is as writable as before."""
     shutil.copytree(demo.model, tmp_path / "model")
-    flags = ["--pretrained_model_name_or_path", tmp_path / "model", "--validation_prompt", "a cat", "--validation_steps", 2]
+    flags = [
+        "--pretrained_model_name_or_path",
+        tmp_path / "model",
+        "--validation_prompt",
+        "a cat",
+        "--validation_steps",
+        2,
+    ]
     with pytest.raises(UserError) as caught:
         train(*STEPS, *flags, into=tmp_path / "run", prepare=lambda engine, data: shutil.rmtree(tmp_path / "model/vae"))
     message = str(caught.value)
@@ -370,7 +407,10 @@ def test_rotation_keeps_the_newest_checkpoints_and_the_weights_of_all(train, tmp
     assert weights == [f"pytorch_lora_weights_{step:06d}.safetensors" for step in (2, 4, 6, 7)]
     final, last = run.weights(), run.weights("pytorch_lora_weights_000007.safetensors")
     assert all(torch.equal(final[name], last[name]) for name in final)
-    assert any(not torch.equal(final[name], values) for name, values in run.weights("pytorch_lora_weights_000006.safetensors").items())
+    assert any(
+        not torch.equal(final[name], values)
+        for name, values in run.weights("pytorch_lora_weights_000006.safetensors").items()
+    )
 
 
 def test_a_limit_of_one_never_leaves_the_run_without_a_checkpoint(train, tmp_path, monkeypatch):

@@ -126,7 +126,9 @@ def test_steps_sort_as_numbers(tmp_path):
     assert [run_folder.step_of(path) for path in run_folder.find_checkpoints(tmp_path)] == [500, 999_999, 1_000_000]
 
 
-def test_a_checkpoint_is_complete_or_absent_at_every_instant_of_rotation_and_replacement(assemble, tmp_path, monkeypatch):
+def test_a_checkpoint_is_complete_or_absent_at_every_instant_of_rotation_and_replacement(
+    assemble, tmp_path, monkeypatch
+):
     """A kill may come between any two files that are removed."""
     engine, seen = assemble().engine, []
 
@@ -154,11 +156,20 @@ def test_what_counts_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch
     import os
 
     events, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append(Path(f"/proc/self/fd/{descriptor}").resolve()) or fsync(descriptor))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda descriptor: events.append(Path(f"/proc/self/fd/{descriptor}").resolve()) or fsync(descriptor),
+    )
     monkeypatch.setattr(os, "replace", lambda old, new: events.append("rename") or replace(old, new))
     files.write_safetensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     partial, renamed, folder = events
-    assert partial.name.startswith("a.safetensors.") and partial.suffix == ".partial" and renamed == "rename" and folder == tmp_path
+    assert (
+        partial.name.startswith("a.safetensors.")
+        and partial.suffix == ".partial"
+        and renamed == "rename"
+        and folder == tmp_path
+    )
 
 
 # ---------------------------------------------------------------- the newest is not always good
@@ -178,9 +189,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(train, wh
         (newest / "state.json").write_text(text.replace('"batches": 4', '"batches": 5'))
     resumed = train(*STEPS, "--resume_from_checkpoint", "latest", into=halfway)
     said = capsys.readouterr().out
-    assert f"passed over: --resume_from_checkpoint {newest}: damaged" in said and f"resumed from {halfway / 'checkpoint-000002'}" in said
+    assert (
+        f"passed over: --resume_from_checkpoint {newest}: damaged" in said
+        and f"resumed from {halfway / 'checkpoint-000002'}" in said
+    )
     assert resumed.numbers == whole.numbers and resumed.same_weights(whole)
-    assert [path.name for path in run_folder.find_checkpoints(halfway)] == [f"checkpoint-00000{step}" for step in (2, 4, 6)]
+    assert [path.name for path in run_folder.find_checkpoints(halfway)] == [
+        f"checkpoint-00000{step}" for step in (2, 4, 6)
+    ]
 
 
 def test_a_damaged_checkpoint_that_was_named_is_refused(train, halfway, files_in):
@@ -219,20 +235,26 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_blames_no_image(
     with pytest.raises(UserError) as caught:
         train(*STEPS, "--checkpoints_total_limit", 1, into=tmp_path, prepare=prepare)
     message = str(caught.value)
-    assert "diverged" in message and f"({named})" in message and ".png" not in message and "goes on from step 2" in message
+    assert (
+        "diverged" in message and f"({named})" in message and ".png" not in message and "goes on from step 2" in message
+    )
     assert [path.name for path in run_folder.find_checkpoints(tmp_path)] == ["checkpoint-000002"]
     assert not list(tmp_path.glob("pytorch_lora_weights.safetensors")) and not list(tmp_path.glob("*_00000[346]*"))
     assert (tmp_path / "training.png").exists()  # it shows how it came to that
     assert checkpoint.read_config(tmp_path)["data"]["images"] == 24
 
 
-@pytest.mark.parametrize("content", ["[]", '{"flags": {}, "data": {}}', '{"flags": 3, "data": {"images": 1, "fingerprint": ""}}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["[]", '{"flags": {}, "data": {}}', '{"flags": 3, "data": {"images": 1, "fingerprint": ""}}', "\x00"]
+)
 def test_a_config_that_others_wrote_is_as_good_as_none(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     assert checkpoint.read_config(tmp_path) == {"flags": {}, "data": {}}
 
 
-@pytest.mark.parametrize("change", [{"micro_batch": 0}, {"micro_batch": "2"}, {"micro_batch": 10**6}, {"line": None}, {"kept": 3}])
+@pytest.mark.parametrize(
+    "change", [{"micro_batch": 0}, {"micro_batch": "2"}, {"micro_batch": 10**6}, {"line": None}, {"kept": 3}]
+)
 def test_a_remembered_plan_that_cannot_be_one_is_measured_again(tmp_path, change):
     from common import fit
 

@@ -119,7 +119,9 @@ def test_an_epoch_shows_every_picture_as_often_as_it_is_repeated_and_encodes_it_
         (tmp_path / folder).mkdir()
         shutil.copy(path, tmp_path / folder / f"{folder}.png")
         (tmp_path / folder / f"{folder}.txt").write_text(folder)
-    examples = assemble("--train_data_dir", f"{tmp_path}:2", "--num_train_epochs", 2, "--max_train_steps", "none").data.examples
+    examples = assemble(
+        "--train_data_dir", f"{tmp_path}:2", "--num_train_epochs", 2, "--max_train_steps", "none"
+    ).data.examples
     assert len(examples.latents) == 3 and len(examples) == 12
     for epoch in range(2):
         names = [examples.name_at(epoch * 12 + i).rpartition("/")[2].removesuffix(".png") for i in range(12)]

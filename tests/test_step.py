@@ -63,7 +63,10 @@ class Reference:
         self.vae = AutoencoderKL.from_pretrained(demo.model, subfolder="vae")
         self.pipeline = StableDiffusionXLPipeline.from_pretrained(demo.model, unet=None, vae=None)
         self.scheduler = DDPMScheduler.from_pretrained(demo.model, subfolder="scheduler")
-        self.captions = {row["file_name"]: row["text"] for row in map(json.loads, (demo.data / "metadata.jsonl").read_text().splitlines())}
+        self.captions = {
+            row["file_name"]: row["text"]
+            for row in map(json.loads, (demo.data / "metadata.jsonl").read_text().splitlines())
+        }
 
     def backward(self, number, files):
         """Gradients of effective batch `number`, made of `files`, are left in the parameters; returns (loss, unweighted mse)."""
@@ -90,7 +93,9 @@ class Reference:
         if drop:
             prompt_embeds, pooled = negative, negative_pooled
         conditions = {"text_embeds": pooled, "time_ids": time_ids}
-        prediction = self.unet(self.scheduler.add_noise(z, eps, t), t, prompt_embeds, added_cond_kwargs=conditions).sample
+        prediction = self.unet(
+            self.scheduler.add_noise(z, eps, t), t, prompt_embeds, added_cond_kwargs=conditions
+        ).sample
         mse = torch.nn.functional.mse_loss(prediction, eps)
         if self.gamma is None:
             return mse, mse.detach()
@@ -99,7 +104,9 @@ class Reference:
 
     def preprocess(self, image, flip):
         scale = 64 / min(image.size)
-        resized = image.convert("RGB").resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+        resized = image.convert("RGB").resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS
+        )
         left, top = round((resized.width - 64) / 2), round((resized.height - 64) / 2)
         cropped = resized.crop((left, top, left + 64, top + 64))
         if flip:
@@ -138,7 +145,17 @@ RECIPES = {
     "min-snr, offset noise": ("train_opt", [], dict(rank=8, alpha=8, gamma=5.0, offset=0.1)),
     "everything": (
         "train_opt",
-        ["--caption_dropout", 0.5, "--random_flip", "--offset_noise_strength", 0.3, "--min_snr_gamma", 1.0, "--lora_alpha", 4],
+        [
+            "--caption_dropout",
+            0.5,
+            "--random_flip",
+            "--offset_noise_strength",
+            0.3,
+            "--min_snr_gamma",
+            1.0,
+            "--lora_alpha",
+            4,
+        ],
         dict(rank=8, alpha=4, gamma=1.0, offset=0.3, dropout=0.5, flip=True),
     ),
 }
@@ -160,7 +177,9 @@ def test_loss_and_gradients_equal_the_reference(assemble, demo, recipe):
     assert gradients.keys() == reference.parameters.keys()
     for name, parameter in reference.parameters.items():
         assert parameter.grad.abs().max() > 0, name
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4 * parameter.grad.abs().max().item(), msg=name)
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=1e-3, atol=1e-4 * parameter.grad.abs().max().item(), msg=name
+        )
 
 
 def test_a_training_starts_at_the_reference_loss_and_its_log_says_so(train, demo, assemble):
@@ -203,9 +222,13 @@ def test_the_update_is_adamw_with_clipping_over_tensors_of_their_own(assemble, f
     engine, given = parts.engine, parts.flags
     fill_adapter(engine)
     start = engine.flat.data.clone()
-    parameters = {name: torch.nn.Parameter(values.clone()) for name, values in by_name(engine.flat, engine.flat.data).items()}
+    parameters = {
+        name: torch.nn.Parameter(values.clone()) for name, values in by_name(engine.flat, engine.flat.data).items()
+    }
     betas, eps = (given.adam_beta1, given.adam_beta2), given.adam_epsilon
-    optimizer = torch.optim.AdamW(parameters.values(), lr=given.learning_rate, betas=betas, eps=eps, weight_decay=given.adam_weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=given.learning_rate, betas=betas, eps=eps, weight_decay=given.adam_weight_decay
+    )
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=6)
 
     def reference_step(number, gradients, result):
@@ -216,17 +239,32 @@ def test_the_update_is_adamw_with_clipping_over_tensors_of_their_own(assemble, f
         optimizer.step()
         scheduler.step()
         for name, values in by_name(engine.flat, engine.flat.data).items():
-            torch.testing.assert_close(values, parameters[name].data, rtol=1e-5, atol=1e-7, msg=f"{name} in step {number}")
+            torch.testing.assert_close(
+                values, parameters[name].data, rtol=1e-5, atol=1e-7, msg=f"{name} in step {number}"
+            )
         assert not engine.flat.grad.any()
 
     steps(parts, 6, reference_step)
     assert (engine.flat.data - start).abs().max() > 5e-3  # it did move
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize(
+    "name", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+)
 def test_the_learning_rate_is_diffusers_schedule_stepped_once_per_optimizer_step(train, name):
     """Whatever the accumulation: counting its passes leaves a cosine at 85 % of the peak."""
-    flags = ["--lr_scheduler", name, "--lr_warmup_steps", 3, "--learning_rate", 2e-4, "--max_train_steps", 8, "--max_train_samples", 2]
+    flags = [
+        "--lr_scheduler",
+        name,
+        "--lr_warmup_steps",
+        3,
+        "--learning_rate",
+        2e-4,
+        "--max_train_steps",
+        8,
+        "--max_train_samples",
+        2,
+    ]
     run = train(*flags, "--train_batch_size", 1, "--gradient_accumulation_steps", 2)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-4)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=8, num_cycles=2)
@@ -253,7 +291,9 @@ def test_restarts_restart_and_a_polynomial_has_its_power(assemble, flags, expect
 
 @pytest.mark.parametrize("decay", [0.9999, 0.3])
 def test_the_average_follows_the_ramp(assemble, decay):
-    parts = assemble("--use_ema", "--ema_decay", decay, "--learning_rate", 1e-2, "--max_train_steps", 5, "--lr_warmup_steps", 0)
+    parts = assemble(
+        "--use_ema", "--ema_decay", decay, "--learning_rate", 1e-2, "--max_train_steps", 5, "--lr_warmup_steps", 0
+    )
     engine = parts.engine
     average = engine.flat.data.double()
 
@@ -290,7 +330,9 @@ def test_the_parameters_are_views_of_the_flat_buffer(assemble):
     engine.flat.grad.copy_(-torch.arange(len(engine.flat)))
     assert torch.equal(torch.cat([p.detach().flatten() for _, p in trained]), engine.flat.data)
     assert torch.equal(torch.cat([p.grad.flatten() for _, p in trained]), engine.flat.grad)
-    assert torch.equal(torch.cat([p.detach() for group in engine.optimizer.param_groups for p in group["params"]]), engine.flat.data)
+    assert torch.equal(
+        torch.cat([p.detach() for group in engine.optimizer.param_groups for p in group["params"]]), engine.flat.data
+    )
     assert engine.flat.data.dtype == torch.float32
 
 
@@ -298,14 +340,27 @@ def test_the_parameters_are_views_of_the_flat_buffer(assemble):
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.3]], ids=["squares", "buckets, flips"]
+    "flags",
+    [[], ["--aspect_ratio_buckets", "--random_flip", "--caption_dropout", 0.3]],
+    ids=["squares", "buckets, flips"],
 )
 def test_losses_do_not_depend_on_how_the_effective_batch_is_cut(train, flags):
     runs = [
-        train("--max_train_steps", 4, *flags, "--train_batch_size", micro, "--gradient_accumulation_steps", EFFECTIVE // micro)
+        train(
+            "--max_train_steps",
+            4,
+            *flags,
+            "--train_batch_size",
+            micro,
+            "--gradient_accumulation_steps",
+            EFFECTIVE // micro,
+        )
         for micro in (1, 2, 4, 8)
     ]
-    first, start = runs[0].weights(), train("--max_train_steps", 1, *flags).weights()  # the first step of a warm-up has lr 0
+    first, start = (
+        runs[0].weights(),
+        train("--max_train_steps", 1, *flags).weights(),
+    )  # the first step of a warm-up has lr 0
     for run in runs[1:]:
         for name in ("loss", "mse", "grad_norm", "lr", "epoch"):
             assert [row[name] for row in run.rows] == pytest.approx([row[name] for row in runs[0].rows], rel=1e-4), name
@@ -360,14 +415,20 @@ def frozen(engine):
 def test_the_base_is_bit_equal_after_training(train, demo):
     seen = {}
     run = train(
-        "--max_train_steps", 3, "--lr_warmup_steps", 0, prepare=lambda engine, data: seen.update(engine=engine, before=frozen(engine))
+        "--max_train_steps",
+        3,
+        "--lr_warmup_steps",
+        0,
+        prepare=lambda engine, data: seen.update(engine=engine, before=frozen(engine)),
     )
     after = frozen(seen["engine"])
     assert after.keys() == seen["before"].keys() and len(after) > 500
     assert all(torch.equal(seen["before"][name], after[name]) for name in after)
     on_disk = UNet2DConditionModel.from_pretrained(demo.model, subfolder="unet").state_dict()
     assert all(torch.equal(on_disk[name.replace(".base_layer", "")], values) for name, values in after.items())
-    assert all(values.any() for name, values in run.weights().items())  # and every tensor of the adapter has moved off zero
+    assert all(
+        values.any() for name, values in run.weights().items()
+    )  # and every tensor of the adapter has moved off zero
 
 
 def test_an_untrained_adapter_changes_nothing(assemble, demo):

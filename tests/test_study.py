@@ -48,7 +48,9 @@ def test_every_run_has_the_same_budget(done):
         assert [row["step"] for row in run.rows] == list(range(1, STEPS + 1))
         assert flags["train_batch_size"] * flags["gradient_accumulation_steps"] == 8 and flags["resolution"] == 64
         assert run.config["data"]["images"] == 18 and flags["validation_split"] == 0.25  # of 24
-        assert [(row["lr"], row["epoch"]) for row in run.rows] == [(row["lr"], row["epoch"]) for row in done.runs["LoRA", 42].rows]
+        assert [(row["lr"], row["epoch"]) for row in run.rows] == [
+            (row["lr"], row["epoch"]) for row in done.runs["LoRA", 42].rows
+        ]
     for seed in SEEDS:
         assert done.runs["LoRA", seed].config["data"] == done.runs["DoRA", seed].config["data"]
         # the same samples with the same noise: before an adapter has learned anything, the same loss
@@ -63,13 +65,18 @@ def test_the_budget_of_the_real_study_is_equal_too(tmp_path, tmp_path_factory, c
     study.main(["--dry_run", "--seeds", "2", "--", "--train_data_dir", str(tmp_path_factory.mktemp("pictures"))])
     *trainings, grid = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
     assert grid[:3] == ["python", "infer.py", "--compare"] and not list(tmp_path.iterdir())
-    mains, configs = {"train_sdxl.py": train_sdxl.main, "train_qlora.py": train_qlora.main, "train_dora.py": train_dora.main}, []
+    mains, configs = (
+        {"train_sdxl.py": train_sdxl.main, "train_qlora.py": train_qlora.main, "train_dora.py": train_dora.main},
+        [],
+    )
     for _, script, *argv in trainings:
         mains[script]([*argv, "--dry_run"])
         configs.append(json.loads(capsys.readouterr().out))
     assert [config["seed"] for config in configs] == [42] * 4 + [43] * 4
     baseline = configs[0]
-    documented = dict(resolution=512, lora_rank=16, lora_alpha=32, lora_dropout=0.1, num_train_epochs=3, max_train_steps=None)
+    documented = dict(
+        resolution=512, lora_rank=16, lora_alpha=32, lora_dropout=0.1, num_train_epochs=3, max_train_steps=None
+    )
     assert documented.items() <= baseline.items() and baseline["use_8bit_adam"]
     technique = {"seed", "output_dir", "strategy", "quantize", "lora_rank", "lora_target_modules"}  # DoRA's is no flag
     for config in configs:
@@ -81,9 +88,13 @@ def test_the_table_is_what_metrics_jsonl_and_the_files_say(done):
     from safetensors.torch import load_file
 
     config = done.runs["LoRA", 42].config
-    base = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(config["base_model"], subfolder="unet").parameters())
+    base = sum(
+        p.numel() for p in UNet2DConditionModel.from_pretrained(config["base_model"], subfolder="unet").parameters()
+    )
     table = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in (done.dir / "study.md").read_text().splitlines() if "|" in line
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (done.dir / "study.md").read_text().splitlines()
+        if "|" in line
     ]
     assert table[0] == [
         "method",
@@ -104,7 +115,14 @@ def test_the_table_is_what_metrics_jsonl_and_the_files_say(done):
         s_per_img = statistics.median(statistics.median(row["s_per_img"] for row in run.rows) for run in runs)
         losses = [f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" for values in (mses, held_out)]
         share = f"{100 * trainable / (base + trainable):.2f} %"
-        expected = [f"{trainable:,}", share, *losses, f"{s_per_img:.4f}", "only on a GPU", f"{weights.stat().st_size / 1e6:.1f}"]
+        expected = [
+            f"{trainable:,}",
+            share,
+            *losses,
+            f"{s_per_img:.4f}",
+            "only on a GPU",
+            f"{weights.stat().st_size / 1e6:.1f}",
+        ]
         assert cells[1:] == expected
     assert [cells[0] for cells in table[2:]] == ["LoRA", "DoRA"]
     assert json.loads((done.dir / "study.json").read_text()) == done.result
@@ -115,13 +133,16 @@ def test_the_spread_is_over_seeds_and_differences_are_paired(done):
         values = [done.runs[row["method"], seed].rows[-1]["val_loss"] for seed in SEEDS]
         assert row["seeds"] == len(SEEDS) and row["val_loss_std"] == pytest.approx(statistics.stdev(values))
     (difference,) = [row for row in done.result["differences"] if row["loss"] == "val_loss"]
-    pairs = [done.runs["DoRA", seed].rows[-1]["val_loss"] - done.runs["LoRA", seed].rows[-1]["val_loss"] for seed in SEEDS]
+    pairs = [
+        done.runs["DoRA", seed].rows[-1]["val_loss"] - done.runs["LoRA", seed].rows[-1]["val_loss"] for seed in SEEDS
+    ]
     assert difference["mean"] == pytest.approx(statistics.mean(pairs))
     assert difference["standard_error"] == pytest.approx(statistics.stdev(pairs) / len(SEEDS) ** 0.5)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "beyond"), [([0.010, 0.011, 0.009], True), ([-0.010, -0.011, -0.009], True), ([0.010, -0.008, 0.001], False)]
+    ("offsets", "beyond"),
+    [([0.010, 0.011, 0.009], True), ([-0.010, -0.011, -0.009], True), ([0.010, -0.008, 0.001], False)],
 )
 def test_a_difference_counts_when_it_exceeds_its_own_spread(offsets, beyond):
     """However large the spread that both methods share is."""
@@ -159,7 +180,9 @@ def test_a_run_that_was_stopped_is_not_finished_though_its_weights_are_there(tmp
     short = stopped._replace(recipe=[*stopped.recipe, "--max_train_minutes", "0.0001"])
     with pytest.raises(UserError, match="LoRA, seed 42: time limit reached"):
         study.train(short)
-    assert (stopped.folder / "pytorch_lora_weights.safetensors").exists() and not (stopped.folder / study.FINISHED).exists()
+    assert (stopped.folder / "pytorch_lora_weights.safetensors").exists() and not (
+        stopped.folder / study.FINISHED
+    ).exists()
     for training in (stopped, whole):
         study.train(training)
     expected, found = (load_file(training.folder / "pytorch_lora_weights.safetensors") for training in (whole, stopped))

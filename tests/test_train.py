@@ -16,7 +16,16 @@ FIELDS = "step epoch loss mse lr grad_norm s_per_img peak_gib mse_t0 mse_t1 mse_
 
 
 def test_a_run_writes_the_documented_files(train, few_steps, tmp_path):
-    flags = ["--max_train_steps", 4, "--checkpointing_steps", 2, "--validation_prompt", "a cat", "--validation_steps", 2]
+    flags = [
+        "--max_train_steps",
+        4,
+        "--checkpointing_steps",
+        2,
+        "--validation_prompt",
+        "a cat",
+        "--validation_steps",
+        2,
+    ]
     run = train(*flags, into=tmp_path / "style")
     written = sorted(str(path.relative_to(run.dir)) for path in run.dir.rglob("*") if path.is_file())
     assert written == sorted(
@@ -35,7 +44,13 @@ def test_a_run_writes_the_documented_files(train, few_steps, tmp_path):
             "samples/000004_0.png",
         ]
     )
-    expected = {"output_dir": str(run.dir), "step": 4, "ended": "finished", "weights": str(run.dir / WEIGHTS), "metrics": run.rows[-1]}
+    expected = {
+        "output_dir": str(run.dir),
+        "step": 4,
+        "ended": "finished",
+        "weights": str(run.dir / WEIGHTS),
+        "metrics": run.rows[-1],
+    }
     assert run.result == expected
     with Image.open(run.dir / "training.png") as plot:
         assert min(plot.size) > 300 and len(plot.convert("L").getcolors(256)) > 10
@@ -49,7 +64,11 @@ def test_without_an_average_there_is_no_ema_folder(train):
 def test_config_json_is_what_was_trained_with(train, demo):
     run = train("--max_train_steps", 1, "--lora-alpha", 4)
     config = json.loads((run.dir / "config.json").read_text())
-    assert config["flags"]["lora_alpha"] == 4 and config["flags"]["min_snr_gamma"] == 5.0 and config["flags"]["output_dir"] == str(run.dir)
+    assert (
+        config["flags"]["lora_alpha"] == 4
+        and config["flags"]["min_snr_gamma"] == 5.0
+        and config["flags"]["output_dir"] == str(run.dir)
+    )
     assert config["base_model"] == str(demo.model) and config["data"]["images"] == 24
     with safe_open(run.dir / WEIGHTS, "pt") as file:
         assert json.loads(file.metadata()["recipe"]) == config
@@ -104,14 +123,21 @@ def test_the_mse_of_a_row_is_the_mean_of_its_quarters(train, assemble):
         (batch,) = examples.effective_batch(number, 8, 8)
         counts = torch.bincount(batch.tensors["t"] // 250, minlength=4).tolist()
         assert [row[f"mse_t{i}"] is None for i in range(4)] == [count == 0 for count in counts]
-        assert sum((row[f"mse_t{i}"] or 0) * count for i, count in enumerate(counts)) / 8 == pytest.approx(row["mse"], rel=1e-5)
+        assert sum((row[f"mse_t{i}"] or 0) * count for i, count in enumerate(counts)) / 8 == pytest.approx(
+            row["mse"], rel=1e-5
+        )
 
 
 def test_plain_mse_is_the_loss_of_train_sdxl_and_the_mse_of_both(train):
     """So that scripts with different losses can be compared: with the same noise the first mse is the same."""
-    sdxl, opt = train("--max_train_steps", 1, script="train_sdxl"), train("--max_train_steps", 1, "--offset_noise_strength", 0)
+    sdxl, opt = (
+        train("--max_train_steps", 1, script="train_sdxl"),
+        train("--max_train_steps", 1, "--offset_noise_strength", 0),
+    )
     assert sdxl.rows[0]["loss"] == sdxl.rows[0]["mse"]
-    assert opt.rows[0]["mse"] == pytest.approx(sdxl.rows[0]["mse"], rel=1e-6) and opt.rows[0]["loss"] < opt.rows[0]["mse"]
+    assert (
+        opt.rows[0]["mse"] == pytest.approx(sdxl.rows[0]["mse"], rel=1e-6) and opt.rows[0]["loss"] < opt.rows[0]["mse"]
+    )
 
 
 def test_tensorboard_gets_the_numbers_of_metrics_jsonl(train):
@@ -131,7 +157,11 @@ def test_steps_follow_from_epochs_where_no_number_of_steps_is_given(train):
     """20 samples, 8 at a time, 2 epochs: 5 steps; the last window runs into a third epoch rather than being cut."""
     from common.loops import total_steps
 
-    assert total_steps(None, 2, 20, 8) == 5 and total_steps(None, 15, 1221, 8) == 2290 and total_steps(3000, 15, 1221, 8) == 3000
+    assert (
+        total_steps(None, 2, 20, 8) == 5
+        and total_steps(None, 15, 1221, 8) == 2290
+        and total_steps(3000, 15, 1221, 8) == 3000
+    )
     assert train("--max_train_samples", 20, "--max_train_steps", 3).rows[-1]["epoch"] == pytest.approx(24 / 20)
 
 
@@ -149,7 +179,9 @@ def test_an_empty_cache_and_a_full_one_give_the_same_bits(train, plain, tmp_path
     flags = ["--max_train_steps", 4, "--cache_dir", tmp_path / "cache"]
     cold, warm = train(*flags), train(*flags)
     assert cold.numbers == warm.numbers and cold.same_weights(warm)
-    assert cold.losses == pytest.approx(plain.losses, rel=1e-5)  # other tests may have filled that cache in batches of other sizes
+    assert cold.losses == pytest.approx(
+        plain.losses, rel=1e-5
+    )  # other tests may have filled that cache in batches of other sizes
 
 
 def test_another_seed_gives_another_run(train, plain):
@@ -167,7 +199,9 @@ def test_gradient_checkpointing_is_what_recomputes(assemble):
 
     def forwards(*flags):
         parts, count = assemble(*flags), []
-        parts.engine.unet.mid_block.attentions[0].transformer_blocks[0].register_forward_pre_hook(lambda *_: count.append(1))
+        parts.engine.unet.mid_block.attentions[0].transformer_blocks[0].register_forward_pre_hook(
+            lambda *_: count.append(1)
+        )
         parts.engine.step(1, parts.data.examples.effective_batch(0, 8, 8))
         return len(count)
 
@@ -175,7 +209,10 @@ def test_gradient_checkpointing_is_what_recomputes(assemble):
 
 
 def test_where_text_embeddings_are_kept_changes_no_loss(train, plain, tmp_path):
-    runs = {mode: train("--max_train_steps", 4, "--text_cache", mode, "--cache_dir", tmp_path / mode) for mode in ("ram", "disk", "none")}
+    runs = {
+        mode: train("--max_train_steps", 4, "--text_cache", mode, "--cache_dir", tmp_path / mode)
+        for mode in ("ram", "disk", "none")
+    }
     assert runs["ram"].losses == runs["disk"].losses
     for mode in runs:
         assert runs[mode].losses == pytest.approx(plain.losses, rel=1e-5), mode
@@ -226,7 +263,18 @@ def test_8bit_adam_follows_adamw(train):
 
 def test_training_learns(train):
     """The loss at fixed noise falls: all of the above would hold for a sign error in the update too."""
-    flags = ["--max_train_steps", 20, "--lr_warmup_steps", 2, "--learning_rate", 1e-2, "--validation_split", 0.25, "--validation_steps", 5]
+    flags = [
+        "--max_train_steps",
+        20,
+        "--lr_warmup_steps",
+        2,
+        "--learning_rate",
+        1e-2,
+        "--validation_split",
+        0.25,
+        "--validation_steps",
+        5,
+    ]
     losses = [row["val_loss"] for row in train(*flags).rows if "val_loss" in row]
     assert losses[-1] < 0.98 * losses[0]
 

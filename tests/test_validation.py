@@ -33,7 +33,9 @@ def test_held_out_samples_are_not_trained_on_and_validation_does_not_disturb(tra
     flags = ["--max_train_steps", 4, "--validation_split", 0.25, "--validation_prompt", "a cat"]
     often, once = train(*flags, "--validation_steps", 1), train(*flags, "--validation_steps", 4)
     assert often.losses == once.losses and often.same_weights(once)
-    assert ["val_loss" in row for row in often.rows] == [True] * 4 and ["val_loss" in row for row in once.rows] == [False] * 3 + [True]
+    assert ["val_loss" in row for row in often.rows] == [True] * 4 and ["val_loss" in row for row in once.rows] == [
+        False
+    ] * 3 + [True]
 
 
 def batch_of_names(parts, number):
@@ -43,14 +45,26 @@ def batch_of_names(parts, number):
 def test_early_stopping_stops_a_run_that_does_not_get_better(train):
     flags = ["--max_train_steps", 20, "--learning_rate", 1e-30, "--validation_split", 0.25, "--validation_steps", 2]
     run = train(*flags, "--early_stopping_patience", 2)
-    assert (run.result["ended"], run.result["step"]) == ("early stopping", 6)  # the first validation, and two without a gain
+    assert (run.result["ended"], run.result["step"]) == (
+        "early stopping",
+        6,
+    )  # the first validation, and two without a gain
     assert (run.dir / "checkpoint-000006").is_dir() and (run.dir / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_patience_counts_validations_since_the_best_one(train, monkeypatch):
     from common.engine import Engine
 
-    flags = ["--max_train_steps", 12, "--validation_split", 0.25, "--validation_steps", 1, "--early_stopping_patience", 2]
+    flags = [
+        "--max_train_steps",
+        12,
+        "--validation_split",
+        0.25,
+        "--validation_steps",
+        1,
+        "--early_stopping_patience",
+        2,
+    ]
     for losses, stop in (([3, 2, 2.5, 1, 1.5, 1.2], 6), ([5, 4, 3, 2, 1] + [0.5] * 9, 8), ([1, 2, float("nan")], 3)):
         scripted = iter(losses)
         with monkeypatch.context() as patch:
@@ -70,13 +84,25 @@ def test_validation_images_are_drawn_with_one_seed_each(train, few_steps):
     images = {name: np.asarray(Image.open(both.dir / "samples" / name), int) for name in names}
     assert all(image.shape == (64, 64, 3) and image.std() > 1 for image in images.values())
     assert (images["000002_0.png"] == np.asarray(Image.open(one.dir / "samples/000002_0.png"), int)).all()
-    assert abs(images["000002_0.png"] - images["000002_1.png"]).max() > 2 and abs(images["000002_0.png"] - images["000004_0.png"]).max() > 0
+    assert (
+        abs(images["000002_0.png"] - images["000002_1.png"]).max() > 2
+        and abs(images["000002_0.png"] - images["000004_0.png"]).max() > 0
+    )
 
 
 def test_a_validation_image_is_what_plain_diffusers_draws_with_the_average(train, demo):
     from diffusers import StableDiffusionXLPipeline
 
-    flags = ["--max_train_steps", 3, "--learning_rate", 1e-2, "--lr_warmup_steps", 0, "--validation_prompt", "a laughing cat"]
+    flags = [
+        "--max_train_steps",
+        3,
+        "--learning_rate",
+        1e-2,
+        "--lr_warmup_steps",
+        0,
+        "--validation_prompt",
+        "a laughing cat",
+    ]
     run = train(*flags)
     pipeline = StableDiffusionXLPipeline.from_pretrained(demo.model)
     pipeline.set_progress_bar_config(disable=True)

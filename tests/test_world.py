@@ -19,7 +19,9 @@ def with_value(attributes, name, value):
 
 def shown_by(name, attributes, **options):
     """Where a picture depends on attribute `name`: [N, size, size] bool."""
-    first, second = (render(with_value(attributes, name, value), 3, **options).int() for value in (0, len(ATTRIBUTES[name]) - 1))
+    first, second = (
+        render(with_value(attributes, name, value), 3, **options).int() for value in (0, len(ATTRIBUTES[name]) - 1)
+    )
     return (first - second).abs().amax(1) > 24
 
 
@@ -145,7 +147,13 @@ def test_captions_vary_with_the_seed_are_short_and_have_few_words():
     drawn = draw_attributes(3000, 4)
     written = captions(drawn, 0) + captions(drawn, 0, full=True)
     assert captions(drawn[:10], 0) == written[:10] != captions(drawn[:10], 1)
-    assert all(caption == caption.lower() and len(caption.split()) < 38 for caption in written)  # 40 tokens with start and end
+    assert all(
+        caption == caption.lower() and len(caption.split()) < 38 for caption in written
+    )  # 40 tokens with start and end
     assert len({word for caption in written for word in caption.split()}) < 150
-    clothes_first = [caption.find(" in a ") < caption.find(" with ") for caption in written if " in a " in caption and " with " in caption]
+    clothes_first = [
+        caption.find(" in a ") < caption.find(" with ")
+        for caption in written
+        if " in a " in caption and " with " in caption
+    ]
     assert 0.2 < sum(clothes_first) / len(clothes_first) < 0.8

@@ -20,7 +20,13 @@ from common.command_line import UserError, run
 RESOLUTIONS = (64, 512, 544, 768, 1024)  # 64 and 544 px: few tiles, and sizes that 16 does not divide
 RANKS = (1, 4, 6, 8, 16, 32, 64, 128)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}  # of a block of threads, CUDA C++ programming guide, table of compute capabilities
+SHARED_KIB = {
+    75: 64,
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+}  # of a block of threads, CUDA C++ programming guide, table of compute capabilities
 
 
 class Card:
@@ -108,7 +114,9 @@ def run_adapter(rows, columns, bias, dtype):
         for salt in (0, 1, 16):
             kernels.seeded_dropout(new(length, columns), 0.1, seed, salt)
             kernels.seeded_dropout(new(length, columns), 0.1, seed, salt, add_to=new(length, columns), alpha=0.5)
-        kernels.gain_backward(new(length, rows), new(length, rows), new(rows) if bias else None, full(rows), full(rows), full(rows))
+        kernels.gain_backward(
+            new(length, rows), new(length, rows), new(rows) if bias else None, full(rows), full(rows), full(rows)
+        )
     kernels.scale_rows(w, full(rows))
     for rank in RANKS:
         kernels.update_gain(w, full(rank, columns), full(rows, rank), full(rows), 0.5, full(rows), new(rows, rank))
@@ -137,14 +145,22 @@ def report(capability, compiled):
         print(f"sm_{capability} {name:30} {len(variants):4} variants, at most {kib:5.1f} KiB of shared memory")
         faults += [f"{name}: {kib:.1f} KiB of shared memory, {limit_kib} there"] if kib > limit_kib else []
     total = sum(map(len, compiled.variants.values()))
-    print(*faults, f"sm_{capability}: {total} variants of {len(compiled.variants)} kernels compiled, {len(faults)} faults", sep="\n")
+    print(
+        *faults,
+        f"sm_{capability}: {total} variants of {len(compiled.variants)} kernels compiled, {len(faults)} faults",
+        sep="\n",
+    )
     return len(faults)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cards", type=int, nargs="+", default=[75, 80], choices=SHARED_KIB, help="capabilities (default: 75 80)")
-    parser.add_argument("--dtypes", nargs="+", default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)")
+    parser.add_argument(
+        "--cards", type=int, nargs="+", default=[75, 80], choices=SHARED_KIB, help="capabilities (default: 75 80)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)"
+    )
     flags = parser.parse_args()
     try:
         import triton
@@ -152,7 +168,9 @@ def main() -> int:
         raise UserError("Triton is missing: pip install triton") from None
     unet, encoders = fused_sdxl()
     print(f"Triton {triton.__version__}, {' '.join(flags.dtypes)}")
-    faults = [report(card, compile_all(card, unet, encoders, [DTYPES[name] for name in flags.dtypes])) for card in flags.cards]
+    faults = [
+        report(card, compile_all(card, unet, encoders, [DTYPES[name] for name in flags.dtypes])) for card in flags.cards
+    ]
     return 1 if any(faults) else 0
 
 

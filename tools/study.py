@@ -47,7 +47,17 @@ SCORES = {
     "attributes": "attributes kept",
 }  # of the demo's world, by demo/score.py, averaged weights if there are
 SCORED_IMAGES = 16
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # n -> Student's t, n - 1 degrees, two-sided
+T_95 = {
+    2: 12.71,
+    3: 4.30,
+    4: 3.18,
+    5: 2.78,
+    6: 2.57,
+    7: 2.45,
+    8: 2.36,
+    9: 2.31,
+    10: 2.26,
+}  # n -> Student's t, n - 1 degrees, two-sided
 FINISHED = "finished.json"  # marks a run's folder; final weights alone do not, a run that was stopped writes them too
 
 
@@ -59,7 +69,9 @@ class Flags:
         "methods", "LoRA, two QLoRA strategies and DoRA; or train_opt without EMA, Min-SNR, offset noise"
     )
     output_dir: str = flag("outputs/study", "where study.md, study.json, compare.png and the runs go")
-    seeds: int = flag(3, f"runs of each method, with seeds {FIRST_SEED}, {FIRST_SEED + 1}, ...; the grid shows the first")
+    seeds: int = flag(
+        3, f"runs of each method, with seeds {FIRST_SEED}, {FIRST_SEED + 1}, ...; the grid shows the first"
+    )
     validation_split: float = flag(0.1, "share of the data held out; every run holds out the same samples", demo=0.25)
     dry_run: bool = flag(False, "print the commands this would run and stop")
     demo: bool = flag(False, "the tiny model and data set that come with the suite, on a CPU")
@@ -114,7 +126,9 @@ def plan(flags, trainer_flags):
         raise UserError(f"--validation_split {flags.validation_split}: must be more than 0 and less than 1")
     trainings, budget = [], [*(DEMO_BUDGET if flags.demo else FULL_BUDGET).split(), *trainer_flags]
     compared = METHODS if flags.of == "methods" else OPTIONS
-    for seed, (method, (script, technique)) in itertools.product(range(FIRST_SEED, FIRST_SEED + flags.seeds), compared.items()):
+    for seed, (method, (script, technique)) in itertools.product(
+        range(FIRST_SEED, FIRST_SEED + flags.seeds), compared.items()
+    ):
         recipe = [*technique.split(), *budget, "--validation_split", str(flags.validation_split), "--seed", str(seed)]
         trainings.append(Training(method, seed, script, recipe, Path(flags.output_dir) / f"seed_{seed}" / method))
     return trainings
@@ -125,7 +139,9 @@ def check_training(training):
     flags = parse(importlib.import_module(training.script).Flags, training.argv)
     check(flags)
     if (training.folder / FINISHED).exists() and read_finished(training)["recipe"] != training.recipe:
-        raise UserError(f"--output_dir: {training.folder} was trained with other flags (see its {FINISHED}); name another folder")
+        raise UserError(
+            f"--output_dir: {training.folder} was trained with other flags (see its {FINISHED}); name another folder"
+        )
     return flags
 
 
@@ -160,9 +176,13 @@ def train(training):
         return
     ended = importlib.import_module(training.script).main(training.argv)["ended"]
     if ended != "finished":
-        raise UserError(f"{training.method}, seed {training.seed}: {ended}; only whole runs are compared, the same command goes on")
+        raise UserError(
+            f"{training.method}, seed {training.seed}: {ended}; only whole runs are compared, the same command goes on"
+        )
     scores = score(training.folder) if "--demo" in training.recipe else {}
-    files.write_json(training.folder / FINISHED, {"recipe": training.recipe, "device": PartialState().device.type, **scores})
+    files.write_json(
+        training.folder / FINISHED, {"recipe": training.recipe, "device": PartialState().device.type, **scores}
+    )
 
 
 def score(folder):
@@ -279,10 +299,16 @@ def conclusion(study, demo):
     for loss, beyond in itertools.product(columns, (True, False)):
         rows = [row for row in study["differences"] if row["loss"] == loss and row["beyond_chance"] == beyond]
         named = ", ".join(f"{row['method']} ({row['mean']:+.5f} ± {row['standard_error']:.5f})" for row in rows)
-        said += [f"By {columns[loss]}, {'different' if beyond else 'not to be told'} from {first}: {named}."] if rows else []
+        said += (
+            [f"By {columns[loss]}, {'different' if beyond else 'not to be told'} from {first}: {named}."]
+            if rows
+            else []
+        )
     from demo.settings import is_tiny
 
-    random_model = "The demo model's weights are random here: this shows that the comparison works, not which method is better."
+    random_model = (
+        "The demo model's weights are random here: this shows that the comparison works, not which method is better."
+    )
     return " ".join(said + [random_model] * (demo and is_tiny()))
 
 
