@@ -92,7 +92,9 @@ class Examples:
             index = number % len(self.latents)
             generator = noise.generator_for("probe", self.latents.samples[index].key, number)
             draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
-            rows.append(self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0))
+            plain = noise.Draws(False, False, t, draws.posterior_eps, draws.eps)
+            caption = self.captions.plain(self.latents.samples[index].caption)
+            rows.append(self._row(index, plain, caption, weight=1.0))
         return _group(rows, 1)
 
     def name_at(self, position):

@@ -1106,7 +1106,9 @@ class Examples:
             index = number % len(self.latents)
             generator = noise.generator_for("probe", self.latents.samples[index].key, number)
             draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
-            rows.append(self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), weight=1.0))
+            plain = noise.Draws(False, False, t, draws.posterior_eps, draws.eps)
+            caption = self.captions.plain(self.latents.samples[index].caption)
+            rows.append(self._row(index, plain, caption, weight=1.0))
         return _group(rows, 1)
 
     def name_at(self, position):
@@ -2444,9 +2446,8 @@ def limit_memory(device, max_gib):
     """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
-    torch.cuda.set_per_process_memory_fraction(
-        limit_gib * GIB / torch.cuda.get_device_properties(device).total_memory, device
-    )
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)  # of the current device, which is this one
     return limit_gib
 
 

@@ -46,7 +46,7 @@ def cuda(monkeypatch):
         mem_get_info=lambda device: (14 * GIB, 16 * GIB),
         memory_reserved=lambda device: 0,
         get_device_properties=lambda device: SimpleNamespace(total_memory=16 * GIB),
-        set_per_process_memory_fraction=lambda fraction, device: fractions.append(fraction),
+        set_per_process_memory_fraction=lambda fraction: fractions.append(fraction),
     )
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
