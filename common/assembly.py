@@ -37,6 +37,7 @@ from common import (
     run_folder,
     sampling,
     stopping,
+    weights,
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
@@ -228,10 +229,11 @@ def _train(flags, engine, data):
 def save_kohya(flags, engine, data, ending="", **options):
     """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
     output_dir = Path(flags.output_dir)
-    weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
+    unet_files = weights.weight_files(data.model.folder / "unet", data.model.variant)
+    weight_of = dora.frozen_weights(engine.unet, unet_files)
     path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
     return formats.save_kohya(
-        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options
+        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weight_of, **options
     )
 
 

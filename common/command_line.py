@@ -105,6 +105,9 @@ class Parser(argparse_dataclass.ArgumentParser):
             kwargs["action"] = "extend"
         if dest in self._optional and "type" in kwargs:
             kwargs["type"] = _or_none(kwargs["type"])
+            if "choices" in kwargs:
+                kwargs["metavar"] = f"{{{','.join(kwargs['choices'])},none}}"
+                kwargs["choices"] = [*kwargs["choices"], None]
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
         spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))

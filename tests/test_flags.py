@@ -169,6 +169,13 @@ def test_every_switch_can_be_set_and_cleared_in_both_spellings(name):
     assert getattr(parse(train_opt.Flags, [f"--{name}", f"--no_{name}"]), name) is False
 
 
+def test_none_can_be_typed_where_it_is_a_default_beside_choices_too():
+    for name in ("prediction_type", "variant", "max_vram_gb"):
+        assert getattr(parse(train_opt.Flags, [f"--{name}", "none"]), name) is None
+    with pytest.raises(UserError, match="--prediction_type.*choose from"):
+        parse(train_opt.Flags, ["--prediction_type", "sample"])
+
+
 def test_lists_are_repeatable_and_replace_the_default():
     twice = parse(train_opt.Flags, ["--validation_prompt", "a cat", "--validation-prompt", "a dog"])
     once = parse(train_opt.Flags, ["--validation_prompt", "a cat", "a dog"])

@@ -157,8 +157,12 @@ def read_finished(training):
 
 def grid_argv(flags, resolved, folders):
     """infer.py's command line: a column for each folder, on the model of the trainers' flags."""
-    names = [field.name for field in dataclasses.fields(ModelFlags) if field.name not in ("demo", "dry_run")]
-    model = [text for name in names for text in (f"--{name}", str(getattr(resolved, name)))]
+    model = []
+    for field in dataclasses.fields(ModelFlags):
+        value = getattr(resolved, field.name)
+        if field.name in ("demo", "dry_run") or value is field.default is None:
+            continue
+        model += [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [f"--{field.name}", str(value)]
     place = ["--resolution", str(resolved.resolution), "--output_dir", flags.output_dir]
     return ["--compare", *["--demo"] * flags.demo, *model, *place, "--lora", *map(str, folders)]
 
