@@ -98,8 +98,8 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(demo, tmp_path, monkeypatch, f
 def test_the_demo_uses_a_data_set_that_was_typed():
     """It would be overruled by the demo's own folder of images, without a word."""
     flags = parse(train_opt.Flags, ["--demo", "--dataset_name", "someone/pictures"])
-    assert (flags.dataset_name, flags.train_data_dir) == ("someone/pictures", None)
-    assert parse(train_opt.Flags, ["--demo"]).train_data_dir is not None
+    assert (flags.dataset_name, flags.train_data_dir) == ("someone/pictures", [])
+    assert parse(train_opt.Flags, ["--demo"]).train_data_dir
     assert "someone/pictures" in refusal(train_opt, "--demo", "--dataset_name", "someone/pictures")
 
 

@@ -189,7 +189,7 @@ def test_early_stopping_counts_on_after_a_resume(train, tmp_path, monkeypatch):
         3,
     ]
     scripted = iter([1.0, 2.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(Engine, "validate", lambda self, batches: next(scripted))
+    monkeypatch.setattr(Engine, "validate", lambda *arguments: next(scripted))
     first = train(*flags, "--max_train_minutes", 1e-9, into=tmp_path)
     rest = train(*flags, "--resume_from_checkpoint", "latest", into=tmp_path)
     assert first.result["step"] < 4 and (rest.result["ended"], rest.result["step"]) == ("early stopping", 4)
