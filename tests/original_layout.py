@@ -8,7 +8,7 @@ import re
 import torch
 from safetensors.torch import load_file
 
-from common import formats
+from common.adapter_names import original_name
 
 _VAE = [
     (r"mid_block\.attentions\.0\.(.*)", r"mid.attn_1.\1"),
@@ -61,7 +61,7 @@ def _respelt(name, rules):
 
 def _unet_name(name):
     module, _, kind = name.rpartition(".")
-    original = formats._original_layout(module, 2).replace("conv_norm_out", "out.0")
+    original = original_name(module, 2).replace("conv_norm_out", "out.0")
     if ".resnets." in module:
         original = original.replace(".norm1", ".in_layers.0").replace(".norm2", ".out_layers.0")
     return f"{original}.{kind}"

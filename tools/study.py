@@ -162,7 +162,9 @@ def grid_argv(flags, resolved, folders):
         value = getattr(resolved, field.name)
         if field.name in ("demo", "dry_run") or value is field.default is None:
             continue
-        model += [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [f"--{field.name}", str(value)]
+        model += (
+            [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [f"--{field.name}", str(value)]
+        )
     place = ["--resolution", str(resolved.resolution), "--output_dir", flags.output_dir]
     return ["--compare", *["--demo"] * flags.demo, *model, *place, "--lora", *map(str, folders)]
 
