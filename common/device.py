@@ -160,7 +160,9 @@ def limit_memory(device, max_gib):
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
     total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)  # of the current device, which is this one
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / total_bytes
+    )  # of the current device, which is this one
     return limit_gib
 
 

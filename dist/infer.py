@@ -769,6 +769,9 @@ class Parser(argparse_dataclass.ArgumentParser):
             kwargs["action"] = "extend"
         if dest in self._optional and "type" in kwargs:
             kwargs["type"] = _or_none(kwargs["type"])
+            if "choices" in kwargs:
+                kwargs["metavar"] = f"{{{','.join(kwargs['choices'])},none}}"
+                kwargs["choices"] = [*kwargs["choices"], None]
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
         spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
@@ -1141,7 +1144,9 @@ def limit_memory(device, max_gib):
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
     total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)  # of the current device, which is this one
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / total_bytes
+    )  # of the current device, which is this one
     return limit_gib
 
 

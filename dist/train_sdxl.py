@@ -614,6 +614,7 @@ from common import (
     run_folder,
     sampling,
     stopping,
+    weights,
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
@@ -805,10 +806,11 @@ def _train(flags, engine, data):
 def save_kohya(flags, engine, data, ending="", **options):
     """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
     output_dir = Path(flags.output_dir)
-    weights = dora.frozen_weights(engine.unet, loading.weight_files(data.model.folder / "unet", data.model.variant))
+    unet_files = weights.weight_files(data.model.folder / "unet", data.model.variant)
+    weight_of = dora.frozen_weights(engine.unet, unet_files)
     path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
     return formats.save_kohya(
-        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weights, **options
+        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weight_of, **options
     )
 
 
@@ -1101,14 +1103,8 @@ class Examples:
 
     def probes(self, timesteps):
         """One sample after the other at the `timesteps` given, with fixed noise, caption kept, not flipped: Batches of one example."""
-        rows = []
-        for number, t in enumerate(timesteps):
-            index = number % len(self.latents)
-            generator = noise.generator_for("probe", self.latents.samples[index].key, number)
-            draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
-            plain = noise.Draws(False, False, t, draws.posterior_eps, draws.eps)
-            caption = self.captions.plain(self.latents.samples[index].caption)
-            rows.append(self._row(index, plain, caption, weight=1.0))
+        count = len(self.latents)
+        rows = [self._fixed_row(number % count, t, "probe", number) for number, t in enumerate(timesteps)]
         return _group(rows, 1)
 
     def name_at(self, position):
@@ -1135,10 +1131,14 @@ class Examples:
 
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
-        # not from the run's seed: the losses of runs with several seeds are to be compared
-        generator = noise.generator_for("validation", self.latents.samples[index].key, part)
-        draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
+        return self._fixed_row(index, t, "validation", part)
+
+    def _fixed_row(self, index, t, purpose, number):
+        """A sample at timestep t, caption kept, not flipped, with noise that is the same in every run."""
+        # not from the run's seed: the losses of runs with several seeds are to be compared
+        generator = noise.generator_for(purpose, self.latents.samples[index].key, number)
+        draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         caption = self.captions.plain(self.latents.samples[index].caption)
         return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
 
@@ -1791,6 +1791,9 @@ class Parser(argparse_dataclass.ArgumentParser):
             kwargs["action"] = "extend"
         if dest in self._optional and "type" in kwargs:
             kwargs["type"] = _or_none(kwargs["type"])
+            if "choices" in kwargs:
+                kwargs["metavar"] = f"{{{','.join(kwargs['choices'])},none}}"
+                kwargs["choices"] = [*kwargs["choices"], None]
         kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
         kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
         spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
@@ -2447,7 +2450,9 @@ def limit_memory(device, max_gib):
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
     total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)  # of the current device, which is this one
+    torch.cuda.set_per_process_memory_fraction(
+        limit_gib * GIB / total_bytes
+    )  # of the current device, which is this one
     return limit_gib
 
 
