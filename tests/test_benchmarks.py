@@ -71,7 +71,8 @@ def measured(monkeypatch, capsys):
 )
 def test_a_row_is_its_trainers_documented_configuration_at_the_named_size(setting, cap_gib, tmp_path, capsys):
     """As the trainers themselves resolve it. --fixed takes the measured plan away, and nothing else."""
-    options = parsed("--images", str(tmp_path), *setting, "--", "--seed", "7")
+    (tmp_path / "images").mkdir()
+    options = parsed("--images", str(tmp_path / "images"), *setting, "--", "--seed", "7")
     free = {
         "resolution",
         "seed",
@@ -176,7 +177,9 @@ def test_the_share_counts_two_forward_passes(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"flags": dict(resolution=1024, train_batch_size=2, gradient_accumulation_steps=2)})
     )
-    (tmp_path / "metrics.jsonl").write_text((json.dumps(dict(s_per_img=0.5, seconds=20.0)) + "\n") * train_step.STEPS)
+    (tmp_path / "metrics.jsonl").write_text(
+        (json.dumps(dict(step=1, loss=0.1, mse=0.1, lr=1e-4, s_per_img=0.5, seconds=20.0)) + "\n") * train_step.STEPS
+    )
     assert train_step.speed(tmp_path, [1.0], [0.002] * 13, matmul_tflops=65.0)["matmul_share"] == round(
         2 * 6.761 / 0.5 / 65, 3
     )

@@ -386,7 +386,7 @@ def test_a_ctrl_c_within_the_imports_is_one_line(begin, tmp_path, moment):
     assert ("swallowed" in run.text()) == ("common" in moment)
 
 
-@pytest.mark.parametrize("script", ["train_sdxl", "train_opt", "train_qlora", "train_dora", "infer", "verify_setup"])
+@pytest.mark.parametrize("script", ["train_sdxl", "train_opt", "train_qlora", "train_dora", "infer"])
 def test_the_first_thing_a_script_does_is_to_be_ready_for_ctrl_c(root, script):
     imports = [
         line for line in (root / f"{script}.py").read_text().splitlines() if line.startswith(("import ", "from "))

@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from common import caching, command_line, encoding, engine, fit, loading, memory
+from common import caching, command_line, encoding, engine, fit, loading, memory, prediction
 
 PROMPT = ["--validation_prompt", "a cat"]
 
@@ -121,6 +122,7 @@ def test_a_held_out_loss_needs_no_more_than_one_image(train, monkeypatch):
 
 
 def test_a_held_out_loss_that_has_no_room_is_left_out(train, plain, monkeypatch, capsys):
+    monkeypatch.setattr(prediction, "check", lambda engine, data: None)  # runs the UNet without gradients too
     validating = lambda self, fields: not torch.is_grad_enabled()  # noqa: E731
     monkeypatch.setattr(engine.Engine, "predict", fails_when(validating, engine.Engine.predict))
     run = train(
@@ -136,6 +138,7 @@ def test_pictures_that_have_no_room_are_left_out_and_their_step_is_saved_before(
 ):
     flags = ["--max_train_steps", 4, "--validation_steps", 2, "--checkpointing_steps", 0]
     expected = train(*flags, script=script)
+    monkeypatch.setattr(prediction, "check", lambda engine, data: None)  # runs the UNet without gradients too
     denoising = lambda *_, **__: not torch.is_grad_enabled()  # noqa: E731
     monkeypatch.setattr(UNet2DConditionModel, "forward", fails_when(denoising, UNet2DConditionModel.forward))
     run = train(*flags, *PROMPT, script=script)
@@ -254,6 +257,7 @@ def test_a_plan_that_does_not_fit_after_all_keeps_less(monkeypatch, fitting, exp
         return (10 - size) if needed <= fitting else math.inf
 
     monkeypatch.setattr(fit, "_seconds_per_image", seconds)
+    stub = SimpleNamespace(host=SimpleNamespace(say=print))
     checkpointing = fit.BlockCheckpointing()
-    plan, line, _ = fit._measure(None, lambda size: [None], 4, checkpointing, 400 / memory.device.GIB)
+    plan, line, _ = fit._measure(stub, lambda size: [None], 4, checkpointing, 400 / memory.device.GIB)
     assert (plan.micro_batch, checkpointing.kept) == expected and "inf" not in line
