@@ -158,11 +158,11 @@ def test_a_rank_below_one_is_refused(train):
 
 
 def test_what_diffusers_reads_is_the_least_that_rebuilds_the_adapter(run):
-    """Defaults are left out: an older PEFT may not know them, and plain diffusers then refuses the file."""
+    """Defaults are left out: an older PEFT may not know them. But diffusers 0.37 and 0.39 fail without a rank_pattern."""
     with safe_open(run.dir / formats.WEIGHTS, "pt") as file:
         metadata = file.metadata()
     described = json.loads(metadata[formats.ADAPTER_METADATA])
-    needed = {"lora_alpha": 8, "r": 4, "target_modules": sorted(ATTENTION), "use_dora": True}
+    needed = {"lora_alpha": 8, "r": 4, "rank_pattern": {}, "target_modules": sorted(ATTENTION), "use_dora": True}
     assert {
         name.removeprefix("unet."): value for name, value in described.items() if "peft_version" not in name
     } == needed
