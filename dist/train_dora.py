@@ -3820,7 +3820,8 @@ def _described(config):
 
     settings = {**config.to_dict(), "lora_dropout": 0.0}
     defaults = LoraConfig().to_dict()
-    needed = {name: value for name, value in settings.items() if name in ("r", "lora_alpha") or value != defaults[name]}
+    always = ("r", "lora_alpha", "rank_pattern")  # diffusers 0.37 and 0.39 look the pattern up unasked
+    needed = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
 
 
