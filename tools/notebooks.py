@@ -76,7 +76,9 @@ run(*LAUNCH, "SCRIPT.py", *ARGUMENTS)"""
 COMPARE = """ARGUMENTS = ["--demo"] if DEMO else []
 ARGUMENTS += ["--lora", f"{OUTPUT}/SCRIPT", "--output_dir", f"{OUTPUT}/compare"]
 run(*PYTHON, "infer.py", "--compare", *ARGUMENTS)"""
-DRAW = """ARGUMENTS = ["--demo", "--prompt", "a laughing boy"] if DEMO else shlex.split(FLAGS)
+DRAW = """import glob
+
+ARGUMENTS = ["--demo", "--prompt", "a laughing boy"] if DEMO else shlex.split(FLAGS)
 RUNS = [os.path.dirname(file) for file in sorted(glob.glob(f"{OUTPUT}/*/pytorch_lora_weights.safetensors"))]
 for adapter in shlex.split(ADAPTERS) or RUNS:
     ARGUMENTS += ["--lora", adapter]
