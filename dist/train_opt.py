@@ -637,7 +637,7 @@ def load_data(flags, host):
     if host.device.type == "cuda":
         device.limit_memory(host.device, flags.max_vram_gb)
     if flags.demo:
-        demo_assets(DEMO_ROOT)
+        host.main_first(lambda: demo_assets(DEMO_ROOT))
     samples, bad = dataset.load_samples(
         flags.dataset_name,
         flags.train_data_dir,
