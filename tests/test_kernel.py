@@ -96,3 +96,4 @@ def test_a_kernel_that_dies_leaves_no_process_behind(kernel, tmp_path):
     (script,) = kernel.children()
     kernel.manager.shutdown_kernel(now=True)
     script.wait(PATIENCE_S)
+    assert not script.is_running()

@@ -66,7 +66,7 @@ def test_long_values_are_shortened_and_lines_stay_lines():
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b", "stabilityai/stable-diffusion-xl-base-1.0", "user_1/_x.y-z"])
 def test_a_hub_id_passes(name):
-    check_id(name, "dataset_name")
+    assert check_id(name, "dataset_name") is None
 
 
 WRONG_IDS = {
