@@ -4501,6 +4501,8 @@ def check(flags):
     Raises:
         UserError: naming the flag, the repo and the ways to work offline.
     """
+    for name in _flags_of_ids(flags):  # all of them first: an id that is none needs no network to be refused
+        check_id(getattr(flags, name), name)
     if "dataset_name" in vars(flags) and not flags.train_data_dir:
         _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
     if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
@@ -4512,6 +4514,18 @@ def check(flags):
         vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
     if vae and not Path(vae).is_dir():
         _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _flags_of_ids(flags):
+    """The names of the flags whose values are no local paths, and so hub ids."""
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
+        yield "dataset_name"
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        place = getattr(flags, name)
+        if place is not None and not os.path.exists(place) and not _in_demo(place):
+            yield name
+    if os.path.isfile(flags.pretrained_model_name_or_path) and not os.path.isdir(flags.config_name_or_path):
+        yield "config_name_or_path"
 
 
 def _in_demo(place):
@@ -4540,7 +4554,6 @@ def _require(repo_id, repo_type, flag, filename):
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    check_id(repo_id, flag)
     if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
         return
     offline = "offline, give a local path instead, or try --demo"
