@@ -366,7 +366,7 @@ def _draw_samples(flags, engine, data, step):
             raise
         engine.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
         images = []
-    memory.release(engine.host.device)
+    device.free_memory(engine.host.device)
     folder = Path(flags.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):

@@ -112,8 +112,7 @@ def start(mixed_precision="fp16", seed=0):
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
     )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
-    gc.collect()  # what an earlier run in this process has left
-    free_memory(where)
+    free_memory(where)  # what an earlier run in this process has left
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
@@ -198,6 +197,10 @@ def seconds_since_start():
 
 
 def free_memory(device):
-    """Hand cached blocks of freed models back to the GPU."""
+    """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
+
+    After an error, call it outside of the `except` block, which still holds the tensors.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ import torch
 
 from common import memory, noise
 from common.adapters import without_dropout
+from common.device import free_memory
 from common.graphs import Graphed
 
 GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
@@ -240,7 +241,7 @@ class Engine:
             if not memory.ran_out(error):
                 raise
         self.run_pass.clear()
-        memory.release(self.host.device)  # outside of the block above the failed pass's tensors are free
+        free_memory(self.host.device)  # outside of the block above the failed pass's tensors are free
         self.flat.grad.zero_()
         return None
 

@@ -1,6 +1,5 @@
 """Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -27,12 +26,6 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
 
 
-def release(where: torch.device) -> None:
-    """Give back what a failed attempt has left; call it outside of the `except` block, which still holds the tensors."""
-    gc.collect()
-    device.free_memory(where)
-
-
 class StepDown:
     """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
 
@@ -57,7 +50,7 @@ class StepDown:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-            release(self.host.device)
+            device.free_memory(self.host.device)
             self.ways.pop(0)
             if self.ways:
                 print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)

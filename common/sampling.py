@@ -68,7 +68,7 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 output_type="latent",
             ).images
     del pipeline
-    memory.release(host.device)
+    device.free_memory(host.device)
     return _decode(latents, model, host)
 
 
@@ -249,7 +249,7 @@ class Sampler:
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        memory.release(self.host.device)
+        device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too

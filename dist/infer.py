@@ -1096,8 +1096,7 @@ def start(mixed_precision="fp16", seed=0):
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
     )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
-    gc.collect()  # what an earlier run in this process has left
-    free_memory(where)
+    free_memory(where)  # what an earlier run in this process has left
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
@@ -1182,7 +1181,11 @@ def seconds_since_start():
 
 
 def free_memory(device):
-    """Hand cached blocks of freed models back to the GPU."""
+    """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
+
+    After an error, call it outside of the `except` block, which still holds the tensors.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 '''
@@ -3790,7 +3793,6 @@ def sha256(path):
 MODULES['common.memory'] = r'''
 """Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -3817,12 +3819,6 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
 
 
-def release(where: torch.device) -> None:
-    """Give back what a failed attempt has left; call it outside of the `except` block, which still holds the tensors."""
-    gc.collect()
-    device.free_memory(where)
-
-
 class StepDown:
     """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
 
@@ -3847,7 +3843,7 @@ class StepDown:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-            release(self.host.device)
+            device.free_memory(self.host.device)
             self.ways.pop(0)
             if self.ways:
                 print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)
@@ -5302,7 +5298,7 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 output_type="latent",
             ).images
     del pipeline
-    memory.release(host.device)
+    device.free_memory(host.device)
     return _decode(latents, model, host)
 
 
@@ -5483,7 +5479,7 @@ class Sampler:
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        memory.release(self.host.device)
+        device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too

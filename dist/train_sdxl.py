@@ -943,7 +943,7 @@ def _draw_samples(flags, engine, data, step):
             raise
         engine.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
         images = []
-    memory.release(engine.host.device)
+    device.free_memory(engine.host.device)
     folder = Path(flags.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
@@ -2402,8 +2402,7 @@ def start(mixed_precision="fp16", seed=0):
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
     )
     where = state.device if state.device.type == "cuda" else torch.device("cpu")
-    gc.collect()  # what an earlier run in this process has left
-    free_memory(where)
+    free_memory(where)  # what an earlier run in this process has left
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats(where)
     dtype, reason = _choose_dtype(where, mixed_precision)
@@ -2488,7 +2487,11 @@ def seconds_since_start():
 
 
 def free_memory(device):
-    """Hand cached blocks of freed models back to the GPU."""
+    """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
+
+    After an error, call it outside of the `except` block, which still holds the tensors.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 '''
@@ -2705,6 +2708,7 @@ import torch
 
 from common import memory, noise
 from common.adapters import without_dropout
+from common.device import free_memory
 from common.graphs import Graphed
 
 GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
@@ -2934,7 +2938,7 @@ class Engine:
             if not memory.ran_out(error):
                 raise
         self.run_pass.clear()
-        memory.release(self.host.device)  # outside of the block above the failed pass's tensors are free
+        free_memory(self.host.device)  # outside of the block above the failed pass's tensors are free
         self.flat.grad.zero_()
         return None
 
@@ -5949,7 +5953,6 @@ KINDS = frozenset().union(*_ALGORITHMS)
 MODULES['common.memory'] = r'''
 """Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -5976,12 +5979,6 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
 
 
-def release(where: torch.device) -> None:
-    """Give back what a failed attempt has left; call it outside of the `except` block, which still holds the tensors."""
-    gc.collect()
-    device.free_memory(where)
-
-
 class StepDown:
     """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
 
@@ -6006,7 +6003,7 @@ class StepDown:
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-            release(self.host.device)
+            device.free_memory(self.host.device)
             self.ways.pop(0)
             if self.ways:
                 print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)
@@ -7684,7 +7681,7 @@ def draw_while_training(unet, text, model, host, prompts, resolution, seed):
                 output_type="latent",
             ).images
     del pipeline
-    memory.release(host.device)
+    device.free_memory(host.device)
     return _decode(latents, model, host)
 
 
@@ -7865,7 +7862,7 @@ class Sampler:
         self.pipeline.maybe_free_model_hooks()
         if self._graph:
             self._graph.clear()
-        memory.release(self.host.device)
+        device.free_memory(self.host.device)
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too

@@ -32,7 +32,7 @@ DEMOS = (
     "train_opt.py",
     "train_qlora.py",
     "train_dora.py",
-    "infer.py --compare",
+    "infer.py --compare --lora {kept}/0 {kept}/1 {kept}/2 {kept}/3",
 )
 
 
@@ -116,7 +116,7 @@ def run_newest(name: str) -> Row:
     pip(python, TORCH, *wanted)
     seconds = time.monotonic() - started_s
     for number, demo in enumerate(DEMOS):
-        script, *flags = demo.split()
+        script, *flags = demo.format(kept=KEPT / name).split()
         check(python, script, "--demo", *flags, "--output_dir", KEPT / name / str(number))
     versions = pinned(python, "transformers", "diffusers", "peft", "accelerate", "datasets")
     return Row(f"{name}: {versions}", f"{seconds:.0f} s with torch", f"demo of {', '.join(DEMOS)}")
