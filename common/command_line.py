@@ -227,6 +227,7 @@ def run(main):
         else:
             if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
                 print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+            launch.leave_group()
             return result
     if launch.rank() == 0 or status in (1, 2):
         launch.say_last(said)

@@ -29,6 +29,13 @@ def say_last(said):
             json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
+def leave_group():
+    """Take leave of the other processes; without it torch warns at the end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def resuming_command(argv):
     """The command line `argv` of this script, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
     kept, words = [], iter(argv)

@@ -1,0 +1,172 @@
+"""How the pages of the suite read, in numbers: the table of docs/log.md, and the limits that tests/test_house.py holds.
+
+    python tools/house.py              # this checkout
+    python tools/house.py ../other     # another one
+    python tools/house.py --faults     # every place beyond a limit, as FILE:LINE
+
+Counted are the scripts at the root and the files of common/; --faults looks into demo/, tools/ and benchmarks/ too.
+"""
+
+import argparse
+import ast
+import difflib
+import io
+import itertools
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINERS = ("train_sdxl.py", "train_opt.py", "train_qlora.py", "train_dora.py")
+STRETCH, POSITIONAL, WIDTH, FUNCTION, FILE, ENTRIES, DIFFERENCE = 15, 5, 120, 50, 300, 12, 50
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Fault(NamedTuple):
+    """One place beyond a limit."""
+
+    file: Path
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=ROOT)
+    parser.add_argument("--faults", action="store_true", help="every place beyond a limit")
+    options = parser.parse_args()
+    if options.faults:
+        print(*faults(options.root), sep="\n")
+    else:
+        print(*(f"{what}: {number}" for what, number in measures(options.root).items()), sep="\n")
+
+
+def pages(root: Path, *folders: str) -> list[Path]:
+    """The Python files at the root and below `folders`."""
+    return sorted([*root.glob("*.py"), *itertools.chain.from_iterable((root / name).rglob("*.py") for name in folders)])
+
+
+def measures(root: Path) -> dict[str, float | str]:
+    """The rows of the table, of the scripts and common/."""
+    files = pages(root, "common")
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    functions = [(file, function) for file in files for function in functions_of(file)]
+    folders = {folder for file in files if (folder := file.parent) != root}
+    longest, file, function = max(
+        ((longest_stretch(file, function)[0], file, function) for file, function in functions), key=lambda row: row[0]
+    )
+    return {
+        "longest stretch without blank line or comment": f"{longest} ({file.relative_to(root)} {function.name})",
+        "comment lines, per cent": round(100 * sum(map(comments_in, files)) / len(lines), 1),
+        "lines over 120": sum(len(line) > WIDTH for line in lines),
+        "lines over 110, per cent": round(100 * sum(len(line) > 110 for line in lines) / len(lines), 1),
+        "parallel assignments per 1,000 lines": round(1000 * sum(map(parallel_assignments, files)) / len(lines), 1),
+        "calls with 6 or more positional arguments": sum(len(list(crowded_calls(file))) for file in files),
+        "entries in the largest folder of common": max(len(entries(folder)) for folder in folders),
+        "functions over 50 lines": sum(length(function) > FUNCTION for _, function in functions),
+        "files over 300 lines": sum(len(file.read_text().splitlines()) > FILE for file in files),
+        "largest diff of two trainers": max(differences(root).values()),
+    }
+
+
+def faults(root: Path) -> Iterator[Fault]:
+    """Every place beyond a limit, in every folder but tests."""
+    for file in pages(root, "common", "demo", "tools", "benchmarks"):
+        name, lines = file.relative_to(root), file.read_text().splitlines()
+        if len(lines) > FILE:
+            yield Fault(name, 1, f"{len(lines)} lines")
+        for number, line in enumerate(lines, 1):
+            if len(line) > WIDTH:
+                yield Fault(name, number, f"{len(line)} columns")
+        for function in functions_of(file):
+            if length(function) > FUNCTION:
+                yield Fault(name, function.lineno, f"{function.name} has {length(function)} lines")
+            stretch, start = longest_stretch(file, function)
+            if stretch > STRETCH:
+                yield Fault(name, start, f"{stretch} lines of {function.name} without blank line or comment")
+        for call in crowded_calls(file):
+            yield Fault(name, call.lineno, f"{len(call.args)} positional arguments")
+    for folder in sorted({file.parent for file in pages(root, "common")} - {root}):
+        if len(entries(folder)) > ENTRIES:
+            yield Fault(folder.relative_to(root), 0, f"{len(entries(folder))} entries")
+    for pair, count in differences(root).items():
+        if count > DIFFERENCE:
+            yield Fault(Path(pair[0]), 1, f"{count} lines of diff to {pair[1]}")
+
+
+def functions_of(file: Path) -> list[Function]:
+    return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, Function)]
+
+
+def length(function: Function) -> int:
+    """Lines from `def` to the end, without the docstring."""
+    docstring = function.body[0] if ast.get_docstring(function) is not None else None
+    lines = function.end_lineno - function.lineno + 1
+    return lines - (docstring.end_lineno - docstring.lineno + 1 if docstring else 0)
+
+
+def longest_stretch(file: Path, function: Function) -> tuple[int, int]:
+    """(lines, first line) of the longest run of a body's lines without a blank line or one that begins with a comment."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    if not body:
+        return 0, function.lineno
+    lines = file.read_text().splitlines()
+    longest, run = (0, function.lineno), 0
+    for number in range(body[0].lineno, function.end_lineno + 1):
+        text = lines[number - 1].strip()
+        run = run + 1 if text and not text.startswith("#") else 0
+        longest = max(longest, (run, number - run + 1), key=lambda pair: pair[0])
+    return longest
+
+
+def comments_in(file: Path) -> int:
+    """Lines that are, or end in, a comment."""
+    tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
+    return sum(token.type == tokenize.COMMENT for token in tokens)
+
+
+def parallel_assignments(file: Path) -> int:
+    """Assignments of several values to several names that are no swap."""
+    count = 0
+    for node in ast.walk(ast.parse(file.read_text())):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Tuple)
+            and isinstance(node.value, ast.Tuple)
+        ):
+            given, taken = ({ast.unparse(item) for item in side.elts} for side in (node.value, node.targets[0]))
+            count += given != taken
+    return count
+
+
+def crowded_calls(file: Path) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Call) and len(node.args) > POSITIONAL:
+            yield node
+
+
+def entries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
+
+
+def differences(root: Path) -> dict[tuple[str, str], int]:
+    """{pair of trainers: lines that `diff` shows as removed or added}."""
+    pages = {name: (root / name).read_text().splitlines() for name in TRAINERS}
+    return {
+        pair: sum(line[0] in "<>" for line in _diff(*(pages[name] for name in pair)))
+        for pair in itertools.combinations(TRAINERS, 2)
+    }
+
+
+def _diff(before: list[str], after: list[str]) -> list[str]:
+    marks = {"- ": "< ", "+ ": "> "}
+    return [marks[line[:2]] + line[2:] for line in difflib.ndiff(before, after) if line[:2] in marks]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
