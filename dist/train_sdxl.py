@@ -1913,6 +1913,7 @@ def run(main):
         else:
             if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
                 print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+            launch.leave_group()
             return result
     if launch.rank() == 0 or status in (1, 2):
         launch.say_last(said)
@@ -5155,6 +5156,13 @@ def say_last(said):
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows its content at the end of its own report
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
             json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def leave_group():
+    """Take leave of the other processes; without it torch warns at the end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def resuming_command(argv):
