@@ -238,16 +238,17 @@ def measure(script, argv, matmul_tflops, cap_gib, as_t4, profile):
         share = cap_gib * device.GIB / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     trainer = importlib.import_module(script)
-    busy_s, data_s, reserved_gib = [], [], []
+    busy_s, data_s, peaks_gib = [], [], []
     attention = t4_attention() if as_t4 else contextlib.nullcontext()
-    with attention, profiled_step(STEPS, busy_s, profile), timed_batches(data_s), reserved_peaks(reserved_gib):
+    with attention, profiled_step(STEPS, busy_s, profile), timed_batches(data_s), memory_peaks(peaks_gib):
         result = trainer.main(argv)
     if result["ended"] != "finished":
         raise UserError(f"{result['ended']} after step {result['step']}")
+    allocated_gib, reserved_gib = map(max, zip(*peaks_gib, peaks_now_gib()))
     return dict(
         **speed(Path(result["output_dir"]), busy_s, data_s, matmul_tflops),
-        peak_allocated_gib=round(device.peak_gib(torch.device("cuda")), 2),
-        peak_reserved_gib=round(max(*reserved_gib, torch.cuda.max_memory_reserved() / device.GIB), 2),
+        peak_allocated_gib=round(allocated_gib, 2),
+        peak_reserved_gib=round(reserved_gib, 2),
         ram_gib=round(device.peak_ram_gib(), 2),
         whole_run_s=round(device.seconds_since_start(), 1),
     )
@@ -319,11 +320,16 @@ def timed_batches(data_s):
     return replaced(Examples, "effective_batch", effective_batch)
 
 
-def reserved_peaks(peaks_gib):
-    """Inside, the peak of reserved memory is appended to `peaks_gib` before torch's counters are set back."""
+def peaks_now_gib():
+    """(allocated, reserved) at most since torch's counters were last set back."""
+    return torch.cuda.max_memory_allocated() / device.GIB, torch.cuda.max_memory_reserved() / device.GIB
+
+
+def memory_peaks(peaks_gib):
+    """Inside, (allocated, reserved) peaks are appended to `peaks_gib` before torch's counters are set back."""
 
     def reset(original, *args):
-        peaks_gib.append(torch.cuda.max_memory_reserved() / device.GIB)
+        peaks_gib.append(peaks_now_gib())
         original(*args)
 
     return replaced(torch.cuda, "reset_peak_memory_stats", reset)

@@ -1,4 +1,4 @@
-"""What can be said of a GPU before it computes; nothing here imports torch."""
+"""A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
 
@@ -6,20 +6,20 @@ import re
 def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
     """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
 
-    Code for sm_XY runs on cards of the same X and at least that Y, code for compute_XY on every later one (CUDA C++ programming guide,
-    application compatibility). Builds for other makers' cards name neither and are not judged.
+    Code for sm_XY runs on cards of the same X and at least that Y. Code for compute_XY runs on every later one
+    (CUDA C++ programming guide, application compatibility). Builds for other makers' cards name neither: not judged.
 
     Args:
         name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
     """
-    codes = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
-    codes = [(code[1], (int(code[2]), int(code[3]))) for code in codes if code]
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
     if not codes or any(_runs(kind, built, capability) for kind, built in codes):
         return None
     oldest = min(built for _, built in codes)
     return (
-        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it, only for sm_{oldest[0]}{oldest[1]} and other cards;"
-        " choose another GPU (Kaggle: choose GPU T4 x2)"
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it,"
+        f" only for sm_{oldest[0]}{oldest[1]} and other cards; choose another GPU (Kaggle: choose GPU T4 x2)"
     )
 
 

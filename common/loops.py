@@ -229,7 +229,7 @@ def _row(result, progress, plan, num_samples, seconds, engine):
         grad_norm=result.grad_norm,
         loss_scale=result.loss_scale,
         s_per_img=seconds / plan.effective_batch,
-        peak_gib=device.peak_gib(engine.host.device),
+        peak_gib=engine.host.peak_gib(),
         seconds=round(device.seconds_since_start(), 2),
     )
 

@@ -37,7 +37,7 @@ def _unused(path):
 
 def write_results(flags, sampler, model, columns, records, load_s):
     """compare.png and manifest.json -> what the manifest says."""
-    from common import device, files
+    from common import files
 
     host, output_dir = sampler.host, Path(flags.output_dir)
     drawn_s = sum(record["seconds"] for record in records)
@@ -54,7 +54,7 @@ def write_results(flags, sampler, model, columns, records, load_s):
             "draw_s": round(drawn_s, 2),
             "s_per_image": round(drawn_s / len(records), 3),
         },
-        "peak_gib": round(device.peak_gib(host.device), 2),
+        "peak_gib": round(host.peak_gib(), 2),
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
     }

@@ -1,6 +1,16 @@
-"""The samplers that --scheduler names. Nothing here imports torch, so that flags can list them."""
+"""The name in --scheduler -> a sampler of diffusers. Nothing here imports torch, so that flags can list the names."""
 
-KARRAS, EXACT = dict(use_karras_sigmas=True), dict(use_karras_sigmas=False)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from common.model_kind import Kind
+
+KARRAS = dict(use_karras_sigmas=True)
+EXACT = dict(use_karras_sigmas=False)
 # name -> (class of diffusers, what differs from the model's own scheduler configuration)
 SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),  # what SDXL ships with
@@ -14,14 +24,14 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, config):
-    """The scheduler `name` of SCHEDULERS with the noise schedule of a model's scheduler configuration, see loading.Model."""
+def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """The scheduler `name` of SCHEDULERS with the noise schedule of `config`, which is loading.Model's `scheduler`."""
     import diffusers
 
     class_name, options = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
-def default_guidance_rescale(kind):
-    """What guidance is rescaled by where the user says nothing: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else not at all."""
+def default_guidance_rescale(kind: Kind) -> float:
+    """The rescale where no flag gives one: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else none (0)."""
     return 0.7 if kind.zero_terminal_snr else 0.0

@@ -1,6 +1,6 @@
 """A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
 
-Part by part: RAM holds one part at a time. Names are converted by diffusers; what comes out is checked against the architecture.
+RAM holds one part at a time. diffusers converts the names; the result is checked against the architecture.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _OF_ADAPTERS = ("lora_", "lora.", "lokr_", "hada_", "dora_scale")
 _COPIED = ("model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", "*/config.json")
 
 
-def convert(path, config, cache_dir):
+def convert(path: Path, config: str, cache_dir: Path) -> Path:
     """The folder of `path` under `cache_dir`. It has no vae folder where the file has no VAE.
 
     Args:
@@ -38,21 +38,23 @@ def convert(path, config, cache_dir):
         UserError: not a whole SDXL checkpoint, or not of the architecture that `config` describes.
         OSError: the folder cannot be written.
     """
+    # what the file is
     named = f"--pretrained_model_name_or_path {path}"
     if path.suffix != ".safetensors":
         raise UserError(f"{named}: only .safetensors files are read; pickles can run code")
     names = list(weights.shapes_in(path))
     _refuse_foreign(names, named)
+
+    # the configurations and tokenizers that go with it
     configs = Path(config) if Path(config).is_dir() else hub.download_files(config, list(_COPIED))
     model_kind.check_folder(configs, f"--config_name_or_path {config}")
-    copied = {
-        file.relative_to(configs): file.read_bytes()
-        for pattern in _COPIED
-        for file in configs.glob(pattern)
-        if file.is_file()
-    }
+    found = [file for pattern in _COPIED for file in configs.glob(pattern) if file.is_file()]
+    copied = {file.relative_to(configs): file.read_bytes() for file in found}
+
+    # one folder for this file and these configurations, made where it is not there yet
     stat = path.stat()
-    identity = VERSION, stat.st_size, stat.st_mtime_ns, sorted((str(file), content) for file, content in copied.items())
+    contents = sorted((str(file), content) for file, content in copied.items())
+    identity = VERSION, stat.st_size, stat.st_mtime_ns, contents
     key = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
     folder = cache_dir / "single_file" / f"{path.stem}-{key}"
     if not folder.exists():
@@ -62,9 +64,8 @@ def convert(path, config, cache_dir):
 
 def _refuse_foreign(names, named):
     if any(mark in name for name in names for mark in _OF_ADAPTERS):
-        raise UserError(
-            f"{named}: is an adapter (LoRA), not a model; name the model here, and infer.py takes adapters by --lora"
-        )
+        cure = "name the model here, and infer.py takes adapters by --lora"
+        raise UserError(f"{named}: is an adapter (LoRA), not a model; {cure}")
     if edm := [name for name in _OF_EDM if name in names]:
         raise UserError(f"{named}: is an EDM model (it has the key {edm[0]}), which is not supported")
     if any(name.startswith("cond_stage_model.") for name in names):
@@ -73,13 +74,15 @@ def _refuse_foreign(names, named):
         raise UserError(f"{named}: is SDXL's refiner, not its base model")
     for part, prefix in PREFIXES.items():
         if part != "vae" and not any(name.startswith(prefix) for name in names):
-            raise UserError(
-                f"{named}: has no {part} (no names in {prefix}); a whole SDXL checkpoint in the original layout is needed"
-            )
+            needed = "a whole SDXL checkpoint in the original layout is needed"
+            raise UserError(f"{named}: has no {part} (no names in {prefix}); {needed}")
 
 
 def _write(folder, path, names, copied):
-    """Convert into a folder of its own name, then rename: other processes see it whole, and whoever comes second drops his own."""
+    """Convert into a folder of its own name, then rename it: other processes see it whole.
+
+    Of two that convert the same file, the second drops its own folder.
+    """
     _remove_dead(folder.parent)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -115,6 +118,8 @@ def _read_part(path, names, part, folder):
     own = [name for name in names if name.startswith(PREFIXES[part])]
     if not own:
         return {}
+
+    # under diffusers' names
     empty = weights.empty_part(CLASSES[part], folder)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in own}
@@ -122,6 +127,8 @@ def _read_part(path, names, part, folder):
         tensors = _respell(part, tensors, empty)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its {part} is incomplete, or of another architecture ({error})") from None
+
+    # whole, and of the shapes that the configuration gives
     try:
         matched = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
         weights.refuse_missing(empty, set(matched.values()), path)

@@ -1,11 +1,12 @@
-"""A part of a model: built from its configuration without memory, checked against its files, filled from them. UNet, VAE and text
-encoders go the same way.
+"""A part's configuration and safetensors files -> the module, filled: UNet, VAE and text encoders go the same way.
 
-`fill` is strict: a weight that is missing, unknown or of another shape is refused, before anything of the part is loaded.
+The part is built without memory, checked against its files and filled from them. `fill` is strict: a weight that is
+missing, unknown or of another shape is refused before anything of the part is loaded.
 """
 
 import itertools
 import re
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,14 +14,15 @@ from safetensors import SafetensorError, safe_open
 from common.command_line import UserError
 
 CHUNK_BYTES = 512 * 2**20
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
 # What older and other tools keep beside the weights of a text encoder: SDXL computes with none of it.
 _UNUSED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection\.weight)$")
 # The attention of a VAE as diffusers before 0.17 named it.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def empty_part(class_name, folder):
+def empty_part(class_name: str, folder: Path) -> torch.nn.Module:
     """The part that folder/config.json describes, on the meta device: names and shapes, no memory.
 
     Raises:
@@ -39,21 +41,22 @@ def empty_part(class_name, folder):
         with torch.device("meta"):
             return part.from_config(part.load_config(folder))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{folder}/config.json: describes no {class_name} ({' '.join(str(error).split())[:200]})"
-        ) from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}/config.json: describes no {class_name} ({why})") from None
 
 
 # ---------------------------------------------------------------- its files
 
 
-def variant_in(folder, variant):
+def variant_in(folder: Path, variant: str | None) -> str | None:
     """`variant` where the folder has weights of it, else None: the plain ones."""
     return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
-def weight_files(folder, variant, stem=DIFFUSERS_STEM):
-    """The safetensors files of a part: those of the variant when there are any, else the plain ones; whole, or in numbered shards.
+def weight_files(folder: Path, variant: str | None, stem: str = DIFFUSERS_STEM) -> list[Path]:
+    """The safetensors files of a part: those of the variant when there are any, else the plain ones.
+
+    One file, or its numbered shards in order.
 
     Raises:
         UserError: there are none.
@@ -71,7 +74,7 @@ def weight_files(folder, variant, stem=DIFFUSERS_STEM):
     return shards
 
 
-def shapes_in(file):
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a safetensors file, in the order of its data; only the header is read.
 
     Raises:
@@ -84,7 +87,7 @@ def shapes_in(file):
         raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
 
 
-def match(module, shapes, file):
+def match(module: torch.nn.Module, shapes: dict[str, tuple[int, ...]], file: Path) -> dict[str, str]:
     """{name in the file: name in the module} for the weights of `shapes` that the module has.
 
     Raises:
@@ -98,10 +101,9 @@ def match(module, shapes, file):
             continue
         if own is None:
             raise UserError(f"{file}: {name} does not belong to this architecture ({type(module).__name__})")
-        if shape != tuple(wanted[own].shape):
-            raise UserError(
-                f"{file}: {name} has the shape {list(shape)}, its configuration asks for {list(wanted[own].shape)}"
-            )
+        asked = list(wanted[own].shape)
+        if list(shape) != asked:
+            raise UserError(f"{file}: {name} has the shape {list(shape)}, its configuration asks for {asked}")
         names[name] = own
     return names
 
@@ -114,15 +116,18 @@ def _spellings(name):
     return name, respelt, name.removeprefix("text_model."), f"text_model.{name}"
 
 
-def refuse_missing(module, found, where):
-    """Raise UserError unless `found` holds every weight of the module; `where` is the file or folder that should have held them."""
+def refuse_missing(module: torch.nn.Module, found: set[str], where: Path) -> None:
+    """Check that `found` names every weight of the module; `where` is the file or folder that should have held them.
+
+    Raises:
+        UserError: one is missing.
+    """
     if missing := sorted(module.state_dict().keys() - found):
-        raise UserError(
-            f"{where}: {len(missing)} of its weights are missing, e.g. {missing[0]} of {type(module).__name__}"
-        )
+        example = f"{missing[0]} of {type(module).__name__}"
+        raise UserError(f"{where}: {len(missing)} of its weights are missing, e.g. {example}")
 
 
-def check_weights(module, files):
+def check_weights(module: torch.nn.Module, files: list[Path]) -> dict[Path, dict[str, str]]:
     """{file: {name in the file: name in the module}}. Reads headers only.
 
     Raises:
@@ -137,10 +142,11 @@ def check_weights(module, files):
 # ---------------------------------------------------------------- filling
 
 
-def fill(module, files, device, dtype):
+def fill(module: torch.nn.Module, files: list[Path], *, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a module made on the meta device from safetensors files, in `dtype`, straight on `device`.
 
     A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+
     Raises:
         UserError: see `check_weights`.
     """
@@ -156,15 +162,13 @@ def fill(module, files, device, dtype):
 def _quantise(layer, weight, device):
     empty = layer.weight
     options = dict(compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
-    layer.weight = type(empty)(weight, requires_grad=False, **options).to(
-        device
-    )  # Params4bit quantises when it is moved
+    unquantised = type(empty)(weight, requires_grad=False, **options)
+    layer.weight = unquantised.to(device)  # Params4bit quantises when it is moved
 
 
 def _is_4bit(module, weight_name):
-    return (
-        type(module.get_parameter(weight_name)).__name__ == "Params4bit"
-    )  # by name: bitsandbytes may not be installed
+    """By the name of its class: bitsandbytes may not be installed."""
+    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"
 
 
 def _chunks(file, names):

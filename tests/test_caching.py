@@ -1,5 +1,6 @@
 """Caches: an entry is what the model makes of this very content, is made once, and can never be mistaken for another."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -318,7 +319,7 @@ def test_a_changed_tokenizer_never_reads_an_old_entry(place, host, encoded):
 def test_another_dtype_never_reads_an_old_entry(place, host, encoded):
     latents_of(place, host)
     encoded()
-    halves = device.Host(host.device, torch.bfloat16, "", 0, 1, 0.0)
+    halves = dataclasses.replace(host, dtype=torch.bfloat16)
     assert latents_of(place, halves).moments(0)[0].dtype == torch.bfloat16
     assert encoded() == (6, 0)
 

@@ -51,7 +51,8 @@ def cuda(monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(device, "PartialState", lambda **options: process)
-    return SimpleNamespace(fractions=fractions, host=device.Host(process.device, torch.float16, "", 0, 1, 0.0))
+    host = device.Host(process.device, torch.float16, reason="", rank=0, world=1, started_s=0.0)
+    return SimpleNamespace(fractions=fractions, host=host)
 
 
 @pytest.mark.parametrize("script", ["train_opt", "infer"])

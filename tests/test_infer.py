@@ -302,7 +302,7 @@ def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(s
 )
 def test_auto_picks_the_memory_tier_by_what_is_free_and_says_so(monkeypatch, free_gib, resolution, tier):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gib * 2**30), 16 * 2**30))
-    host = device.Host(torch.device("cuda"), torch.float16, "", 0, 1, 0.0)
+    host = device.Host(torch.device("cuda"), torch.float16, reason="", rank=0, world=1, started_s=0.0)
     chosen, reason = sampling.choose_memory("auto", host, sampling.Settings(resolution=resolution), batch_size=1)
     assert chosen == tier and f"{free_gib} GiB" in reason
 

@@ -54,7 +54,7 @@ def hold(folder, taken):
 def alone():
     from common.device import Host
 
-    return Host(torch.device("cpu"), torch.float32, "", 0, 1, 0.0)
+    return Host(torch.device("cpu"), torch.float32, reason="", rank=0, world=1, started_s=0.0)
 
 
 @pytest.fixture
