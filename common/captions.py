@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.dataset import Sample
+from common.flags import TrainFlags
 from common.noise import generator_for
 from common.pairs import few
 
@@ -46,7 +48,7 @@ class CaptionOptions:
         return compose(caption, self, generator_for("caption variant", caption, number) if draws else None)
 
 
-def options_of(flags) -> CaptionOptions:
+def options_of(flags: TrainFlags) -> CaptionOptions:
     """What a trainer's flags say about captions."""
     return CaptionOptions(
         trigger_word=flags.trigger_word,
@@ -59,7 +61,7 @@ def options_of(flags) -> CaptionOptions:
     )
 
 
-def texts(samples, held_out, options: CaptionOptions) -> Iterator[str]:
+def texts(samples: list[Sample], held_out: list[Sample], options: CaptionOptions) -> Iterator[str]:
     """Every text that the training of `samples` can ask for, and the validation of those that are `held_out`."""
     validated = {sample.key for sample in held_out}
     for sample in samples:
@@ -69,7 +71,7 @@ def texts(samples, held_out, options: CaptionOptions) -> Iterator[str]:
             yield from (options.variant(sample.caption, number) for number in range(options.count))
 
 
-def summary(samples, bad: int, options: CaptionOptions) -> str:
+def summary(samples: list[Sample], bad: int, options: CaptionOptions) -> str:
     """How many pictures were read; the first without a caption are named, since they may be masks or outputs."""
     empty = [sample.name for sample in samples if not sample.caption]
     epoch = sum(sample.repeats for sample in samples)
@@ -95,7 +97,8 @@ def compose(caption: str, options: CaptionOptions, generator: torch.Generator | 
 
 def _drawn_tags(caption, options, generator):
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    kept, others = tags[: options.keep_tags], tags[options.keep_tags :]
+    kept = tags[: options.keep_tags]
+    others = tags[options.keep_tags :]
     shares = torch.rand(len(others), generator=generator).tolist()
     shuffled = torch.randperm(len(others), generator=generator).tolist()
     order = shuffled if options.shuffle_tags else range(len(others))

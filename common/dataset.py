@@ -1,13 +1,13 @@
-"""Image-caption pairs from the hub or from folders -> Samples, measured and counted; and which of them are held out."""
+"""Pairs of sources.py -> Samples: every picture measured, the unreadable counted; and which Samples are held out."""
 
 import functools
 import hashlib
-from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from common import decoding
 from common.command_line import UserError
-from common.pairs import fault, few, or_fault
+from common.pairs import Pair, fault, few, or_fault
 from common.sources import read_pairs
 
 
@@ -20,6 +20,7 @@ class Sample:
 
     name: str
     key: str
+    _: KW_ONLY
     caption: str
     width: int
     height: int
@@ -27,7 +28,16 @@ class Sample:
     repeats: int = 1
 
 
-def load_samples(dataset_name, folders, *, image_column, caption_column, max_samples=None, max_bad=0, say=print):
+def load_samples(
+    dataset_name: str,
+    folders: list[str],
+    *,
+    image_column: str,
+    caption_column: str,
+    max_samples: int | None = None,
+    max_bad: int = 0,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Sample], int]:
     """All readable samples of some folders, or of a hub data set where none is named, and a count of what was skipped.
 
     Args:
@@ -39,13 +49,12 @@ def load_samples(dataset_name, folders, *, image_column, caption_column, max_sam
         UserError: no such data, no captions, or more than `max_bad` unreadable images.
     """
     pairs = read_pairs(dataset_name, folders, image_column=image_column, caption_column=caption_column, say=say)
-    samples, bad, odd_profiles = [], [], []
-    for pair in pairs[:max_samples]:
-        sample = or_fault(functools.partial(_measured, pair, odd_profiles))
-        if isinstance(sample, Exception):
-            bad.append(f"{pair.name} ({fault(sample)})")
-        else:
-            samples.append(sample)
+    odd_profiles = []
+    found = [(pair, or_fault(functools.partial(_measured, pair, odd_profiles))) for pair in pairs[:max_samples]]
+    samples = [sample for _, sample in found if isinstance(sample, Sample)]
+    bad = [f"{pair.name} ({fault(error)})" for pair, error in found if isinstance(error, Exception)]
+
+    # what cannot be trained on
     refuse_bad(bad, max_bad, say=say)
     if odd_profiles:
         say(f"data: taken as sRGB, the colour profile cannot be used: {len(odd_profiles)} ({few(odd_profiles)})")
@@ -56,7 +65,7 @@ def load_samples(dataset_name, folders, *, image_column, caption_column, max_sam
     return samples, len(bad)
 
 
-def refuse_bad(bad, max_bad, before=0, say=print):
+def refuse_bad(bad: list[str], max_bad: int, before: int = 0, say: Callable[[str], None] = print) -> None:
     """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
     if bad and before + len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -66,17 +75,19 @@ def refuse_bad(bad, max_bad, before=0, say=print):
         say(f"skipped unreadable image {name}")
 
 
-def _measured(pair, odd_profiles):
+def _measured(pair: Pair, odd_profiles: list[str]) -> Sample:
+    """The Sample of a pair; a colour profile that cannot be used puts its name on the list."""
     data = pair.read()
     measured = decoding.measure(data)
     if not measured.profile_is_usable:
         odd_profiles.append(pair.name)
     key = hashlib.blake2b(data, digest_size=16).hexdigest()
+    size = dict(width=measured.width, height=measured.height)
     caption = (pair.caption or "").strip()
-    return Sample(pair.name, key, caption, measured.width, measured.height, pair.read, pair.repeats)
+    return Sample(pair.name, key, caption=caption, **size, read=pair.read, repeats=pair.repeats)
 
 
-def hold_out(samples, share):
+def hold_out(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
     """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
 
     Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures.
@@ -90,4 +101,5 @@ def hold_out(samples, share):
     if count >= len(keys):
         raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")
     held_out = set(keys[:count])
-    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
+    training = [sample for sample in samples if sample.key not in held_out]
+    return training, [sample for sample in samples if sample.key in held_out]

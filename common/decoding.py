@@ -96,7 +96,8 @@ def _orientation(image):
 
 def _has_orientation_behind_pixels(data):
     """Whether a PNG has EXIF or XMP after its first IDAT chunk, where reading the header does not come."""
-    start, after_pixels = 8, False
+    start = 8
+    after_pixels = False
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
         holds_text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[start + 8 : start + 40].startswith(_BEHIND_PIXELS)
@@ -132,7 +133,8 @@ def _in_srgb(image, profile):
     """An image without transparency, mode 1, L, P, RGB, CMYK, LAB ... -> RGB."""
     mode, transform = profile or (None, None)
     if image.mode == "LAB" and transform is None:
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        lab = ImageCms.createProfile("LAB")
+        srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if transform is None:
         return image.convert("RGB")
@@ -158,7 +160,7 @@ def _profile_of(image):
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile, family):
-    """(mode the image must have, transform to sRGB); the transform is None for a profile that is sRGB in other words."""
+    """(mode the image must have, transform to sRGB); the transform is None for a profile that says sRGB anyway."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _PROFILE_MODES.get(source.profile.xcolor_space.strip())

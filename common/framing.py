@@ -1,4 +1,4 @@
-"""A sample's size -> how its picture is cut, and what SDXL is told about it; and the cut picture -> pixels."""
+"""A Sample -> Framing (how its picture is resized and cropped) -> time_ids, which SDXL is told, and pixels."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common import decoding
+from common.dataset import Sample
 
 BUCKET_RATIO = 2.0  # widest and tallest bucket
 THIN = 8  # a resized picture with more than this many times the area of its crop is cropped first
@@ -17,14 +18,14 @@ LARGEST_FP16 = 65504.0
 class Framing:
     """How a picture becomes a training square or bucket: resize to cover, then crop. All in pixels."""
 
-    resized: tuple  # (width, height)
+    resized: tuple[int, int]  # (width, height)
     left: int
     top: int
     width: int
     height: int
 
 
-def buckets(resolution):
+def buckets(resolution: int) -> list[tuple[int, int]]:
     """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2.
 
     SDXL, arXiv 2307.01952, app. I.
@@ -36,20 +37,27 @@ def buckets(resolution):
     return sorted({*wide, *((h, w) for w, h in wide)})
 
 
-def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
+def frame(sample: Sample, resolution: int, *, center_crop: bool = True, aspect_ratio_buckets: bool = False) -> Framing:
     """Choose the Framing of a sample. A random crop is drawn from the image's content: it is the same in every run."""
-    width, height = resolution, resolution
+    # what is left of the picture
+    width = height = resolution
     if aspect_ratio_buckets:
         ratio = sample.width / sample.height
         width, height = min(buckets(resolution), key=lambda bucket: abs(np.log(bucket[0] / bucket[1] / ratio)))
+
+    # resized to cover that
     scale = max(width / sample.width, height / sample.height)
     resized = max(width, round(sample.width * scale)), max(height, round(sample.height * scale))
-    spare_x, spare_y = resized[0] - width, resized[1] - height
+
+    # where the crop lies in it
+    spare_x = resized[0] - width
+    spare_y = resized[1] - height
     across, down = (0.5, 0.5) if center_crop else np.random.default_rng(int(sample.key, 16)).random(2)
-    return Framing(resized, round(spare_x * across), round(spare_y * down), width, height)
+    left = round(spare_x * across)
+    return Framing(resized, left=left, top=round(spare_y * down), width=width, height=height)
 
 
-def time_ids(sample, framing, flip=False):
+def time_ids(sample: Sample, framing: Framing, flip: bool = False) -> torch.Tensor:
     """SDXL's micro-conditioning: (original height, width, crop top, left, target height, width) in pixels, [6].
 
     Original size is the file's; the crop is counted in the resized picture, from the edge that is left after a flip.
@@ -60,7 +68,7 @@ def time_ids(sample, framing, flip=False):
     return torch.tensor(ids, dtype=torch.float32).clamp(max=LARGEST_FP16)
 
 
-def pixels(sample, framing, flip=False):
+def pixels(sample: Sample, framing: Framing, flip: bool = False) -> torch.Tensor:
     """Decode, turn upright, resize, crop, flip -> fp32 [3, H, W] in [-1, 1].
 
     Raises:
@@ -77,11 +85,15 @@ def pixels(sample, framing, flip=False):
 
 def _cut(image, framing):
     """Resize and crop; a thin picture is cropped first, or a line of 1 x 1000 pixels would become 1024 x 1,024,000."""
-    right, bottom = framing.left + framing.width, framing.top + framing.height
+    right = framing.left + framing.width
+    bottom = framing.top + framing.height
     if framing.resized[0] * framing.resized[1] <= THIN * framing.width * framing.height:
         resized = image.resize(framing.resized, Image.Resampling.LANCZOS)
         return resized.crop((framing.left, framing.top, right, bottom))
-    across, down = image.width / framing.resized[0], image.height / framing.resized[1]
+
+    # The same crop, in the coordinates of the picture as it is.
+    across = image.width / framing.resized[0]
+    down = image.height / framing.resized[1]
     end = min(right * across, image.width), min(bottom * down, image.height)
     box = (framing.left * across, framing.top * down, *end)
     return image.resize((framing.width, framing.height), Image.Resampling.LANCZOS, box=box)

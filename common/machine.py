@@ -1,4 +1,4 @@
-"""What this machine has: host, packages, memory, disks, GPUs, and what of the hub is within reach.
+"""This machine -> Facts: host, packages, memory, disks, GPUs, and what of the hub is within reach.
 
 Needs nothing but Python, so that it can be asked before anything is installed. Torch and bitsandbytes are imported to
 be tried.
@@ -12,8 +12,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from common import packages
 from common.attached import Attached, find_attached
@@ -23,14 +25,16 @@ from common.places import CACHE_DIR
 GIB = 2**30
 OPTIONAL = ("xformers", "tensorboard", "wandb")
 NAMED = (*packages.REQUIREMENTS, *OPTIONAL, "torchao")
-MODEL, VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"
+MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+VAE = "madebyollin/sdxl-vae-fp16-fix"
 DATA = "lambdalabs/naruto-blip-captions"
 REPOS = {  # id -> type, and a file that is in the cache only when the repo was downloaded for use
     MODEL: ("model", "unet/diffusion_pytorch_model.fp16.safetensors"),
     VAE: ("model", "diffusion_pytorch_model.safetensors"),
     DATA: ("dataset", "README.md"),
 }
-ANSWER_S, PATIENCE_S = 3, 4  # of a server that takes the connection; of everything, a silent name server too
+ANSWER_S = 3  # of a server that takes the connection
+PATIENCE_S = 4  # with the hub: a silent name server knows no timeout
 MATMUL_S = 0.5
 
 
@@ -39,7 +43,7 @@ class Gpu:
     """One card as torch sees it."""
 
     name: str
-    capability: tuple  # (7, 5) is sm_75
+    capability: tuple[int, int]  # (7, 5) is sm_75
     total_gib: float
     free_gib: float
     fault: str | None = None  # why this torch cannot compute on it
@@ -57,19 +61,19 @@ class Disk:
 class Facts:
     """What was found."""
 
-    python: tuple  # (3, 12, 3)
+    python: tuple[int, int, int]  # (3, 12, 3)
     host: str  # "Kaggle", "Colab" or "own machine"
     cores: int
     ram_gib: float
-    packages: dict  # name -> installed version or None
-    lacking: dict  # name -> None where it is absent, its version where that is too old
+    packages: dict[str, str | None]  # name -> installed version or None
+    lacking: dict[str, str | None]  # name -> None where it is absent, its version where that is too old
     requirements: bool  # requirements.txt lies in the working folder
-    disks: dict  # what for -> Disk
-    hub: dict  # repo id -> "cached", "reachable" or why it is neither
+    disks: dict[str, Disk]  # what for -> Disk
+    hub: dict[str, str]  # repo id -> "cached", "reachable" or why it is neither
     attached: Attached
     driver: bool = False  # NVIDIA's, whatever torch says
-    gpus: list = field(default_factory=list)
-    smoke: dict = field(default_factory=dict)  # test -> "ok" or the error
+    gpus: list[Gpu] = field(default_factory=list)
+    smoke: dict[str, str] = field(default_factory=dict)  # test -> "ok" or the error
     matmul_tflops: float | None = None  # of the first GPU, in fp16
 
 
@@ -78,15 +82,18 @@ def probe() -> Facts:
     hub = HubAnswers()
     gpus, smoke, matmul_tflops = probe_torch()
     return Facts(
+        # the machine
         python=sys.version_info[:3],
         host=host(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         ram_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
+        # what is installed and attached
         packages={name: packages.installed_version(name) for name in NAMED},
         lacking=lacking(),
         requirements=Path("requirements.txt").exists(),
         disks={name: Disk(str(folder), free_gb(folder)) for name, folder in places().items()},
         attached=find_attached(),
+        # its GPUs, and the hub's answers at last
         driver=os.path.exists("/proc/driver/nvidia/version"),
         gpus=gpus,
         smoke=smoke,
@@ -96,12 +103,13 @@ def probe() -> Facts:
 
 
 def host() -> str:
+    """Kaggle, Colab or own machine."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or os.path.isdir("/kaggle/working"):
         return "Kaggle"
     return "Colab" if "COLAB_RELEASE_TAG" in os.environ else "own machine"
 
 
-def lacking() -> dict:
+def lacking() -> dict[str, str | None]:
     """Of all packages, name -> None where it is absent, or its version where that is too old."""
     absent = {name: None for name in packages.WHERE_USED if packages.is_absent(name)}
     return packages.lacking() | absent
@@ -110,7 +118,7 @@ def lacking() -> dict:
 # ---------------------------------------------------------------- disks
 
 
-def places() -> dict:
+def places() -> dict[str, Path]:
     """Where something will be written: what for -> folder."""
     return {"model": hub_cache(), "encoded data": Path(CACHE_DIR), "results": Path.cwd()}
 
@@ -145,7 +153,7 @@ class HubAnswers:
     def _ask(self, repo_id):
         self.states[repo_id] = hub_state(repo_id)
 
-    def wait(self) -> dict:
+    def wait(self) -> dict[str, str]:
         """The states after PATIENCE_S at most: a name server that is silent knows no timeout."""
         for thread in self.threads:
             thread.join(max(0.0, self.asked_s + PATIENCE_S - time.monotonic()))
@@ -172,7 +180,7 @@ def hub_state(repo_id: str) -> str:
 # ---------------------------------------------------------------- GPUs
 
 
-def probe_torch():
+def probe_torch() -> tuple[list[Gpu], dict[str, str], float | None]:
     """(GPUs, smoke tests, TFLOP/s of fp16 matrix products or None)."""
     if packages.is_absent("torch"):
         return [], {}, None
@@ -186,6 +194,8 @@ def probe_torch():
     # A card that this torch has no code for would fail every test in its own words.
     if gpus and gpus[0].fault:
         return gpus, {}, None
+
+    # What a run will ask of the device, tried on a small scale.
     where = ("cuda", torch.float16) if gpus else ("cpu", torch.float32)
     tests = {"matrix product": matrix_product}
     if gpus:
@@ -197,14 +207,17 @@ def probe_torch():
     return gpus, smoke, matmul_rate(torch) if measurable else None
 
 
-def describe(torch, index) -> Gpu:
-    free, total = torch.cuda.mem_get_info(index)
-    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+def describe(torch: ModuleType, index: int) -> Gpu:
+    """What torch says of a card."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    capability = torch.cuda.get_device_capability(index)
     fault = unsupported_card(name, capability, torch.cuda.get_arch_list())
-    return Gpu(name, capability, total / GIB, free / GIB, fault)
+    return Gpu(name, capability, total_gib=total_bytes / GIB, free_gib=free_bytes / GIB, fault=fault)
 
 
-def tried(test, torch, device, dtype) -> str:
+def tried(test: Callable, torch: ModuleType, device: str, dtype: object) -> str:
+    """`ok`, or the error of a smoke test."""
     try:
         test(torch, device, dtype)
         return "ok"
@@ -212,16 +225,18 @@ def tried(test, torch, device, dtype) -> str:
         return one_line(error)
 
 
-def one_line(error) -> str:
+def one_line(error: Exception) -> str:
+    """The class and the first line of an error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def matrix_product(torch, device, dtype):
+def matrix_product(torch: ModuleType, device: str, dtype: object) -> None:
+    """A product of which every entry is known."""
     ones = torch.ones(256, 256, device=device, dtype=dtype)
     assert (ones @ ones)[0, 0].item() == 256, "wrong result"
 
 
-def attention(torch, device, dtype):
+def attention(torch: ModuleType, device: str, dtype: object) -> None:
     """The memory-efficient kernel, forward and backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -231,7 +246,8 @@ def attention(torch, device, dtype):
     assert q.grad.isfinite().all(), "gradient not finite"
 
 
-def nf4(torch, device, dtype):
+def nf4(torch: ModuleType, device: str, dtype: object) -> None:
+    """bitsandbytes' 4-bit weights, there and back."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -241,9 +257,10 @@ def nf4(torch, device, dtype):
     assert error < 0.15, f"relative error {error:.2f} after a round trip"
 
 
-def matmul_rate(torch) -> float:
+def matmul_rate(torch: ModuleType) -> float:
     """TFLOP/s of 4096 x 4096 fp16 products on the first GPU."""
-    n, count = 4096, 0
+    n = 4096
+    count = 0
     a = torch.randn(n, n, device="cuda", dtype=torch.float16)
     a @ a  # warm-up
     torch.cuda.synchronize()

@@ -81,7 +81,8 @@ def _delimiter(text, caption_column):
 def _csv_records(path, text, delimiter):
     """[(number of its first line, fields)] of every row that is not blank, the heading included."""
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
-    records, number = [], 1
+    records = []
+    number = 1
     try:
         for fields in reader:
             if any(_ROW_IN_TEXT.search(field) for field in fields):

@@ -217,7 +217,7 @@ def decide(
 
 
 def _agreed(named, setting, marks, *, asked, default):
-    """The Mark that counts. Trainers write the default where nobody told them anything, so a flag may contradict that."""
+    """The Mark that counts. Trainers write the default where nobody said anything, so a flag may contradict that."""
     told = [mark for mark in marks if mark.value != default]
     if asked is not None:
         if told and all(mark.value != asked for mark in marks):

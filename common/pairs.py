@@ -1,7 +1,10 @@
-"""A picture that was found and its caption, before anything is known of either; and how faults of files are told."""
+"""Pair: a picture that was found and its caption, before either is read; and the words for files with faults."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Pair(NamedTuple):
@@ -31,7 +34,7 @@ def few(names: Iterable, shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def or_fault(read: Callable):
+def or_fault(read: Callable[[], T]) -> T | Exception:
     """What `read()` returns, or the exception it raises.
 
     Pillow and the libraries below it raise nearly any class for a damaged file.

@@ -1,4 +1,4 @@
-"""Where image-caption pairs come from: folders with metadata or .txt captions; tables are read by common/tables.py.
+"""--train_data_dir or --dataset_name -> Pairs: folders with metadata or .txt captions here, tables in tables.py.
 
 Whatever is left out, or taken in without being meant to be, is counted and named in one line.
 """
@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +25,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
-RUN_FILES = (
-    ("config.json", "metrics.jsonl"),
-    ("manifest.json", "compare.png"),
-)  # what a trainer, and infer.py, leave behind
+# What a trainer, and infer.py, leave behind.
+RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))
 
 
 class Found(NamedTuple):
@@ -37,15 +36,17 @@ class Found(NamedTuple):
     left_out: dict[str, list[Path]]
 
 
-def read_pairs(dataset_name, folders, *, image_column, caption_column, say) -> list[Pair]:
+def read_pairs(
+    dataset_name: str, folders: list[str], *, image_column: str, caption_column: str, say: Callable[[str], None]
+) -> list[Pair]:
     """The pairs of every folder, one after the other, or of the hub data set where no folder is named.
 
     Raises:
         UserError: naming the flag or the file.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = tables.Columns(image_column, caption_column)
     if not folders:
-        return tables.hub_pairs(dataset_name, say=say, **columns)
+        return tables.hub_pairs(dataset_name, columns, say)
     pairs = []
     for name in folders:
         folder, weight = find_data_dir(name)
@@ -58,22 +59,23 @@ def read_pairs(dataset_name, folders, *, image_column, caption_column, say) -> l
 
 def _folder_pairs(folder, columns, say):
     if tables.is_saved(folder):
-        return tables.saved_pairs(folder, say=say, **columns)
+        return tables.saved_pairs(folder, columns, say)
     found = _find(folder)
     if metadata := [folder / name for name in METADATA if (folder / name).is_file()]:
         for path in metadata[1:]:
             say(f"data: {path} is left out, {metadata[0].name} beside it is read")
-        return _metadata_pairs(metadata[0], found, columns["caption_column"], say)
+        return _metadata_pairs(metadata[0], found, columns.caption_column, say)
     _say_left_out(folder, found.left_out, say)
     if not found.pictures and (files := tables.table_files(folder)):
-        return tables.file_pairs(folder, files, say=say, **columns)
-    return _text_pairs(folder, found.pictures, columns["caption_column"], say)
+        return tables.file_pairs(folder, files, columns, say)
+    return _text_pairs(folder, found.pictures, columns.caption_column, say)
 
 
 def _find(folder):
     """Every picture below a folder, in order of names, without what is not meant to be trained on."""
     runs = _run_folders(folder)
-    pictures, left_out = [], {}
+    pictures = []
+    left_out = {}
     for path in sorted(folder.rglob("*")):
         suffix = path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES | OTHER_SUFFIXES or _is_litter(path, folder) or path.is_dir():
@@ -110,9 +112,8 @@ def _reason_to_leave(path, folder, runs):
 def _say_left_out(folder, left_out, say):
     for reason, paths in left_out.items():
         if paths:
-            say(
-                f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})"
-            )
+            shown = few(path.relative_to(folder) for path in paths)
+            say(f"data: left out in {folder}, {reason}: {len(paths)} ({shown})")
 
 
 # ---------------------------------------------------------------- captions
@@ -124,8 +125,9 @@ def _metadata_pairs(metadata, found, caption_column, say):
     rows = [(folder / name, caption) for name, caption in read_rows(metadata, caption_column)]
     named = {os.path.normpath(path) for path, _ in rows}
     by_reason = {f"not named in {metadata.name}": found.pictures, **found.left_out}
-    is_unnamed = lambda path: os.path.normpath(path) not in named  # noqa: E731
-    _say_left_out(folder, {reason: list(filter(is_unnamed, paths)) for reason, paths in by_reason.items()}, say)
+    for reason, paths in by_reason.items():
+        by_reason[reason] = [path for path in paths if os.path.normpath(path) not in named]
+    _say_left_out(folder, by_reason, say)
     return [Pair(str(path), caption, functools.partial(read_file, path)) for path, caption in rows]
 
 
@@ -149,20 +151,19 @@ def _text_pairs(folder, pictures, caption_column, say):
 
 def _repeats(folder, pictures, say):
     """How often an epoch shows each picture: the number before its folder's name, one level below the data folder."""
-    repeats, counted = [], Counter()
-    for path in pictures:
-        parts = path.relative_to(folder).parts
-        number = REPEATS.match(parts[0]) if len(parts) > 1 else None
-        repeats.append(int(number[1]) if number else 1)
-        if number:
-            counted[parts[0]] += 1
-    for name in counted:
-        if not 1 <= int(REPEATS.match(name)[1]) <= MOST_REPEATS:
+    parts = [path.relative_to(folder).parts for path in pictures]
+    tops = [names[0] if len(names) > 1 else "" for names in parts]
+    times = {name: int(number[1]) for name in dict.fromkeys(tops) if (number := REPEATS.match(name))}
+    for name, number in times.items():
+        if not 1 <= number <= MOST_REPEATS:
             raise UserError(
-                f"--train_data_dir {folder}: the name of {name} would mean {int(REPEATS.match(name)[1])} repeats"
+                f"--train_data_dir {folder}: the name of {name} would mean {number} repeats"
                 f" (1 to {MOST_REPEATS} can be given so); rename it, e.g. 1_{name}"
             )
-    if counted:
+
+    # said, because a name may be no more than a name
+    if times:
+        counted = Counter(name for name in tops if name in times)
         shown = few((f"{name} (images: {count})" for name, count in counted.items()), 10)
         say(f"data: folders repeated as their names say: {shown}")
-    return repeats
+    return [times.get(name, 1) for name in tops]

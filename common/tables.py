@@ -1,25 +1,35 @@
-"""Image-caption pairs of tables that `datasets` reads: a hub data set, a save_to_disk folder, parquet or arrow files.
+"""A table that `datasets` reads -> Pairs: a hub data set, a save_to_disk folder, parquet or arrow files.
 
 Pictures stay encoded bytes, memory-mapped by `datasets`, which is imported where a table is read.
 """
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.command_line import UserError
 from common.pairs import Pair, fault, read_file
 
 TABLE_KINDS = ("parquet", "arrow")
-SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")  # in the name of a table's file
+# The split in the name of a table's file.
+SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")
 
 
-def hub_pairs(dataset_name, *, image_column, caption_column, say):
+class Columns(NamedTuple):
+    """The flags that name the columns of a table."""
+
+    image_column: str
+    caption_column: str
+
+
+def hub_pairs(dataset_name: str, columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of a hub data set."""
     from datasets import load_dataset
 
     splits = _loaded(dataset_name, load_dataset, dataset_name)
-    return _pairs(splits, dataset_name, Path("."), image_column, caption_column, say)
+    return _pairs(splits, dataset_name, columns, folder=Path("."), say=say)
 
 
 def is_saved(folder: Path) -> bool:
@@ -28,11 +38,12 @@ def is_saved(folder: Path) -> bool:
     return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
-def saved_pairs(folder, *, image_column, caption_column, say):
+def saved_pairs(folder: Path, columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of a folder that save_to_disk wrote."""
     from datasets import load_from_disk
 
-    return _pairs(_loaded(folder, load_from_disk, str(folder)), folder, folder, image_column, caption_column, say)
+    splits = _loaded(folder, load_from_disk, str(folder))
+    return _pairs(splits, folder, columns, folder=folder, say=say)
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -41,7 +52,7 @@ def table_files(folder: Path) -> list[Path]:
     return next(filter(None, kinds), [])
 
 
-def file_pairs(folder, files, *, image_column, caption_column, say):
+def file_pairs(folder: Path, files: list[Path], columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of parquet or arrow files; their names say which split they belong to, as on the hub."""
     from datasets import load_dataset
 
@@ -50,7 +61,7 @@ def file_pairs(folder, files, *, image_column, caption_column, say):
         split = SPLIT.search(path.name.lower())
         by_split.setdefault(split[1] if split else "train", []).append(str(path))
     splits = _loaded(folder, load_dataset, files[0].suffix[1:], data_files=by_split)
-    return _pairs(splits, folder, folder, image_column, caption_column, say)
+    return _pairs(splits, folder, columns, folder=folder, say=say)
 
 
 def _loaded(source, load, *arguments, **options):
@@ -64,16 +75,17 @@ def _loaded(source, load, *arguments, **options):
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _pairs(splits, source, folder, image_column, caption_column, say):
+def _pairs(splits, source, columns, *, folder, say):
+    """The pairs of a data set's split train, or of its first; paths in it are relative to `folder`."""
     split = "train" if "train" in splits else next(iter(splits))
     if split != "train":
         say(f"data: {source} has no split named train; its split {split} is used (it has: {', '.join(splits)})")
     data = splits[split]
-    for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
+    for flag, column in columns._asdict().items():
         if column not in data.column_names:
             raise UserError(f"--{flag} {column}: {source} has the columns {', '.join(data.column_names)}")
-    captions = _captions(data, source, caption_column)
-    read = functools.partial(_read, _encoded(data, source, image_column), image_column, folder)
+    captions = _captions(data, source, columns.caption_column)
+    read = functools.partial(_read, _encoded(data, source, columns.image_column), columns.image_column, folder)
     return [Pair(f"{source}[{i}]", caption, functools.partial(read, i)) for i, caption in enumerate(captions)]
 
 
@@ -85,7 +97,8 @@ def _captions(data, source, column):
     """
     from datasets import ClassLabel
 
-    values, feature = data.select_columns([column])[:][column], data.features[column]
+    values = data.select_columns([column])[:][column]
+    feature = data.features[column]
     if isinstance(feature, ClassLabel):
         return [None if value is None or value < 0 else feature.names[value] for value in values]
     for i, value in enumerate(values):
@@ -99,7 +112,7 @@ def _captions(data, source, column):
 
 
 def _encoded(data, source, column):
-    """The pictures alone, as {"bytes", "path"}; other columns may hold pictures too, which reading a row would decode."""
+    """The pictures alone, as {"bytes", "path"}: reading a whole row would decode the pictures of other columns too."""
     from datasets import Image
 
     try:
@@ -110,6 +123,7 @@ def _encoded(data, source, column):
 
 
 def _read(data, column, folder, index):
+    """The bytes of one picture."""
     cell = data[index][column]
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("is null")

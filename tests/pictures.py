@@ -26,7 +26,7 @@ def sample_of(image, format="PNG", **options):
 
 def sized(width, height, key="ab" * 16):
     """A Sample of which only the numbers matter."""
-    return Sample("picture", key, "", width, height, None)
+    return Sample("picture", key, caption="", width=width, height=height, read=None)
 
 
 WHITE = (0.9642, 1.0, 0.8249)  # D50
