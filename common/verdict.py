@@ -187,6 +187,8 @@ def notes(facts: Facts, chosen: Script | None, unseen: bool) -> list[str]:
     has_none = not facts.gpus and not unseen
     torchao = facts.packages["torchao"]
     count = len(facts.gpus)
+
+    # sentence -> whether it holds here
     said = {
         f"Python {dotted(facts.python)} was not tried, up to {dotted(NEWEST_PYTHON)} were": is_new,
         f"torchao {torchao} is harmless: the scripts hide it from PEFT": torchao,
