@@ -788,9 +788,7 @@ def _train(flags, engine, data):
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    peaks = (
-        f"peak {device.peak_gib(host.device):.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
-    )
+    peaks = f"peak {host.peak_gib():.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
     name = output_dir.resolve().name
     host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
@@ -1413,6 +1411,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.dataset import Sample
+from common.flags import TrainFlags
 from common.noise import generator_for
 from common.pairs import few
 
@@ -1450,7 +1450,7 @@ class CaptionOptions:
         return compose(caption, self, generator_for("caption variant", caption, number) if draws else None)
 
 
-def options_of(flags) -> CaptionOptions:
+def options_of(flags: TrainFlags) -> CaptionOptions:
     """What a trainer's flags say about captions."""
     return CaptionOptions(
         trigger_word=flags.trigger_word,
@@ -1463,7 +1463,7 @@ def options_of(flags) -> CaptionOptions:
     )
 
 
-def texts(samples, held_out, options: CaptionOptions) -> Iterator[str]:
+def texts(samples: list[Sample], held_out: list[Sample], options: CaptionOptions) -> Iterator[str]:
     """Every text that the training of `samples` can ask for, and the validation of those that are `held_out`."""
     validated = {sample.key for sample in held_out}
     for sample in samples:
@@ -1473,7 +1473,7 @@ def texts(samples, held_out, options: CaptionOptions) -> Iterator[str]:
             yield from (options.variant(sample.caption, number) for number in range(options.count))
 
 
-def summary(samples, bad: int, options: CaptionOptions) -> str:
+def summary(samples: list[Sample], bad: int, options: CaptionOptions) -> str:
     """How many pictures were read; the first without a caption are named, since they may be masks or outputs."""
     empty = [sample.name for sample in samples if not sample.caption]
     epoch = sum(sample.repeats for sample in samples)
@@ -1499,7 +1499,8 @@ def compose(caption: str, options: CaptionOptions, generator: torch.Generator | 
 
 def _drawn_tags(caption, options, generator):
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    kept, others = tags[: options.keep_tags], tags[options.keep_tags :]
+    kept = tags[: options.keep_tags]
+    others = tags[options.keep_tags :]
     shares = torch.rand(len(others), generator=generator).tolist()
     shuffled = torch.randperm(len(others), generator=generator).tolist()
     order = shuffled if options.shuffle_tags else range(len(others))
@@ -1509,7 +1510,7 @@ def _drawn_tags(caption, options, generator):
 # =============================================================================================== common/cards.py
 
 MODULES['common.cards'] = r'''
-"""What can be said of a GPU before it computes; nothing here imports torch."""
+"""A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
 
@@ -1517,20 +1518,20 @@ import re
 def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
     """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
 
-    Code for sm_XY runs on cards of the same X and at least that Y, code for compute_XY on every later one (CUDA C++ programming guide,
-    application compatibility). Builds for other makers' cards name neither and are not judged.
+    Code for sm_XY runs on cards of the same X and at least that Y. Code for compute_XY runs on every later one
+    (CUDA C++ programming guide, application compatibility). Builds for other makers' cards name neither: not judged.
 
     Args:
         name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
     """
-    codes = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
-    codes = [(code[1], (int(code[2]), int(code[3]))) for code in codes if code]
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
     if not codes or any(_runs(kind, built, capability) for kind, built in codes):
         return None
     oldest = min(built for _, built in codes)
     return (
-        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it, only for sm_{oldest[0]}{oldest[1]} and other cards;"
-        " choose another GPU (Kaggle: choose GPU T4 x2)"
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it,"
+        f" only for sm_{oldest[0]}{oldest[1]} and other cards; choose another GPU (Kaggle: choose GPU T4 x2)"
     )
 
 
@@ -2006,16 +2007,16 @@ class Described:
 # ============================================================================================= common/dataset.py
 
 MODULES['common.dataset'] = r'''
-"""Image-caption pairs from the hub or from folders -> Samples, measured and counted; and which of them are held out."""
+"""Pairs of sources.py -> Samples: every picture measured, the unreadable counted; and which Samples are held out."""
 
 import functools
 import hashlib
-from dataclasses import dataclass
-from typing import Callable
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from common import decoding
 from common.command_line import UserError
-from common.pairs import fault, few, or_fault
+from common.pairs import Pair, fault, few, or_fault
 from common.sources import read_pairs
 
 
@@ -2028,6 +2029,7 @@ class Sample:
 
     name: str
     key: str
+    _: KW_ONLY
     caption: str
     width: int
     height: int
@@ -2035,7 +2037,16 @@ class Sample:
     repeats: int = 1
 
 
-def load_samples(dataset_name, folders, *, image_column, caption_column, max_samples=None, max_bad=0, say=print):
+def load_samples(
+    dataset_name: str,
+    folders: list[str],
+    *,
+    image_column: str,
+    caption_column: str,
+    max_samples: int | None = None,
+    max_bad: int = 0,
+    say: Callable[[str], None] = print,
+) -> tuple[list[Sample], int]:
     """All readable samples of some folders, or of a hub data set where none is named, and a count of what was skipped.
 
     Args:
@@ -2047,13 +2058,12 @@ def load_samples(dataset_name, folders, *, image_column, caption_column, max_sam
         UserError: no such data, no captions, or more than `max_bad` unreadable images.
     """
     pairs = read_pairs(dataset_name, folders, image_column=image_column, caption_column=caption_column, say=say)
-    samples, bad, odd_profiles = [], [], []
-    for pair in pairs[:max_samples]:
-        sample = or_fault(functools.partial(_measured, pair, odd_profiles))
-        if isinstance(sample, Exception):
-            bad.append(f"{pair.name} ({fault(sample)})")
-        else:
-            samples.append(sample)
+    odd_profiles = []
+    found = [(pair, or_fault(functools.partial(_measured, pair, odd_profiles))) for pair in pairs[:max_samples]]
+    samples = [sample for _, sample in found if isinstance(sample, Sample)]
+    bad = [f"{pair.name} ({fault(error)})" for pair, error in found if isinstance(error, Exception)]
+
+    # what cannot be trained on
     refuse_bad(bad, max_bad, say=say)
     if odd_profiles:
         say(f"data: taken as sRGB, the colour profile cannot be used: {len(odd_profiles)} ({few(odd_profiles)})")
@@ -2064,7 +2074,7 @@ def load_samples(dataset_name, folders, *, image_column, caption_column, max_sam
     return samples, len(bad)
 
 
-def refuse_bad(bad, max_bad, before=0, say=print):
+def refuse_bad(bad: list[str], max_bad: int, before: int = 0, say: Callable[[str], None] = print) -> None:
     """Name unreadable images; more than `max_bad` of them, counting those found `before`, are a UserError."""
     if bad and before + len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -2074,17 +2084,19 @@ def refuse_bad(bad, max_bad, before=0, say=print):
         say(f"skipped unreadable image {name}")
 
 
-def _measured(pair, odd_profiles):
+def _measured(pair: Pair, odd_profiles: list[str]) -> Sample:
+    """The Sample of a pair; a colour profile that cannot be used puts its name on the list."""
     data = pair.read()
     measured = decoding.measure(data)
     if not measured.profile_is_usable:
         odd_profiles.append(pair.name)
     key = hashlib.blake2b(data, digest_size=16).hexdigest()
+    size = dict(width=measured.width, height=measured.height)
     caption = (pair.caption or "").strip()
-    return Sample(pair.name, key, caption, measured.width, measured.height, pair.read, pair.repeats)
+    return Sample(pair.name, key, caption=caption, **size, read=pair.read, repeats=pair.repeats)
 
 
-def hold_out(samples, share):
+def hold_out(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sample]]:
     """Split off a `share` of the samples (at least one when share > 0) -> (training, held out).
 
     Chosen by content, so that runs with other seeds, and on data that has grown, are measured on the same pictures.
@@ -2098,7 +2110,8 @@ def hold_out(samples, share):
     if count >= len(keys):
         raise UserError(f"--validation_split {share}: leaves none of the {len(keys)} different pictures to train on")
     held_out = set(keys[:count])
-    return [s for s in samples if s.key not in held_out], [s for s in samples if s.key in held_out]
+    training = [sample for sample in samples if sample.key not in held_out]
+    return training, [sample for sample in samples if sample.key in held_out]
 '''
 
 # ============================================================================================ common/decoding.py
@@ -2202,7 +2215,8 @@ def _orientation(image):
 
 def _has_orientation_behind_pixels(data):
     """Whether a PNG has EXIF or XMP after its first IDAT chunk, where reading the header does not come."""
-    start, after_pixels = 8, False
+    start = 8
+    after_pixels = False
     while start + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
         holds_text = kind in (b"tEXt", b"zTXt", b"iTXt") and data[start + 8 : start + 40].startswith(_BEHIND_PIXELS)
@@ -2238,7 +2252,8 @@ def _in_srgb(image, profile):
     """An image without transparency, mode 1, L, P, RGB, CMYK, LAB ... -> RGB."""
     mode, transform = profile or (None, None)
     if image.mode == "LAB" and transform is None:
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        lab = ImageCms.createProfile("LAB")
+        srgb = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if transform is None:
         return image.convert("RGB")
@@ -2264,7 +2279,7 @@ def _profile_of(image):
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile, family):
-    """(mode the image must have, transform to sRGB); the transform is None for a profile that is sRGB in other words."""
+    """(mode the image must have, transform to sRGB); the transform is None for a profile that says sRGB anyway."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
@@ -2290,15 +2305,17 @@ def _changes_nothing(transform, mode):
 # ============================================================================================== common/device.py
 
 MODULES['common.device'] = r'''
-"""Where to compute and in which precision, and why: decided here once, printed once."""
+"""--mixed_precision and the hardware -> Host: this process, its device and dtype; and the memory that it takes."""
 
 import contextlib
 import gc
 import logging
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 import torch
@@ -2309,10 +2326,16 @@ from common.cards import unsupported_card
 from common.command_line import UserError
 
 GIB = 2**30
-LONGEST_WAIT = timedelta(
-    hours=12
-)  # one process may encode, convert or render while the others wait; 10 minutes are the default
-_earlier_peak_gib = 0.0  # before the peak was last counted anew; torch keeps one counter for the whole process
+# One process may encode, convert or render while the others wait. The default is 10 minutes.
+LONGEST_WAIT = timedelta(hours=12)
+T = TypeVar("T")
+
+
+@dataclass
+class EarlierPeak:
+    """The highest allocated memory before torch's counter was last reset: torch has one for the whole process."""
+
+    gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -2321,34 +2344,41 @@ class Host:
 
     device: torch.device
     dtype: torch.dtype
-    reason: str
+    _: KW_ONLY
+    reason: str  # why this device and dtype
     rank: int
-    world: int
+    world: int  # number of processes
     started_s: float  # when the run began, on the monotonic clock
+    earlier_peak: EarlierPeak = field(default_factory=EarlierPeak)
 
     @property
-    def is_main(self):
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def on_cpu(self):
+    def on_cpu(self) -> "Host":
         """The same process computing on its CPU, in fp32."""
         return replace(self, device=torch.device("cpu"), dtype=torch.float32)
 
-    def say(self, line):
+    def say(self, line: str) -> None:
+        """Print a line once, however many processes there are."""
         if self.is_main:
             print(line, flush=True)
 
-    def gather(self, items):
+    def gather(self, items: list[T]) -> list[T]:
         """The lists of all processes as one list, on every process."""
         with _all_processes():
             return gather_object(items) if self.world > 1 else items
 
-    def barrier(self):
+    def barrier(self) -> None:
+        """Return when every process has come here."""
         with _all_processes():
             PartialState().wait_for_everyone()
 
-    def main_first(self, make):
-        """`make()` on the main process, then on the others, which find what it left on the disk. Where it fails there, they end without a word."""
+    def main_first(self, make: Callable[[], T]) -> T:
+        """`make()` on the main process, then on the others, which find what it left on the disk.
+
+        Where it fails on the main process, the others end without a word.
+        """
         if not self.is_main:
             if self.gather([]) != [True]:
                 raise SystemExit(0)  # the launcher then reports the main process, not this one
@@ -2361,16 +2391,27 @@ class Host:
         finally:
             self.gather([done])
 
-    def sum(self, tensor):
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
         if self.world > 1:
             with _all_processes():
                 torch.distributed.all_reduce(tensor)
         return tensor
 
+    def peak_gib(self) -> float:
+        """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+        if self.device.type != "cuda":
+            return peak_ram_gib()
+        return max(self.earlier_peak.gib, torch.cuda.max_memory_allocated(self.device) / GIB)
+
+    def start_new_peak(self) -> None:
+        """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
+        self.earlier_peak.gib = self.peak_gib()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
 
 @contextlib.contextmanager
-def _all_processes():
+def _all_processes() -> Iterator[None]:
     """Around a call that all processes make together.
 
     Raises:
@@ -2381,43 +2422,45 @@ def _all_processes():
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        what = str(error).splitlines()[0]
-        raise UserError(
-            f"another process of this run has ended, and said why; --resume_from_checkpoint latest goes on ({what})"
-        ) from None
+        ended = "another process of this run has ended, and said why; --resume_from_checkpoint latest goes on"
+        raise UserError(f"{ended} ({str(error).splitlines()[0]})") from None
 
 
-def start(mixed_precision="fp16", seed=0):
-    """Join the process group that `accelerate launch` or torchrun prepared, if any; choose device and dtype, and say so.
+def start(mixed_precision: str = "fp16", seed: int = 0) -> Host:
+    """Join the process group of `accelerate launch` or torchrun, if any; choose device and dtype, and say so.
 
     Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
 
     Raises:
         UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
     """
-    global _earlier_peak_gib
-    started_s, _earlier_peak_gib = time.monotonic(), 0.0
+    started_s = time.monotonic()
     quieten_libraries()
     torch.manual_seed(seed)
-    # without a GPU: gloo
-    state = PartialState(
-        cpu=parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available()), timeout=LONGEST_WAIT
-    )
-    where = state.device if state.device.type == "cuda" else torch.device("cpu")
-    free_memory(where)  # what an earlier run in this process has left
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
-    dtype, reason = _choose_dtype(where, mixed_precision)
-    host = Host(where, dtype, reason, state.process_index, state.num_processes, started_s)
-    processes = f", {host.world} processes" if host.world > 1 else ""
-    idle = torch.cuda.device_count() - host.world if host.device.type == "cuda" else 0
+
+    # Join the processes; without a GPU they talk by gloo.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    state = PartialState(cpu=use_cpu, timeout=LONGEST_WAIT)
+    device = state.device if state.device.type == "cuda" else torch.device("cpu")
+
+    # Forget what an earlier run in this process has left.
+    free_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    # Choose the dtype, and say it all.
+    dtype, reason = _choose_dtype(device, mixed_precision)
+    place = dict(rank=state.process_index, world=state.num_processes)
+    host = Host(device, dtype, reason=reason, started_s=started_s, **place)
+    idle = torch.cuda.device_count() - host.world if device.type == "cuda" else 0
     if idle > 0:
         host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
-    host.say(f"device: {host.device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
+    processes = f", {host.world} processes" if host.world > 1 else ""
+    host.say(f"device: {device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
     return host
 
 
-def quieten_libraries():
+def quieten_libraries() -> None:
     """Their notices and loading bars would drown the run's own lines; their errors still come through."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     import diffusers
@@ -2429,9 +2472,11 @@ def quieten_libraries():
 
 
 def _choose_dtype(device, mixed_precision):
+    """(dtype of the frozen model, why)."""
     if device.type != "cuda":
         return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    name = torch.cuda.get_device_name(device)
+    capability = torch.cuda.get_device_capability(device)
     if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
         raise UserError(fault)
     if mixed_precision == "no":
@@ -2439,41 +2484,25 @@ def _choose_dtype(device, mixed_precision):
     if mixed_precision == "bf16":
         # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
         if capability < (8, 0):
-            raise UserError(
-                f"--mixed_precision bf16: {name} (sm_{capability[0]}{capability[1]}) has no bf16 units; use fp16"
-            )
+            card = f"{name} (sm_{capability[0]}{capability[1]})"
+            raise UserError(f"--mixed_precision bf16: {card} has no bf16 units; use fp16")
         return torch.bfloat16, f"{name}, --mixed_precision bf16"
     return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
 
 
-def limit_memory(device, max_gib):
-    """Hold this process to `max_gib` of GPU memory, or to what is free when that is less or None -> the limit in GiB."""
+def limit_memory(device: torch.device, max_gib: float | None) -> float:
+    """Hold this process to `max_gib` of GPU memory, or to what is free if that is less or None -> the limit in GiB.
+
+    torch limits the current device, which is this one.
+    """
     free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
     limit_gib = min(max_gib or free_gib, free_gib)
     total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        limit_gib * GIB / total_bytes
-    )  # of the current device, which is this one
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)
     return limit_gib
 
 
-def peak_gib(device):
-    """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-    return (
-        max(_earlier_peak_gib, torch.cuda.max_memory_allocated(device) / GIB)
-        if device.type == "cuda"
-        else peak_ram_gib()
-    )
-
-
-def start_new_peak(device):
-    """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
-    global _earlier_peak_gib
-    _earlier_peak_gib = peak_gib(device)
-    torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_ram_gib():
+def peak_ram_gib() -> float:
     """Highest resident memory of this process so far, in GiB."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
@@ -2483,12 +2512,12 @@ def peak_ram_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
 
 
-def seconds_since_start():
+def seconds_since_start() -> float:
     """Seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
-def free_memory(device):
+def free_memory(device: torch.device) -> None:
     """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
 
     After an error, call it outside of the `except` block, which still holds the tensors.
@@ -3214,7 +3243,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from common import memory
-from common.device import GIB, start_new_peak
+from common.device import GIB
 from common.files import write_json
 
 VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
@@ -3356,7 +3385,7 @@ def _probe(engine, batch, checkpointing):
     before = torch.cuda.memory_allocated()
     if checkpointing:
         checkpointing.sizes = {}
-    start_new_peak(engine.host.device)
+    engine.host.start_new_peak()
     try:
         engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
     except RuntimeError as error:
@@ -3949,7 +3978,7 @@ def _as_lora(change, rank):
 # ============================================================================================= common/framing.py
 
 MODULES['common.framing'] = r'''
-"""A sample's size -> how its picture is cut, and what SDXL is told about it; and the cut picture -> pixels."""
+"""A Sample -> Framing (how its picture is resized and cropped) -> time_ids, which SDXL is told, and pixels."""
 
 from dataclasses import dataclass
 
@@ -3958,6 +3987,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common import decoding
+from common.dataset import Sample
 
 BUCKET_RATIO = 2.0  # widest and tallest bucket
 THIN = 8  # a resized picture with more than this many times the area of its crop is cropped first
@@ -3968,14 +3998,14 @@ LARGEST_FP16 = 65504.0
 class Framing:
     """How a picture becomes a training square or bucket: resize to cover, then crop. All in pixels."""
 
-    resized: tuple  # (width, height)
+    resized: tuple[int, int]  # (width, height)
     left: int
     top: int
     width: int
     height: int
 
 
-def buckets(resolution):
+def buckets(resolution: int) -> list[tuple[int, int]]:
     """[(width, height)] between 1:2 and 2:1, sides a multiple of a step, area at most resolution^2.
 
     SDXL, arXiv 2307.01952, app. I.
@@ -3987,20 +4017,27 @@ def buckets(resolution):
     return sorted({*wide, *((h, w) for w, h in wide)})
 
 
-def frame(sample, resolution, center_crop=True, aspect_ratio_buckets=False):
+def frame(sample: Sample, resolution: int, *, center_crop: bool = True, aspect_ratio_buckets: bool = False) -> Framing:
     """Choose the Framing of a sample. A random crop is drawn from the image's content: it is the same in every run."""
-    width, height = resolution, resolution
+    # what is left of the picture
+    width = height = resolution
     if aspect_ratio_buckets:
         ratio = sample.width / sample.height
         width, height = min(buckets(resolution), key=lambda bucket: abs(np.log(bucket[0] / bucket[1] / ratio)))
+
+    # resized to cover that
     scale = max(width / sample.width, height / sample.height)
     resized = max(width, round(sample.width * scale)), max(height, round(sample.height * scale))
-    spare_x, spare_y = resized[0] - width, resized[1] - height
+
+    # where the crop lies in it
+    spare_x = resized[0] - width
+    spare_y = resized[1] - height
     across, down = (0.5, 0.5) if center_crop else np.random.default_rng(int(sample.key, 16)).random(2)
-    return Framing(resized, round(spare_x * across), round(spare_y * down), width, height)
+    left = round(spare_x * across)
+    return Framing(resized, left=left, top=round(spare_y * down), width=width, height=height)
 
 
-def time_ids(sample, framing, flip=False):
+def time_ids(sample: Sample, framing: Framing, flip: bool = False) -> torch.Tensor:
     """SDXL's micro-conditioning: (original height, width, crop top, left, target height, width) in pixels, [6].
 
     Original size is the file's; the crop is counted in the resized picture, from the edge that is left after a flip.
@@ -4011,7 +4048,7 @@ def time_ids(sample, framing, flip=False):
     return torch.tensor(ids, dtype=torch.float32).clamp(max=LARGEST_FP16)
 
 
-def pixels(sample, framing, flip=False):
+def pixels(sample: Sample, framing: Framing, flip: bool = False) -> torch.Tensor:
     """Decode, turn upright, resize, crop, flip -> fp32 [3, H, W] in [-1, 1].
 
     Raises:
@@ -4028,11 +4065,15 @@ def pixels(sample, framing, flip=False):
 
 def _cut(image, framing):
     """Resize and crop; a thin picture is cropped first, or a line of 1 x 1000 pixels would become 1024 x 1,024,000."""
-    right, bottom = framing.left + framing.width, framing.top + framing.height
+    right = framing.left + framing.width
+    bottom = framing.top + framing.height
     if framing.resized[0] * framing.resized[1] <= THIN * framing.width * framing.height:
         resized = image.resize(framing.resized, Image.Resampling.LANCZOS)
         return resized.crop((framing.left, framing.top, right, bottom))
-    across, down = image.width / framing.resized[0], image.height / framing.resized[1]
+
+    # The same crop, in the coordinates of the picture as it is.
+    across = image.width / framing.resized[0]
+    down = image.height / framing.resized[1]
     end = min(right * across, image.width), min(bottom * down, image.height)
     box = (framing.left * across, framing.top * down, *end)
     return image.resize((framing.width, framing.height), Image.Resampling.LANCZOS, box=box)
@@ -5354,16 +5395,20 @@ def lora_arguments(weights: dict, alphas: dict) -> dict:
 # ============================================================================================= common/loading.py
 
 MODULES['common.loading'] = r'''
-"""A model's files -> its parts on the device: noise schedule, VAE, text encoders, UNet. Never a second copy in RAM.
+"""A model's name -> its files (Model) -> its parts on the device: noise schedule, VAE, text encoders, UNet.
 
-Whatever the user names (hub id, folder, single file) becomes one diffusers folder first; nothing else knows the difference.
+Whatever the user names (hub id, folder, single file) becomes one diffusers folder first. There is never a second copy
+of a part in RAM.
+
 Heavy libraries are imported where they are used: with warm caches a run needs neither VAE nor text encoders.
 """
+
+from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -5371,6 +5416,15 @@ from common import hub, model_kind, single_file, weights
 from common.command_line import UserError
 from common.model_kind import Kind
 from common.noise import NoiseSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from common.device import Host
+    from common.flags import ModelFlags
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -5385,7 +5439,7 @@ class Model:
     name: str
     folder: Path
     vae: Path
-    variant: Optional[str]
+    variant: str | None
     kind: Kind
     scheduler: dict
 
@@ -5393,8 +5447,8 @@ class Model:
 # ---------------------------------------------------------------- finding it
 
 
-def model_of(flags, say=print):
-    """`find_model` by the flags of a script, which are command_line's ModelFlags; `say` gets one line about what it is."""
+def model_of(flags: ModelFlags, say: Callable[[str], None] = print) -> Model:
+    """`find_model` by the flags of a script; `say` gets one line about what it is."""
     return find_model(
         flags.pretrained_model_name_or_path,
         flags.pretrained_vae_model_name_or_path,
@@ -5409,71 +5463,86 @@ def model_of(flags, say=print):
 
 
 def find_model(
-    name,
-    vae=None,
+    name: str,
+    vae: str | None = None,
     *,
-    variant="fp16",
-    revision=None,
-    config="stabilityai/stable-diffusion-xl-base-1.0",
-    cache_dir=".",
-    prediction_type=None,
-    zero_terminal_snr=None,
-    say=print,
-):
-    """Turn what the user named into local folders, downloading only the files that are used, and check that they are a whole SDXL.
+    variant: str | None = "fp16",
+    revision: str | None = None,
+    config: str = "stabilityai/stable-diffusion-xl-base-1.0",
+    cache_dir: str = ".",
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+    say: Callable[[str], None] = print,
+) -> Model:
+    """Turn what the user named into local folders, downloading only the files that are used.
 
-    Reads configurations and the headers of weight files.
+    Checks that they are a whole SDXL, by the configurations and the headers of the weight files.
+
+    Args:
+        name: a folder, a .safetensors file in the original layout, or a hub id.
+        vae: a folder or hub id; None for the model's own, or its drop-in replacement.
+        config: folder or hub id of the configurations that go with a single file.
+        cache_dir: where a single file is converted to.
+        prediction_type, zero_terminal_snr: what the model's files are silent about.
     Raises:
         UserError: not a diffusers model, not SDXL, not supported; a weight that is missing or does not fit.
     """
+    # hub id or single file -> folder
     named = f"--pretrained_model_name_or_path {name}"
     place = Path(name)
     if not place.exists():
         vae = vae or hub.default_vae(name, revision)
         place = hub.download_model(name, variant, revision, with_vae=vae is None, say=say)
-    marks = {"prediction_type": [], "zero_terminal_snr": []}
-    folder = place
-    if place.is_file():
-        folder = single_file.convert(place, config, Path(cache_dir))
-        marks = model_kind.marks_in_file(place, named)
+    folder = single_file.convert(place, config, Path(cache_dir)) if place.is_file() else place
+
+    # what it is, and what it predicts
     model_kind.check_folder(folder, named)
     scheduler = model_kind.read_object(folder, model_kind.SCHEDULER, named)
-    marks = {setting: marks[setting] + more for setting, more in model_kind.marks_in_scheduler(scheduler).items()}
+    marks = model_kind.marks_in_scheduler(scheduler)
+    if place.is_file():
+        marks = {setting: found + marks[setting] for setting, found in model_kind.marks_in_file(place, named).items()}
     kind = model_kind.decide(named, marks, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
-    vae_folder = _find_vae(vae, folder, named)
+    vae_folder = _own_vae(folder, named) if vae is None else _named_vae(vae)
     say(f"model: {name} {kind}; VAE: {vae or 'its own'}")
-    model = Model(name, folder, vae_folder, variant, kind, model_kind.scheduler_of(scheduler, kind))
+    scheduler = model_kind.scheduler_of(scheduler, kind)
+    model = Model(name, folder, vae=vae_folder, variant=variant, kind=kind, scheduler=scheduler)
     _check_weights(model)
     return model
 
 
-def _find_vae(vae, folder, named):
-    """The folder of the VAE that the user named, else of the model's own."""
-    if vae is not None:
-        named, folder = f"--pretrained_vae_model_name_or_path {vae}", Path(vae)
-        if not folder.is_dir():
-            folder = hub.download_files(vae, VAE_FILES + [f"vae/{name}" for name in VAE_FILES])
-    for candidate in (folder, folder / "vae") if vae is not None else (folder / "vae",):
-        if (candidate / "config.json").exists():
-            config = model_kind.read_object(candidate, "config.json", f"{named}: its vae")
-            if config.get("_class_name") != "AutoencoderKL" or config.get("latent_channels", 4) != 4:
-                raise UserError(
-                    f"{named}: its vae is {config.get('_class_name')} of {config.get('latent_channels', 4)} channels,"
-                    " SDXL's is AutoencoderKL of 4"
-                )
-            return candidate
-    raise UserError(
-        f"{named}: no VAE in it (vae/config.json); name one: --pretrained_vae_model_name_or_path {hub.FP16_VAE}"
-    )
+def _own_vae(folder, named):
+    """The folder of a model's own VAE."""
+    return _checked_vae([folder / "vae"], named)
+
+
+def _named_vae(vae):
+    """The folder of the VAE that a flag names, a model's or its own."""
+    folder = Path(vae)
+    if not folder.is_dir():
+        folder = hub.download_files(vae, VAE_FILES + [f"vae/{name}" for name in VAE_FILES])
+    return _checked_vae([folder, folder / "vae"], f"--pretrained_vae_model_name_or_path {vae}")
+
+
+def _checked_vae(candidates, named):
+    """The first of the folders that holds a VAE, which must be SDXL's."""
+    folder = next((folder for folder in candidates if (folder / "config.json").exists()), None)
+    if folder is None:
+        cure = f"name one: --pretrained_vae_model_name_or_path {hub.FP16_VAE}"
+        raise UserError(f"{named}: no VAE in it (vae/config.json); {cure}")
+    config = model_kind.read_object(folder, "config.json", f"{named}: its vae")
+    class_name = config.get("_class_name")
+    channels = config.get("latent_channels", 4)
+    if class_name != "AutoencoderKL" or channels != 4:
+        raise UserError(f"{named}: its vae is {class_name} of {channels} channels, SDXL's is AutoencoderKL of 4")
+    return folder
 
 
 def _check_weights(model):
     """Every part is there and fits its configuration, before anything is encoded with one of them."""
     for part, class_name in model_kind.PARTS.items():
         weights.check_weights(weights.empty_part(class_name, model.folder / part), _files_of(model, part))
-    weights.check_weights(
-        weights.empty_part("AutoencoderKL", model.vae), weights.weight_files(model.vae, model.variant)
-    )
+    vae = weights.empty_part("AutoencoderKL", model.vae)
+    weights.check_weights(vae, weights.weight_files(model.vae, model.variant))
 
 
 def _files_of(model, part):
@@ -5481,91 +5550,96 @@ def _files_of(model, part):
     return weights.weight_files(model.folder / part, model.variant, stem)
 
 
-def fingerprint(variant, *folders):
-    """What identifies the models in `folders` for the caches: the files that are loaded, with size and time of change. Reads no weights."""
+def fingerprint(variant: str | None, *folders: Path) -> list[tuple[str, int, int]]:
+    """What identifies the models in `folders` for the caches: (path, bytes, mtime) of every file that is loaded.
+
+    Reads no weights.
+    """
     files = []
     for folder in folders:
-        loaded = (
-            weights.variant_in(folder, variant) or ""
-        )  # the part after the first dot: model.fp16-00001-of-00002.safetensors
-        found = [
-            path for path in folder.glob("*.safetensors") if path.stem.partition(".")[2].partition("-")[0] == loaded
-        ]
+        loaded = weights.variant_in(folder, variant) or ""
+        found = [path for path in folder.glob("*.safetensors") if _variant_of(path) == loaded]
         files += sorted([*found, *folder.glob("*.json"), *folder.glob("*.txt")])
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _variant_of(path):
+    """fp16 of model.fp16-00001-of-00002.safetensors; "" of model.safetensors."""
+    return path.stem.partition(".")[2].partition("-")[0]
 
 
 # ---------------------------------------------------------------- its parts
 
 
-def load_noise_schedule(model, device):
+def load_noise_schedule(model: Model, device: torch.device) -> NoiseSchedule:
     """The training noise schedule that belongs to the model's scheduler configuration -> NoiseSchedule on `device`."""
     return NoiseSchedule(model_kind.alphas_cumprod(model.scheduler).to(device), model.kind.prediction_type)
 
 
-def load_vae(model, host):
+def load_vae(model: Model, host: Host) -> AutoencoderKL:
     """AutoencoderKL on the device; in fp32 where its config says that fp16 overflows (`force_upcast`)."""
     vae = weights.empty_part("AutoencoderKL", model.vae)
     dtype = torch.float32 if vae.config.force_upcast else host.dtype
-    weights.fill(vae, weights.weight_files(model.vae, model.variant), host.device, dtype)
+    weights.fill(vae, weights.weight_files(model.vae, model.variant), device=host.device, dtype=dtype)
     return vae.requires_grad_(False).eval()
 
 
-def load_text_encoders(model, host):
-    """[(tokenizer, encoder)] of CLIP-L and bigG. The second must be CLIPTextModelWithProjection: its projection makes `pooled`."""
-    from transformers import CLIPTokenizer
-
+def load_text_encoders(
+    model: Model, host: Host
+) -> list[tuple[CLIPTokenizer, CLIPTextModel | CLIPTextModelWithProjection]]:
+    """(tokenizer, encoder) of CLIP-L and of bigG, whose projection makes `pooled`."""
     pairs = []
     for suffix in ("", "_2"):
         part = f"text_encoder{suffix}"
         encoder = weights.empty_part(model_kind.PARTS[part], model.folder / part)
-        weights.fill(encoder, _files_of(model, part), host.device, host.dtype)
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(model.folder / f"tokenizer{suffix}")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{model.folder}/tokenizer{suffix}: cannot be read ({str(error).splitlines()[0]})"
-            ) from None
-        if not 100 < len(tokenizer) <= encoder.config.vocab_size:  # without its files a tokenizer loads with 2 words
-            raise UserError(
-                f"{model.folder}/tokenizer{suffix}: {len(tokenizer)} words for {encoder.config.vocab_size} embeddings; files missing?"
-            )
+        weights.fill(encoder, _files_of(model, part), device=host.device, dtype=host.dtype)
+        tokenizer = _load_tokenizer(model.folder / f"tokenizer{suffix}", encoder.config.vocab_size)
         pairs.append((tokenizer, encoder.to(host.device).requires_grad_(False).eval()))
     return pairs
 
 
-def load_unet(model, host, quantize="none"):
+def _load_tokenizer(folder, vocab_size):
+    """The tokenizer in `folder`, which must fit an encoder of `vocab_size` embeddings."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: cannot be read ({str(error).splitlines()[0]})") from None
+    if not 100 < len(tokenizer) <= vocab_size:  # without its files a tokenizer loads with 2 words
+        raise UserError(f"{folder}: {len(tokenizer)} words for {vocab_size} embeddings; files missing?")
+    return tokenizer
+
+
+def load_unet(model: Model, host: Host, quantize: Literal["none", "nf4"] = "none") -> UNet2DConditionModel:
     """The UNet, frozen, built without memory and filled straight on the device: RAM holds 0.5 GiB of it at a time.
 
-    `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except those of the
-    time and size embeddings; each is quantised as it arrives, so the device never holds the fp16 model either.
+    `quantize="nf4"` keeps the weights of its linear layers in 4 bits (bitsandbytes NF4, double quantisation), except
+    those of the time and size embeddings. Each is quantised as it arrives, so the device never holds the fp16 model.
     """
     unet = weights.empty_part(model_kind.PARTS["unet"], model.folder / "unet")
     if quantize == "nf4":
         with torch.device("meta"):
             _make_linears_4bit(unet, host.dtype)
-    weights.fill(unet, _files_of(model, "unet"), host.device, host.dtype)
+    weights.fill(unet, _files_of(model, "unet"), device=host.device, dtype=host.dtype)
     return unet.requires_grad_(False).train()
 
 
 def _make_linears_4bit(unet, compute_dtype):
     from bitsandbytes.nn import Linear4bit
 
+    options = dict(compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True)
     for name, module in list(unet.named_modules()):
         if type(module) is torch.nn.Linear and not name.startswith(("time_embedding", "add_embedding")):
             parent, _, child = name.rpartition(".")
-            options = dict(
-                bias=module.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", compress_statistics=True
-            )
-            layer = Linear4bit(module.in_features, module.out_features, **options)
-            layer.support_avx512bf16_for_cpu = (
-                False  # else such a CPU repacks the weights in eval mode, which cuts their gradient
-            )
+            layer = Linear4bit(module.in_features, module.out_features, bias=module.bias is not None, **options)
+            # Else a CPU with these units repacks the weights in eval mode, which cuts their gradient.
+            layer.support_avx512bf16_for_cpu = False
             setattr(unet.get_submodule(parent), child, layer)
     unet.is_loaded_in_4bit = True  # what PEFT asks before it treats a layer as 4-bit
 
 
-def zero_unconditional(model):
+def zero_unconditional(model: Model) -> bool:
     """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
     return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
 '''
@@ -5804,7 +5878,7 @@ def _row(result, progress, plan, num_samples, seconds, engine):
         grad_norm=result.grad_norm,
         loss_scale=result.loss_scale,
         s_per_img=seconds / plan.effective_batch,
-        peak_gib=device.peak_gib(engine.host.device),
+        peak_gib=engine.host.peak_gib(),
         seconds=round(device.seconds_since_start(), 2),
     )
 
@@ -6105,7 +6179,8 @@ def _delimiter(text, caption_column):
 def _csv_records(path, text, delimiter):
     """[(number of its first line, fields)] of every row that is not blank, the heading included."""
     reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=True)
-    records, number = [], 1
+    records = []
+    number = 1
     try:
         for fields in reader:
             if any(_ROW_IN_TEXT.search(field) for field in fields):
@@ -6131,15 +6206,19 @@ def _check_fields(path, number, fields, columns, delimiter):
 # ========================================================================================== common/model_kind.py
 
 MODULES['common.model_kind'] = r'''
-"""What a model is, by its own files: SDXL or not, what its UNet predicts, on which noise schedule. The flags speak where the files are silent.
+"""A model's configuration files and the flags -> Kind: is it SDXL, what does its UNet predict, on which noise schedule.
+
+The flags speak where the files are silent.
 
 v-prediction: arXiv 2202.00512. Zero-terminal SNR (the last timestep is pure noise): arXiv 2305.08891.
 """
 
 import inspect
 import json
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from common.command_line import UserError
@@ -6147,11 +6226,13 @@ from common.command_line import UserError
 PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
 SCHEDULER = "scheduler/scheduler_config.json"
 READ = ["model_index.json", SCHEDULER, *(f"tokenizer{part}/tokenizer_config.json" for part in ("", "_2"))]
-EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+EPSILON = "epsilon"
+V_PREDICTION = "v_prediction"
 # The samplers whose configuration describes DDPM's noise schedule. EDM and flow matching have another one.
 DDPM_FAMILY = (
-    "DDPM DDIM DDPMParallel DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete"
-    " KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep UniPCMultistep SASolver LCM TCD"
+    "DDPM DDIM DDPMParallel DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete"
+    " KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverSinglestep DPMSolverSDE DEISMultistep"
+    " UniPCMultistep SASolver LCM TCD"
 ).split()
 _SPELLINGS = {
     "v": V_PREDICTION,
@@ -6184,7 +6265,7 @@ class Kind(NamedTuple):
 # ---------------------------------------------------------------- is it SDXL
 
 
-def read_object(folder, file, named):
+def read_object(folder: Path, file: str, named: str) -> dict:
     """The JSON object in folder/file.
 
     Args:
@@ -6198,7 +6279,7 @@ def read_object(folder, file, named):
         raise UserError(f"{named}: no readable {file} in it; SDXL has one") from None
 
 
-def check_folder(folder, named):
+def check_folder(folder: Path, named: str) -> None:
     """Refuse what is not SDXL, by its configuration files: Stable Diffusion 1.5 would be loaded far before it fails.
 
     Raises:
@@ -6218,6 +6299,7 @@ def check_folder(folder, named):
 
 
 def _check_unet(unet, text_encoder, text_encoder_2, *, named):
+    """Refuse a UNet whose inputs are not SDXL's, or which does not fit the text encoders: by their configurations."""
     for name in ("in_channels", "out_channels"):
         if unet.get(name, 4) != 4:
             hint = " (an inpainting or editing model)" if name == "in_channels" else ""
@@ -6225,43 +6307,38 @@ def _check_unet(unet, text_encoder, text_encoder_2, *, named):
     if unet.get("addition_embed_type") != "text_time":
         raise UserError(f"{named}: its unet takes no picture sizes (addition_embed_type), so it is not SDXL's")
     if unet.get("time_cond_proj_dim") is not None:
-        raise UserError(
-            f"{named}: its unet takes the guidance as an input (time_cond_proj_dim, as LCM has), which is not supported"
-        )
+        guidance = "the guidance as an input (time_cond_proj_dim, as LCM has)"
+        raise UserError(f"{named}: its unet takes {guidance}, which is not supported")
+
+    # What the text encoders give is what it takes: per token, and pooled beside six numbers of sizes.
     try:
-        widths = {
-            "cross_attention_dim": text_encoder["hidden_size"] + text_encoder_2["hidden_size"],
-            "projection_class_embeddings_input_dim": 6 * unet["addition_time_embed_dim"]
-            + text_encoder_2["projection_dim"],
-        }
+        tokens = text_encoder["hidden_size"] + text_encoder_2["hidden_size"]
+        pooled = 6 * unet["addition_time_embed_dim"] + text_encoder_2["projection_dim"]
     except (KeyError, TypeError):
-        raise UserError(
-            f"{named}: the configuration of its unet or of a text encoder lacks widths that SDXL has"
-        ) from None
-    for name, width in widths.items():
-        if unet.get(name) != width:
+        lacking = "the configuration of its unet or of a text encoder lacks widths that SDXL has"
+        raise UserError(f"{named}: {lacking}") from None
+    for name, width in (("cross_attention_dim", tokens), ("projection_class_embeddings_input_dim", pooled)):
+        if (found := unet.get(name)) != width:
             raise UserError(
-                f"{named}: its unet has the {name} {unet.get(name)}, its text encoders give {width}; they do not fit"
+                f"{named}: its unet has the {name} {found}, its text encoders give {width}; they do not fit"
             )
 
 
-def check_scheduler(config, named):
+def check_scheduler(config: dict, named: str) -> None:
     """Refuse a noise schedule or a target that training does not know.
 
     Raises:
         UserError: naming the flag and what the configuration says.
     """
     name = str(config.get("_class_name"))
-    if (
-        name.removesuffix("Scheduler") not in DDPM_FAMILY
-        or config.get("use_flow_sigmas")
-        or config.get("timestep_type") == "continuous"
-    ):
-        raise UserError(
-            f"{named}: its scheduler, {name}, has another noise schedule than SDXL's (EDM or flow matching?): not supported"
-        )
+    is_ddpm = name.removesuffix("Scheduler") in DDPM_FAMILY
+    if not is_ddpm or config.get("use_flow_sigmas") or config.get("timestep_type") == "continuous":
+        other = "another noise schedule than SDXL's (EDM or flow matching?)"
+        raise UserError(f"{named}: its scheduler, {name}, has {other}: not supported")
     if (found := config.get("prediction_type", EPSILON)) not in (EPSILON, V_PREDICTION):
         raise UserError(f"{named}: prediction type {found!r} is not supported, only {EPSILON} and {V_PREDICTION}")
+
+    # a schedule in numbers
     try:
         finite = bool(alphas_cumprod(config).isfinite().all())
     except (TypeError, ValueError, NotImplementedError, RuntimeError):
@@ -6270,11 +6347,11 @@ def check_scheduler(config, named):
         raise UserError(f"{named}: its {SCHEDULER} describes no noise schedule that can be computed")
 
 
-def alphas_cumprod(config):
+def alphas_cumprod(config: dict) -> torch.Tensor:
     """The noise schedule of a scheduler configuration: [T], in fp32 on the CPU."""
     from diffusers import DDPMScheduler
 
-    # not from_config: it imports every scheduler there is, for seconds, to warn about settings that belong to another one
+    # from_config would import every scheduler there is, for seconds, to warn about settings of another one.
     known = inspect.signature(DDPMScheduler.__init__).parameters
     return DDPMScheduler(**{name: config[name] for name in known if name in config}).alphas_cumprod.float()
 
@@ -6282,23 +6359,30 @@ def alphas_cumprod(config):
 # ---------------------------------------------------------------- what it predicts
 
 
-def marks_in_file(file, named):
-    """{"prediction_type": [Mark], "zero_terminal_snr": [Mark]}: what a single file says, by NoobAI's keys, modelspec's and kohya's.
+def marks_in_file(file: Path, named: str) -> dict[str, list[Mark]]:
+    """{"prediction_type": [Mark], "zero_terminal_snr": [Mark]}: what a single file says of itself.
 
     Raises:
         UserError: a damaged file, a prediction type that is not supported.
     """
     try:
         with safe_open(file, "pt") as tensors:
-            keys, metadata = set(tensors.keys()), tensors.metadata() or {}
+            keys = set(tensors.keys())
+            metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{named}: damaged, or no safetensors file ({error}); download or copy it again") from None
+
+    # NoobAI's keys
     prediction = [Mark(V_PREDICTION, "its key v_pred")] if "v_pred" in keys else []
     zero_snr = [Mark(True, "its key ztsnr")] if "ztsnr" in keys else []
+
+    # modelspec's metadata
     if (spec := metadata.get("modelspec.prediction_type")) is not None:
         if spec.lower() not in _SPELLINGS:
             raise UserError(f"{named}: modelspec.prediction_type {spec!r} is not supported, only {EPSILON} and v")
         prediction.append(Mark(_SPELLINGS[spec.lower()], "its modelspec.prediction_type"))
+
+    # kohya's metadata
     if metadata.get("ss_v_parameterization") in ("True", "False"):
         value = V_PREDICTION if metadata["ss_v_parameterization"] == "True" else EPSILON
         prediction.append(Mark(value, "its ss_v_parameterization"))
@@ -6307,8 +6391,11 @@ def marks_in_file(file, named):
     return {"prediction_type": prediction, "zero_terminal_snr": zero_snr}
 
 
-def marks_in_scheduler(config):
-    """The same of a scheduler configuration. Only what differs from the default counts: converters leave the default where nothing was said."""
+def marks_in_scheduler(config: dict) -> dict[str, list[Mark]]:
+    """The same of a scheduler configuration.
+
+    Only what differs from the default counts: converters leave the default where nothing was said.
+    """
     where = "its scheduler configuration"
     return {
         "prediction_type": [Mark(V_PREDICTION, where)] if config.get("prediction_type") == V_PREDICTION else [],
@@ -6316,7 +6403,13 @@ def marks_in_scheduler(config):
     }
 
 
-def decide(named, marks, *, prediction_type=None, zero_terminal_snr=None):
+def decide(
+    named: str,
+    marks: dict[str, list[Mark]],
+    *,
+    prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+) -> Kind:
     """What the files say, or the flags where they are given -> Kind.
 
     Args:
@@ -6332,28 +6425,28 @@ def decide(named, marks, *, prediction_type=None, zero_terminal_snr=None):
 
 
 def _agreed(named, setting, marks, *, asked, default):
-    """The Mark that counts. Trainers write the default where nobody told them anything, so a flag may contradict that."""
+    """The Mark that counts. Trainers write the default where nobody said anything, so a flag may contradict that."""
     told = [mark for mark in marks if mark.value != default]
     if asked is not None:
         if told and all(mark.value != asked for mark in marks):
-            raise UserError(
-                f"--{setting} {asked}: contradicts {told[0].where}, by which {named} has {told[0].value}; leave the flag out"
-            )
+            contradicted = f"{told[0].where}, by which {named} has {told[0].value}"
+            raise UserError(f"--{setting} {asked}: contradicts {contradicted}; leave the flag out")
         return Mark(asked, f"--{setting}")
     if told and len(told) < len(marks):
         other = next(mark for mark in marks if mark.value == default)
-        raise UserError(
-            f"{named}: {told[0].where} says {told[0].value}, {other.where} says {other.value}; decide with --{setting}"
-        )
+        said = f"{told[0].where} says {told[0].value}, {other.where} says {other.value}"
+        raise UserError(f"{named}: {said}; decide with --{setting}")
     return next(iter(marks), Mark(default, "its scheduler configuration"))
 
 
-def scheduler_of(config, kind):
-    """A scheduler configuration that says what `kind` says. Zero-terminal SNR starts at the last timestep: "trailing" spacing (sec. 3.3)."""
+def scheduler_of(config: dict, kind: Kind) -> dict:
+    """A scheduler configuration that says what `kind` says.
+
+    Zero-terminal SNR starts at the last timestep: "trailing" spacing (arXiv 2305.08891, sec. 3.3).
+    """
     config = {**config, "prediction_type": kind.prediction_type}
-    return (
-        {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if kind.zero_terminal_snr else config
-    )
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {**config, **zero_snr} if kind.zero_terminal_snr else config
 '''
 
 # =============================================================================================== common/noise.py
@@ -7053,10 +7146,13 @@ def require_parser() -> None:
 # =============================================================================================== common/pairs.py
 
 MODULES['common.pairs'] = r'''
-"""A picture that was found and its caption, before anything is known of either; and how faults of files are told."""
+"""Pair: a picture that was found and its caption, before either is read; and the words for files with faults."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Pair(NamedTuple):
@@ -7086,7 +7182,7 @@ def few(names: Iterable, shown: int = 3) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def or_fault(read: Callable):
+def or_fault(read: Callable[[], T]) -> T | Exception:
     """What `read()` returns, or the exception it raises.
 
     Pillow and the libraries below it raise nearly any class for a damaged file.
@@ -7932,9 +8028,19 @@ class Sampler:
 # ========================================================================================== common/schedulers.py
 
 MODULES['common.schedulers'] = r'''
-"""The samplers that --scheduler names. Nothing here imports torch, so that flags can list them."""
+"""The name in --scheduler -> a sampler of diffusers. Nothing here imports torch, so that flags can list the names."""
 
-KARRAS, EXACT = dict(use_karras_sigmas=True), dict(use_karras_sigmas=False)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from common.model_kind import Kind
+
+KARRAS = dict(use_karras_sigmas=True)
+EXACT = dict(use_karras_sigmas=False)
 # name -> (class of diffusers, what differs from the model's own scheduler configuration)
 SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),  # what SDXL ships with
@@ -7948,16 +8054,16 @@ SCHEDULERS = {
 }
 
 
-def make_scheduler(name, config):
-    """The scheduler `name` of SCHEDULERS with the noise schedule of a model's scheduler configuration, see loading.Model."""
+def make_scheduler(name: str, config: dict) -> SchedulerMixin:
+    """The scheduler `name` of SCHEDULERS with the noise schedule of `config`, which is loading.Model's `scheduler`."""
     import diffusers
 
     class_name, options = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(config, **options)
 
 
-def default_guidance_rescale(kind):
-    """What guidance is rescaled by where the user says nothing: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else not at all."""
+def default_guidance_rescale(kind: Kind) -> float:
+    """The rescale where no flag gives one: 0.7 for zero-terminal SNR (arXiv 2305.08891, sec. 3.4), else none (0)."""
     return 0.7 if kind.zero_terminal_snr else 0.0
 '''
 
@@ -7966,7 +8072,7 @@ def default_guidance_rescale(kind):
 MODULES['common.single_file'] = r'''
 """A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
 
-Part by part: RAM holds one part at a time. Names are converted by diffusers; what comes out is checked against the architecture.
+RAM holds one part at a time. diffusers converts the names; the result is checked against the architecture.
 """
 
 import hashlib
@@ -7995,7 +8101,7 @@ _OF_ADAPTERS = ("lora_", "lora.", "lokr_", "hada_", "dora_scale")
 _COPIED = ("model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", "*/config.json")
 
 
-def convert(path, config, cache_dir):
+def convert(path: Path, config: str, cache_dir: Path) -> Path:
     """The folder of `path` under `cache_dir`. It has no vae folder where the file has no VAE.
 
     Args:
@@ -8004,21 +8110,23 @@ def convert(path, config, cache_dir):
         UserError: not a whole SDXL checkpoint, or not of the architecture that `config` describes.
         OSError: the folder cannot be written.
     """
+    # what the file is
     named = f"--pretrained_model_name_or_path {path}"
     if path.suffix != ".safetensors":
         raise UserError(f"{named}: only .safetensors files are read; pickles can run code")
     names = list(weights.shapes_in(path))
     _refuse_foreign(names, named)
+
+    # the configurations and tokenizers that go with it
     configs = Path(config) if Path(config).is_dir() else hub.download_files(config, list(_COPIED))
     model_kind.check_folder(configs, f"--config_name_or_path {config}")
-    copied = {
-        file.relative_to(configs): file.read_bytes()
-        for pattern in _COPIED
-        for file in configs.glob(pattern)
-        if file.is_file()
-    }
+    found = [file for pattern in _COPIED for file in configs.glob(pattern) if file.is_file()]
+    copied = {file.relative_to(configs): file.read_bytes() for file in found}
+
+    # one folder for this file and these configurations, made where it is not there yet
     stat = path.stat()
-    identity = VERSION, stat.st_size, stat.st_mtime_ns, sorted((str(file), content) for file, content in copied.items())
+    contents = sorted((str(file), content) for file, content in copied.items())
+    identity = VERSION, stat.st_size, stat.st_mtime_ns, contents
     key = hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
     folder = cache_dir / "single_file" / f"{path.stem}-{key}"
     if not folder.exists():
@@ -8028,9 +8136,8 @@ def convert(path, config, cache_dir):
 
 def _refuse_foreign(names, named):
     if any(mark in name for name in names for mark in _OF_ADAPTERS):
-        raise UserError(
-            f"{named}: is an adapter (LoRA), not a model; name the model here, and infer.py takes adapters by --lora"
-        )
+        cure = "name the model here, and infer.py takes adapters by --lora"
+        raise UserError(f"{named}: is an adapter (LoRA), not a model; {cure}")
     if edm := [name for name in _OF_EDM if name in names]:
         raise UserError(f"{named}: is an EDM model (it has the key {edm[0]}), which is not supported")
     if any(name.startswith("cond_stage_model.") for name in names):
@@ -8039,13 +8146,15 @@ def _refuse_foreign(names, named):
         raise UserError(f"{named}: is SDXL's refiner, not its base model")
     for part, prefix in PREFIXES.items():
         if part != "vae" and not any(name.startswith(prefix) for name in names):
-            raise UserError(
-                f"{named}: has no {part} (no names in {prefix}); a whole SDXL checkpoint in the original layout is needed"
-            )
+            needed = "a whole SDXL checkpoint in the original layout is needed"
+            raise UserError(f"{named}: has no {part} (no names in {prefix}); {needed}")
 
 
 def _write(folder, path, names, copied):
-    """Convert into a folder of its own name, then rename: other processes see it whole, and whoever comes second drops his own."""
+    """Convert into a folder of its own name, then rename it: other processes see it whole.
+
+    Of two that convert the same file, the second drops its own folder.
+    """
     _remove_dead(folder.parent)
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -8081,6 +8190,8 @@ def _read_part(path, names, part, folder):
     own = [name for name in names if name.startswith(PREFIXES[part])]
     if not own:
         return {}
+
+    # under diffusers' names
     empty = weights.empty_part(CLASSES[part], folder)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in own}
@@ -8088,6 +8199,8 @@ def _read_part(path, names, part, folder):
         tensors = _respell(part, tensors, empty)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: its {part} is incomplete, or of another architecture ({error})") from None
+
+    # whole, and of the shapes that the configuration gives
     try:
         matched = weights.match(empty, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
         weights.refuse_missing(empty, set(matched.values()), path)
@@ -8138,7 +8251,7 @@ def _shards(tensors):
 # ============================================================================================= common/sources.py
 
 MODULES['common.sources'] = r'''
-"""Where image-caption pairs come from: folders with metadata or .txt captions; tables are read by common/tables.py.
+"""--train_data_dir or --dataset_name -> Pairs: folders with metadata or .txt captions here, tables in tables.py.
 
 Whatever is left out, or taken in without being meant to be, is counted and named in one line.
 """
@@ -8147,6 +8260,7 @@ import functools
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8164,10 +8278,8 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 REPEATS = re.compile(r"(\d+)_")  # the start of a folder's name, as kohya's scripts read it
 MOST_REPEATS = 1000  # beyond it, the number is rather a year
 REGULARISATION = re.compile(r"(\d+_)?reg(s|ulari[sz]ation)?([ _-]?(images|imgs|data|set))?", re.IGNORECASE)
-RUN_FILES = (
-    ("config.json", "metrics.jsonl"),
-    ("manifest.json", "compare.png"),
-)  # what a trainer, and infer.py, leave behind
+# What a trainer, and infer.py, leave behind.
+RUN_FILES = (("config.json", "metrics.jsonl"), ("manifest.json", "compare.png"))
 
 
 class Found(NamedTuple):
@@ -8177,15 +8289,17 @@ class Found(NamedTuple):
     left_out: dict[str, list[Path]]
 
 
-def read_pairs(dataset_name, folders, *, image_column, caption_column, say) -> list[Pair]:
+def read_pairs(
+    dataset_name: str, folders: list[str], *, image_column: str, caption_column: str, say: Callable[[str], None]
+) -> list[Pair]:
     """The pairs of every folder, one after the other, or of the hub data set where no folder is named.
 
     Raises:
         UserError: naming the flag or the file.
     """
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    columns = tables.Columns(image_column, caption_column)
     if not folders:
-        return tables.hub_pairs(dataset_name, say=say, **columns)
+        return tables.hub_pairs(dataset_name, columns, say)
     pairs = []
     for name in folders:
         folder, weight = find_data_dir(name)
@@ -8198,22 +8312,23 @@ def read_pairs(dataset_name, folders, *, image_column, caption_column, say) -> l
 
 def _folder_pairs(folder, columns, say):
     if tables.is_saved(folder):
-        return tables.saved_pairs(folder, say=say, **columns)
+        return tables.saved_pairs(folder, columns, say)
     found = _find(folder)
     if metadata := [folder / name for name in METADATA if (folder / name).is_file()]:
         for path in metadata[1:]:
             say(f"data: {path} is left out, {metadata[0].name} beside it is read")
-        return _metadata_pairs(metadata[0], found, columns["caption_column"], say)
+        return _metadata_pairs(metadata[0], found, columns.caption_column, say)
     _say_left_out(folder, found.left_out, say)
     if not found.pictures and (files := tables.table_files(folder)):
-        return tables.file_pairs(folder, files, say=say, **columns)
-    return _text_pairs(folder, found.pictures, columns["caption_column"], say)
+        return tables.file_pairs(folder, files, columns, say)
+    return _text_pairs(folder, found.pictures, columns.caption_column, say)
 
 
 def _find(folder):
     """Every picture below a folder, in order of names, without what is not meant to be trained on."""
     runs = _run_folders(folder)
-    pictures, left_out = [], {}
+    pictures = []
+    left_out = {}
     for path in sorted(folder.rglob("*")):
         suffix = path.suffix.lower()
         if suffix not in IMAGE_SUFFIXES | OTHER_SUFFIXES or _is_litter(path, folder) or path.is_dir():
@@ -8250,9 +8365,8 @@ def _reason_to_leave(path, folder, runs):
 def _say_left_out(folder, left_out, say):
     for reason, paths in left_out.items():
         if paths:
-            say(
-                f"data: left out in {folder}, {reason}: {len(paths)} ({few(path.relative_to(folder) for path in paths)})"
-            )
+            shown = few(path.relative_to(folder) for path in paths)
+            say(f"data: left out in {folder}, {reason}: {len(paths)} ({shown})")
 
 
 # ---------------------------------------------------------------- captions
@@ -8264,8 +8378,9 @@ def _metadata_pairs(metadata, found, caption_column, say):
     rows = [(folder / name, caption) for name, caption in read_rows(metadata, caption_column)]
     named = {os.path.normpath(path) for path, _ in rows}
     by_reason = {f"not named in {metadata.name}": found.pictures, **found.left_out}
-    is_unnamed = lambda path: os.path.normpath(path) not in named  # noqa: E731
-    _say_left_out(folder, {reason: list(filter(is_unnamed, paths)) for reason, paths in by_reason.items()}, say)
+    for reason, paths in by_reason.items():
+        by_reason[reason] = [path for path in paths if os.path.normpath(path) not in named]
+    _say_left_out(folder, by_reason, say)
     return [Pair(str(path), caption, functools.partial(read_file, path)) for path, caption in rows]
 
 
@@ -8289,23 +8404,22 @@ def _text_pairs(folder, pictures, caption_column, say):
 
 def _repeats(folder, pictures, say):
     """How often an epoch shows each picture: the number before its folder's name, one level below the data folder."""
-    repeats, counted = [], Counter()
-    for path in pictures:
-        parts = path.relative_to(folder).parts
-        number = REPEATS.match(parts[0]) if len(parts) > 1 else None
-        repeats.append(int(number[1]) if number else 1)
-        if number:
-            counted[parts[0]] += 1
-    for name in counted:
-        if not 1 <= int(REPEATS.match(name)[1]) <= MOST_REPEATS:
+    parts = [path.relative_to(folder).parts for path in pictures]
+    tops = [names[0] if len(names) > 1 else "" for names in parts]
+    times = {name: int(number[1]) for name in dict.fromkeys(tops) if (number := REPEATS.match(name))}
+    for name, number in times.items():
+        if not 1 <= number <= MOST_REPEATS:
             raise UserError(
-                f"--train_data_dir {folder}: the name of {name} would mean {int(REPEATS.match(name)[1])} repeats"
+                f"--train_data_dir {folder}: the name of {name} would mean {number} repeats"
                 f" (1 to {MOST_REPEATS} can be given so); rename it, e.g. 1_{name}"
             )
-    if counted:
+
+    # said, because a name may be no more than a name
+    if times:
+        counted = Counter(name for name in tops if name in times)
         shown = few((f"{name} (images: {count})" for name, count in counted.items()), 10)
         say(f"data: folders repeated as their names say: {shown}")
-    return repeats
+    return [times.get(name, 1) for name in tops]
 '''
 
 # ============================================================================================ common/stopping.py
@@ -8531,28 +8645,38 @@ def _keys_in(shard):
 # ============================================================================================== common/tables.py
 
 MODULES['common.tables'] = r'''
-"""Image-caption pairs of tables that `datasets` reads: a hub data set, a save_to_disk folder, parquet or arrow files.
+"""A table that `datasets` reads -> Pairs: a hub data set, a save_to_disk folder, parquet or arrow files.
 
 Pictures stay encoded bytes, memory-mapped by `datasets`, which is imported where a table is read.
 """
 
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from common.command_line import UserError
 from common.pairs import Pair, fault, read_file
 
 TABLE_KINDS = ("parquet", "arrow")
-SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")  # in the name of a table's file
+# The split in the name of a table's file.
+SPLIT = re.compile(r"(?<![a-z])(train|validation|valid|val|test|dev)(?![a-z])")
 
 
-def hub_pairs(dataset_name, *, image_column, caption_column, say):
+class Columns(NamedTuple):
+    """The flags that name the columns of a table."""
+
+    image_column: str
+    caption_column: str
+
+
+def hub_pairs(dataset_name: str, columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of a hub data set."""
     from datasets import load_dataset
 
     splits = _loaded(dataset_name, load_dataset, dataset_name)
-    return _pairs(splits, dataset_name, Path("."), image_column, caption_column, say)
+    return _pairs(splits, dataset_name, columns, folder=Path("."), say=say)
 
 
 def is_saved(folder: Path) -> bool:
@@ -8561,11 +8685,12 @@ def is_saved(folder: Path) -> bool:
     return "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names
 
 
-def saved_pairs(folder, *, image_column, caption_column, say):
+def saved_pairs(folder: Path, columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of a folder that save_to_disk wrote."""
     from datasets import load_from_disk
 
-    return _pairs(_loaded(folder, load_from_disk, str(folder)), folder, folder, image_column, caption_column, say)
+    splits = _loaded(folder, load_from_disk, str(folder))
+    return _pairs(splits, folder, columns, folder=folder, say=say)
 
 
 def table_files(folder: Path) -> list[Path]:
@@ -8574,7 +8699,7 @@ def table_files(folder: Path) -> list[Path]:
     return next(filter(None, kinds), [])
 
 
-def file_pairs(folder, files, *, image_column, caption_column, say):
+def file_pairs(folder: Path, files: list[Path], columns: Columns, say: Callable[[str], None]) -> list[Pair]:
     """The pairs of parquet or arrow files; their names say which split they belong to, as on the hub."""
     from datasets import load_dataset
 
@@ -8583,7 +8708,7 @@ def file_pairs(folder, files, *, image_column, caption_column, say):
         split = SPLIT.search(path.name.lower())
         by_split.setdefault(split[1] if split else "train", []).append(str(path))
     splits = _loaded(folder, load_dataset, files[0].suffix[1:], data_files=by_split)
-    return _pairs(splits, folder, folder, image_column, caption_column, say)
+    return _pairs(splits, folder, columns, folder=folder, say=say)
 
 
 def _loaded(source, load, *arguments, **options):
@@ -8597,16 +8722,17 @@ def _loaded(source, load, *arguments, **options):
     return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
-def _pairs(splits, source, folder, image_column, caption_column, say):
+def _pairs(splits, source, columns, *, folder, say):
+    """The pairs of a data set's split train, or of its first; paths in it are relative to `folder`."""
     split = "train" if "train" in splits else next(iter(splits))
     if split != "train":
         say(f"data: {source} has no split named train; its split {split} is used (it has: {', '.join(splits)})")
     data = splits[split]
-    for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
+    for flag, column in columns._asdict().items():
         if column not in data.column_names:
             raise UserError(f"--{flag} {column}: {source} has the columns {', '.join(data.column_names)}")
-    captions = _captions(data, source, caption_column)
-    read = functools.partial(_read, _encoded(data, source, image_column), image_column, folder)
+    captions = _captions(data, source, columns.caption_column)
+    read = functools.partial(_read, _encoded(data, source, columns.image_column), columns.image_column, folder)
     return [Pair(f"{source}[{i}]", caption, functools.partial(read, i)) for i, caption in enumerate(captions)]
 
 
@@ -8618,7 +8744,8 @@ def _captions(data, source, column):
     """
     from datasets import ClassLabel
 
-    values, feature = data.select_columns([column])[:][column], data.features[column]
+    values = data.select_columns([column])[:][column]
+    feature = data.features[column]
     if isinstance(feature, ClassLabel):
         return [None if value is None or value < 0 else feature.names[value] for value in values]
     for i, value in enumerate(values):
@@ -8632,7 +8759,7 @@ def _captions(data, source, column):
 
 
 def _encoded(data, source, column):
-    """The pictures alone, as {"bytes", "path"}; other columns may hold pictures too, which reading a row would decode."""
+    """The pictures alone, as {"bytes", "path"}: reading a whole row would decode the pictures of other columns too."""
     from datasets import Image
 
     try:
@@ -8643,6 +8770,7 @@ def _encoded(data, source, column):
 
 
 def _read(data, column, folder, index):
+    """The bytes of one picture."""
     cell = data[index][column]
     if cell is None or (cell["bytes"] is None and cell["path"] is None):
         raise ValueError("is null")
@@ -8652,14 +8780,15 @@ def _read(data, column, folder, index):
 # ============================================================================================= common/weights.py
 
 MODULES['common.weights'] = r'''
-"""A part of a model: built from its configuration without memory, checked against its files, filled from them. UNet, VAE and text
-encoders go the same way.
+"""A part's configuration and safetensors files -> the module, filled: UNet, VAE and text encoders go the same way.
 
-`fill` is strict: a weight that is missing, unknown or of another shape is refused, before anything of the part is loaded.
+The part is built without memory, checked against its files and filled from them. `fill` is strict: a weight that is
+missing, unknown or of another shape is refused before anything of the part is loaded.
 """
 
 import itertools
 import re
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -8667,14 +8796,15 @@ from safetensors import SafetensorError, safe_open
 from common.command_line import UserError
 
 CHUNK_BYTES = 512 * 2**20
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
 # What older and other tools keep beside the weights of a text encoder: SDXL computes with none of it.
 _UNUSED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection\.weight)$")
 # The attention of a VAE as diffusers before 0.17 named it.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def empty_part(class_name, folder):
+def empty_part(class_name: str, folder: Path) -> torch.nn.Module:
     """The part that folder/config.json describes, on the meta device: names and shapes, no memory.
 
     Raises:
@@ -8693,21 +8823,22 @@ def empty_part(class_name, folder):
         with torch.device("meta"):
             return part.from_config(part.load_config(folder))
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{folder}/config.json: describes no {class_name} ({' '.join(str(error).split())[:200]})"
-        ) from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}/config.json: describes no {class_name} ({why})") from None
 
 
 # ---------------------------------------------------------------- its files
 
 
-def variant_in(folder, variant):
+def variant_in(folder: Path, variant: str | None) -> str | None:
     """`variant` where the folder has weights of it, else None: the plain ones."""
     return variant if variant and any(folder.glob(f"*.{variant}*.safetensors")) else None
 
 
-def weight_files(folder, variant, stem=DIFFUSERS_STEM):
-    """The safetensors files of a part: those of the variant when there are any, else the plain ones; whole, or in numbered shards.
+def weight_files(folder: Path, variant: str | None, stem: str = DIFFUSERS_STEM) -> list[Path]:
+    """The safetensors files of a part: those of the variant when there are any, else the plain ones.
+
+    One file, or its numbered shards in order.
 
     Raises:
         UserError: there are none.
@@ -8725,7 +8856,7 @@ def weight_files(folder, variant, stem=DIFFUSERS_STEM):
     return shards
 
 
-def shapes_in(file):
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a safetensors file, in the order of its data; only the header is read.
 
     Raises:
@@ -8738,7 +8869,7 @@ def shapes_in(file):
         raise UserError(f"{file}: damaged ({error}); download or copy it again") from None
 
 
-def match(module, shapes, file):
+def match(module: torch.nn.Module, shapes: dict[str, tuple[int, ...]], file: Path) -> dict[str, str]:
     """{name in the file: name in the module} for the weights of `shapes` that the module has.
 
     Raises:
@@ -8752,10 +8883,9 @@ def match(module, shapes, file):
             continue
         if own is None:
             raise UserError(f"{file}: {name} does not belong to this architecture ({type(module).__name__})")
-        if shape != tuple(wanted[own].shape):
-            raise UserError(
-                f"{file}: {name} has the shape {list(shape)}, its configuration asks for {list(wanted[own].shape)}"
-            )
+        asked = list(wanted[own].shape)
+        if list(shape) != asked:
+            raise UserError(f"{file}: {name} has the shape {list(shape)}, its configuration asks for {asked}")
         names[name] = own
     return names
 
@@ -8768,15 +8898,18 @@ def _spellings(name):
     return name, respelt, name.removeprefix("text_model."), f"text_model.{name}"
 
 
-def refuse_missing(module, found, where):
-    """Raise UserError unless `found` holds every weight of the module; `where` is the file or folder that should have held them."""
+def refuse_missing(module: torch.nn.Module, found: set[str], where: Path) -> None:
+    """Check that `found` names every weight of the module; `where` is the file or folder that should have held them.
+
+    Raises:
+        UserError: one is missing.
+    """
     if missing := sorted(module.state_dict().keys() - found):
-        raise UserError(
-            f"{where}: {len(missing)} of its weights are missing, e.g. {missing[0]} of {type(module).__name__}"
-        )
+        example = f"{missing[0]} of {type(module).__name__}"
+        raise UserError(f"{where}: {len(missing)} of its weights are missing, e.g. {example}")
 
 
-def check_weights(module, files):
+def check_weights(module: torch.nn.Module, files: list[Path]) -> dict[Path, dict[str, str]]:
     """{file: {name in the file: name in the module}}. Reads headers only.
 
     Raises:
@@ -8791,10 +8924,11 @@ def check_weights(module, files):
 # ---------------------------------------------------------------- filling
 
 
-def fill(module, files, device, dtype):
+def fill(module: torch.nn.Module, files: list[Path], *, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a module made on the meta device from safetensors files, in `dtype`, straight on `device`.
 
     A file is mapped for CHUNK_BYTES at a time: what was read is not counted as ours for longer than that.
+
     Raises:
         UserError: see `check_weights`.
     """
@@ -8810,15 +8944,13 @@ def fill(module, files, device, dtype):
 def _quantise(layer, weight, device):
     empty = layer.weight
     options = dict(compress_statistics=empty.compress_statistics, quant_type=empty.quant_type, module=layer)
-    layer.weight = type(empty)(weight, requires_grad=False, **options).to(
-        device
-    )  # Params4bit quantises when it is moved
+    unquantised = type(empty)(weight, requires_grad=False, **options)
+    layer.weight = unquantised.to(device)  # Params4bit quantises when it is moved
 
 
 def _is_4bit(module, weight_name):
-    return (
-        type(module.get_parameter(weight_name)).__name__ == "Params4bit"
-    )  # by name: bitsandbytes may not be installed
+    """By the name of its class: bitsandbytes may not be installed."""
+    return type(module.get_parameter(weight_name)).__name__ == "Params4bit"
 
 
 def _chunks(file, names):

@@ -106,7 +106,7 @@ def _holds_captions(files: list[str]) -> bool:
 # =============================================================================================== common/cards.py
 
 MODULES['common.cards'] = r'''
-"""What can be said of a GPU before it computes; nothing here imports torch."""
+"""A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
 
@@ -114,20 +114,20 @@ import re
 def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
     """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
 
-    Code for sm_XY runs on cards of the same X and at least that Y, code for compute_XY on every later one (CUDA C++ programming guide,
-    application compatibility). Builds for other makers' cards name neither and are not judged.
+    Code for sm_XY runs on cards of the same X and at least that Y. Code for compute_XY runs on every later one
+    (CUDA C++ programming guide, application compatibility). Builds for other makers' cards name neither: not judged.
 
     Args:
         name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
     """
-    codes = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
-    codes = [(code[1], (int(code[2]), int(code[3]))) for code in codes if code]
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
     if not codes or any(_runs(kind, built, capability) for kind, built in codes):
         return None
     oldest = min(built for _, built in codes)
     return (
-        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it, only for sm_{oldest[0]}{oldest[1]} and other cards;"
-        " choose another GPU (Kaggle: choose GPU T4 x2)"
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it,"
+        f" only for sm_{oldest[0]}{oldest[1]} and other cards; choose another GPU (Kaggle: choose GPU T4 x2)"
     )
 
 
@@ -138,7 +138,7 @@ def _runs(kind, built, capability):
 # ============================================================================================= common/machine.py
 
 MODULES['common.machine'] = r'''
-"""What this machine has: host, packages, memory, disks, GPUs, and what of the hub is within reach.
+"""This machine -> Facts: host, packages, memory, disks, GPUs, and what of the hub is within reach.
 
 Needs nothing but Python, so that it can be asked before anything is installed. Torch and bitsandbytes are imported to
 be tried.
@@ -152,8 +152,10 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 from common import packages
 from common.attached import Attached, find_attached
@@ -163,14 +165,16 @@ from common.places import CACHE_DIR
 GIB = 2**30
 OPTIONAL = ("xformers", "tensorboard", "wandb")
 NAMED = (*packages.REQUIREMENTS, *OPTIONAL, "torchao")
-MODEL, VAE = "stabilityai/stable-diffusion-xl-base-1.0", "madebyollin/sdxl-vae-fp16-fix"
+MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+VAE = "madebyollin/sdxl-vae-fp16-fix"
 DATA = "lambdalabs/naruto-blip-captions"
 REPOS = {  # id -> type, and a file that is in the cache only when the repo was downloaded for use
     MODEL: ("model", "unet/diffusion_pytorch_model.fp16.safetensors"),
     VAE: ("model", "diffusion_pytorch_model.safetensors"),
     DATA: ("dataset", "README.md"),
 }
-ANSWER_S, PATIENCE_S = 3, 4  # of a server that takes the connection; of everything, a silent name server too
+ANSWER_S = 3  # of a server that takes the connection
+PATIENCE_S = 4  # with the hub: a silent name server knows no timeout
 MATMUL_S = 0.5
 
 
@@ -179,7 +183,7 @@ class Gpu:
     """One card as torch sees it."""
 
     name: str
-    capability: tuple  # (7, 5) is sm_75
+    capability: tuple[int, int]  # (7, 5) is sm_75
     total_gib: float
     free_gib: float
     fault: str | None = None  # why this torch cannot compute on it
@@ -197,19 +201,19 @@ class Disk:
 class Facts:
     """What was found."""
 
-    python: tuple  # (3, 12, 3)
+    python: tuple[int, int, int]  # (3, 12, 3)
     host: str  # "Kaggle", "Colab" or "own machine"
     cores: int
     ram_gib: float
-    packages: dict  # name -> installed version or None
-    lacking: dict  # name -> None where it is absent, its version where that is too old
+    packages: dict[str, str | None]  # name -> installed version or None
+    lacking: dict[str, str | None]  # name -> None where it is absent, its version where that is too old
     requirements: bool  # requirements.txt lies in the working folder
-    disks: dict  # what for -> Disk
-    hub: dict  # repo id -> "cached", "reachable" or why it is neither
+    disks: dict[str, Disk]  # what for -> Disk
+    hub: dict[str, str]  # repo id -> "cached", "reachable" or why it is neither
     attached: Attached
     driver: bool = False  # NVIDIA's, whatever torch says
-    gpus: list = field(default_factory=list)
-    smoke: dict = field(default_factory=dict)  # test -> "ok" or the error
+    gpus: list[Gpu] = field(default_factory=list)
+    smoke: dict[str, str] = field(default_factory=dict)  # test -> "ok" or the error
     matmul_tflops: float | None = None  # of the first GPU, in fp16
 
 
@@ -218,15 +222,18 @@ def probe() -> Facts:
     hub = HubAnswers()
     gpus, smoke, matmul_tflops = probe_torch()
     return Facts(
+        # the machine
         python=sys.version_info[:3],
         host=host(),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         ram_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB,
+        # what is installed and attached
         packages={name: packages.installed_version(name) for name in NAMED},
         lacking=lacking(),
         requirements=Path("requirements.txt").exists(),
         disks={name: Disk(str(folder), free_gb(folder)) for name, folder in places().items()},
         attached=find_attached(),
+        # its GPUs, and the hub's answers at last
         driver=os.path.exists("/proc/driver/nvidia/version"),
         gpus=gpus,
         smoke=smoke,
@@ -236,12 +243,13 @@ def probe() -> Facts:
 
 
 def host() -> str:
+    """Kaggle, Colab or own machine."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ or os.path.isdir("/kaggle/working"):
         return "Kaggle"
     return "Colab" if "COLAB_RELEASE_TAG" in os.environ else "own machine"
 
 
-def lacking() -> dict:
+def lacking() -> dict[str, str | None]:
     """Of all packages, name -> None where it is absent, or its version where that is too old."""
     absent = {name: None for name in packages.WHERE_USED if packages.is_absent(name)}
     return packages.lacking() | absent
@@ -250,7 +258,7 @@ def lacking() -> dict:
 # ---------------------------------------------------------------- disks
 
 
-def places() -> dict:
+def places() -> dict[str, Path]:
     """Where something will be written: what for -> folder."""
     return {"model": hub_cache(), "encoded data": Path(CACHE_DIR), "results": Path.cwd()}
 
@@ -285,7 +293,7 @@ class HubAnswers:
     def _ask(self, repo_id):
         self.states[repo_id] = hub_state(repo_id)
 
-    def wait(self) -> dict:
+    def wait(self) -> dict[str, str]:
         """The states after PATIENCE_S at most: a name server that is silent knows no timeout."""
         for thread in self.threads:
             thread.join(max(0.0, self.asked_s + PATIENCE_S - time.monotonic()))
@@ -312,7 +320,7 @@ def hub_state(repo_id: str) -> str:
 # ---------------------------------------------------------------- GPUs
 
 
-def probe_torch():
+def probe_torch() -> tuple[list[Gpu], dict[str, str], float | None]:
     """(GPUs, smoke tests, TFLOP/s of fp16 matrix products or None)."""
     if packages.is_absent("torch"):
         return [], {}, None
@@ -326,6 +334,8 @@ def probe_torch():
     # A card that this torch has no code for would fail every test in its own words.
     if gpus and gpus[0].fault:
         return gpus, {}, None
+
+    # What a run will ask of the device, tried on a small scale.
     where = ("cuda", torch.float16) if gpus else ("cpu", torch.float32)
     tests = {"matrix product": matrix_product}
     if gpus:
@@ -337,14 +347,17 @@ def probe_torch():
     return gpus, smoke, matmul_rate(torch) if measurable else None
 
 
-def describe(torch, index) -> Gpu:
-    free, total = torch.cuda.mem_get_info(index)
-    name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+def describe(torch: ModuleType, index: int) -> Gpu:
+    """What torch says of a card."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    name = torch.cuda.get_device_name(index)
+    capability = torch.cuda.get_device_capability(index)
     fault = unsupported_card(name, capability, torch.cuda.get_arch_list())
-    return Gpu(name, capability, total / GIB, free / GIB, fault)
+    return Gpu(name, capability, total_gib=total_bytes / GIB, free_gib=free_bytes / GIB, fault=fault)
 
 
-def tried(test, torch, device, dtype) -> str:
+def tried(test: Callable, torch: ModuleType, device: str, dtype: object) -> str:
+    """`ok`, or the error of a smoke test."""
     try:
         test(torch, device, dtype)
         return "ok"
@@ -352,16 +365,18 @@ def tried(test, torch, device, dtype) -> str:
         return one_line(error)
 
 
-def one_line(error) -> str:
+def one_line(error: Exception) -> str:
+    """The class and the first line of an error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def matrix_product(torch, device, dtype):
+def matrix_product(torch: ModuleType, device: str, dtype: object) -> None:
+    """A product of which every entry is known."""
     ones = torch.ones(256, 256, device=device, dtype=dtype)
     assert (ones @ ones)[0, 0].item() == 256, "wrong result"
 
 
-def attention(torch, device, dtype):
+def attention(torch: ModuleType, device: str, dtype: object) -> None:
     """The memory-efficient kernel, forward and backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -371,7 +386,8 @@ def attention(torch, device, dtype):
     assert q.grad.isfinite().all(), "gradient not finite"
 
 
-def nf4(torch, device, dtype):
+def nf4(torch: ModuleType, device: str, dtype: object) -> None:
+    """bitsandbytes' 4-bit weights, there and back."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
@@ -381,9 +397,10 @@ def nf4(torch, device, dtype):
     assert error < 0.15, f"relative error {error:.2f} after a round trip"
 
 
-def matmul_rate(torch) -> float:
+def matmul_rate(torch: ModuleType) -> float:
     """TFLOP/s of 4096 x 4096 fp16 products on the first GPU."""
-    n, count = 4096, 0
+    n = 4096
+    count = 0
     a = torch.randn(n, n, device="cuda", dtype=torch.float16)
     a @ a  # warm-up
     torch.cuda.synchronize()
@@ -489,12 +506,13 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/
 # ============================================================================================= common/verdict.py
 
 MODULES['common.verdict'] = r'''
-"""Which script suits a machine, how long it takes there, what stands in the way: judged from `machine.Facts` alone.
+"""machine.Facts -> Verdict: which script suits the machine, how long it takes there, what stands in the way.
 
 What the trainers' defaults need was measured on an H100 (docs/benchmarks.json). A test compares the figures here with
 that file and with the trainers' own flags.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from common import packages
@@ -523,14 +541,16 @@ class Script(NamedTuple):
     needs_bitsandbytes: bool = False  # for 4-bit weights or 8-bit AdamW
 
 
+SHORT = dict(images=3664, forward_tflop=1.589)  # three epochs of the default data set at 512 px
 SCRIPTS = (  # in the order in which they are recommended
-    Script("train_sdxl.py", 6.39, 8000, 6.761, 0.390, 0.257),
-    Script("train_opt.py", 5.95, 24000, 3.641, 0.371, 0.298),
-    Script("train_qlora.py", 3.35, 3664, 1.589, 0.202, 0.190, needs_bitsandbytes=True),
-    Script("train_qlora.py --strategy normal", 3.13, 3664, 1.589, 0.228, 0.212, needs_bitsandbytes=True),
-    Script("train_dora.py", 5.83, 3664, 1.589, 0.255, 0.233, needs_bitsandbytes=True),
+    Script("train_sdxl.py", 6.39, images=8000, forward_tflop=6.761, share=0.390, share_t4=0.257),
+    Script("train_opt.py", 5.95, images=24000, forward_tflop=3.641, share=0.371, share_t4=0.298),
+    Script("train_qlora.py", 3.35, share=0.202, share_t4=0.190, needs_bitsandbytes=True, **SHORT),
+    Script("train_qlora.py --strategy normal", 3.13, share=0.228, share_t4=0.212, needs_bitsandbytes=True, **SHORT),
+    Script("train_dora.py", 5.83, share=0.255, share_t4=0.233, needs_bitsandbytes=True, **SHORT),
 )
-DEMO, AGAIN = "python train_opt.py --demo", "python verify_setup.py"
+DEMO = "python train_opt.py --demo"
+AGAIN = "python verify_setup.py"
 
 
 class Estimate(NamedTuple):
@@ -546,24 +566,28 @@ class Verdict(NamedTuple):
     """`problems` and `notes` are sentences; a command that mends a problem stands on a line of its own."""
 
     command: str  # what to run on this machine
-    estimates: dict  # command of a script -> Estimate
-    problems: list  # what keeps `command` from running
-    notes: list  # what is good to know
+    estimates: dict[str, Estimate]  # command of a script -> Estimate
+    problems: list[str]  # what keeps `command` from running
+    notes: list[str]  # what is good to know
 
 
 def judge(facts: Facts) -> Verdict:
+    """Everything that follows from the facts."""
     estimates = {script.command: estimate(script, facts) for script in SCRIPTS}
     chosen = next((script for script in SCRIPTS if estimates[script.command].fits), None)
 
-    # The command: every GPU, and what is attached where the hub is out of reach. Without torch no GPU can be seen yet.
+    # The command: every GPU, and what is attached where the hub is out of reach.
+    # Without torch no GPU can be seen yet.
     unseen = "torch" in facts.lacking or any(gpu.fault for gpu in facts.gpus[:1])
-    command, unreachable = AGAIN if unseen else DEMO, []
+    command = AGAIN if unseen else DEMO
+    unreachable = []
     if chosen:
         count = len(facts.gpus)
         launcher = f"accelerate launch --num_processes {count}" if count > 1 else "python"
         options, unreachable = instead_of_the_hub(facts)
         command = " ".join([launcher, chosen.command, *options])
 
+    # what keeps it from running
     problems = [
         *package_problems(facts, chosen),
         *gpu_problems(facts),
@@ -575,22 +599,23 @@ def judge(facts: Facts) -> Verdict:
 
 
 def estimate(script: Script, facts: Facts) -> Estimate:
+    """Whether a script's default run fits the first GPU, and how long it takes there."""
     needs_gib = script.peak_gib + SPARE_GIB
     gpu = facts.gpus[0] if facts.gpus else None
     fits = gpu is not None and not gpu.fault and gpu.free_gib >= needs_gib
     if not fits or facts.matmul_tflops is None:
-        return Estimate(needs_gib, fits, None, None)
+        return Estimate(needs_gib, fits, s_per_img=None, hours=None)
 
     share = script.share if gpu.capability >= FLASH_CAPABILITY else script.share_t4
     sustained = [rate for name, rate in SUSTAINED_TFLOPS.items() if name in gpu.name.split()]
     s_per_img = 2 * script.forward_tflop / (min([facts.matmul_tflops, *sustained]) * share)
-    return Estimate(needs_gib, fits, s_per_img, s_per_img * script.images / 3600)
+    return Estimate(needs_gib, fits, s_per_img=s_per_img, hours=s_per_img * script.images / 3600)
 
 
 # ---------------------------------------------------------------- what stands in the way
 
 
-def package_problems(facts, chosen):
+def package_problems(facts: Facts, chosen: Script | None) -> list[str]:
     """One sentence and one command for all of them, if the chosen script uses any."""
     unused = () if chosen and chosen.needs_bitsandbytes else packages.WHERE_USED
     if facts.lacking.keys() <= set(unused):
@@ -602,7 +627,7 @@ def package_problems(facts, chosen):
     return [f"{'; '.join(named)}\n{pip_command(facts)}"]
 
 
-def pip_command(facts):
+def pip_command(facts: Facts) -> str:
     """Installs all that is lacking; without internet, from attached wheels."""
     wanted = " ".join(f'"{name}{packages.REQUIREMENTS[name]}"' for name in facts.lacking)
     if facts.attached.wheels and "reachable" not in facts.hub.values():
@@ -610,11 +635,12 @@ def pip_command(facts):
     return "pip install -r requirements.txt" if facts.requirements else f"pip install {wanted}"
 
 
-def gpu_problems(facts):
+def gpu_problems(facts: Facts) -> list[str]:
+    """Why torch cannot compute on the first GPU."""
     return [gpu.fault for gpu in facts.gpus[:1] if gpu.fault]
 
 
-def smoke_problems(facts, chosen):
+def smoke_problems(facts: Facts, chosen: Script | None) -> Iterator[str]:
     """A package that is too old explains its own failure; 4-bit weights stop only what uses them."""
     for test, result in facts.smoke.items():
         stops = test != "4-bit weights" or (chosen is not None and chosen.needs_bitsandbytes)
@@ -622,13 +648,14 @@ def smoke_problems(facts, chosen):
             yield f"{test}: {result}"
 
 
-def instead_of_the_hub(facts):
+def instead_of_the_hub(facts: Facts) -> tuple[list[str], list[str]]:
     """(flags that name attached folders, sentences on what is neither attached nor within reach)."""
     wanted = (
         ("--pretrained_model_name_or_path", facts.attached.models, (MODEL, VAE)),
         ("--train_data_dir", facts.attached.data, (DATA,)),
     )
-    options, problems = [], []
+    options = []
+    problems = []
     for flag, folders, repo_ids in wanted:
         absent = [repo_id for repo_id in repo_ids if facts.hub[repo_id] not in WITHIN_REACH]
         if absent and folders:
@@ -639,13 +666,15 @@ def instead_of_the_hub(facts):
     return options, problems
 
 
-def offline_ways(facts, flag):
+def offline_ways(facts: Facts, flag: str) -> str:
+    """What to do where the hub is out of reach."""
     if facts.host == "Kaggle":
         return "switch Internet on in the notebook's settings, or attach it as an input (docs/hosts.md)"
     return f"connect to the internet, or name a local folder with {flag}"
 
 
-def disk_problems(facts):
+def disk_problems(facts: Facts) -> Iterator[str]:
+    """Disks that are too full, each with the way to another."""
     cures = {"model": "HF_HOME", "encoded data": "--cache_dir", "results": "--output_dir"}
     for name, disk in facts.disks.items():
         is_needed = name != "model" or facts.hub[MODEL] == "reachable"
@@ -659,12 +688,15 @@ def disk_problems(facts):
 # ---------------------------------------------------------------- what is good to know
 
 
-def notes(facts, chosen, unseen):
+def notes(facts: Facts, chosen: Script | None, unseen: bool) -> list[str]:
     """Sentences, each beside whether it holds here."""
     is_small = chosen and facts.gpus[0].free_gib < ROOMY_GIB
     is_new = facts.python[:2] > NEWEST_PYTHON
     has_none = not facts.gpus and not unseen
-    torchao, count = facts.packages["torchao"], len(facts.gpus)
+    torchao = facts.packages["torchao"]
+    count = len(facts.gpus)
+
+    # sentence -> whether it holds here
     said = {
         f"Python {dotted(facts.python)} was not tried, up to {dotted(NEWEST_PYTHON)} were": is_new,
         f"torchao {torchao} is harmless: the scripts hide it from PEFT": torchao,
@@ -678,13 +710,13 @@ def notes(facts, chosen, unseen):
     return [*(note for note, holds in said.items() if holds), *without_bitsandbytes(facts, chosen)]
 
 
-def choose_gpu(facts):
+def choose_gpu(facts: Facts) -> str:
     """Where a host's GPU is switched on."""
     places = {"Kaggle": "Settings > Accelerator > GPU T4 x2", "Colab": "Runtime > Change runtime type > T4 GPU"}
     return f"; {places[facts.host]}" if facts.host in places else ""
 
 
-def without_bitsandbytes(facts, chosen):
+def without_bitsandbytes(facts: Facts, chosen: Script | None) -> Iterator[str]:
     """The scripts that cannot run without it, where they are not what stands in the way."""
     users = "train_qlora.py and train_dora.py"
     if chosen and chosen.needs_bitsandbytes:
@@ -696,7 +728,8 @@ def without_bitsandbytes(facts, chosen):
         yield f"4-bit weights: {result}; {users} cannot run"
 
 
-def dotted(version):
+def dotted(version: tuple[int, ...]) -> str:
+    """(3, 12, 3) -> 3.12.3"""
     return ".".join(map(str, version))
 '''
 
@@ -745,11 +778,13 @@ if sys.version_info < (3, 11):  # noqa: UP036  the imports below would end in a 
 if sys.platform == "win32":
     sys.exit("verify_setup.py: Windows itself is not supported: run it in WSL 2, or on Kaggle or Colab")
 
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import NoReturn
 
 from common import packages
 from common.machine import OPTIONAL, Facts, probe
-from common.verdict import SCRIPTS, Verdict, dotted, judge
+from common.verdict import SCRIPTS, Estimate, Script, Verdict, dotted, judge
 
 WIDTH = 80  # of a notebook's output
 SHOWN = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")
@@ -757,11 +792,11 @@ LABEL = 11  # columns of the first word of a row
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; the flags are --json and --help\n")
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Probe, judge, print; returns the exit status."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -778,8 +813,9 @@ def main(argv=None) -> int:
 
 
 def as_json(facts: Facts, verdict: Verdict, seconds: float) -> str:
-    named = {"attached": facts.attached._asdict(), "estimates": {}}
-    named["estimates"] = {command: found._asdict() for command, found in verdict.estimates.items()}
+    """Facts and verdict as one JSON object."""
+    estimates = {command: found._asdict() for command, found in verdict.estimates.items()}
+    named = {"attached": facts.attached._asdict(), "estimates": estimates}
     return json.dumps({**asdict(facts), **verdict._asdict(), **named, "seconds": round(seconds, 1)}, indent=2)
 
 
@@ -788,9 +824,12 @@ def as_json(facts: Facts, verdict: Verdict, seconds: float) -> str:
 
 def screen(facts: Facts, verdict: Verdict) -> str:
     """Everything for a person to read, 80 columns wide; only commands and paths are longer."""
+    # what was found, and what each script needs
     lines = [line for label, text in rows(facts) for line in wrapped(label, text)]
     if facts.gpus and not facts.gpus[0].fault:
         lines += ["", *script_table(verdict)]
+
+    # what to know, what to mend, what to type
     for label, sentences in (("note", verdict.notes), ("PROBLEM", verdict.problems)):
         lines += [""] if sentences else []
         lines += [line for sentence in sentences for line in wrapped(label, sentence)]
@@ -798,8 +837,9 @@ def screen(facts: Facts, verdict: Verdict) -> str:
     return "\n".join([*lines, "", f"{before}:", f"    {verdict.command}"])
 
 
-def rows(facts):
+def rows(facts: Facts) -> Iterator[tuple[str, str]]:
     """(label, text) of what was found."""
+    # the machine
     python = f"Python {dotted(facts.python)}"
     yield "machine", f"{facts.host}, {python}, {facts.cores} CPU cores, {facts.ram_gib:.1f} GiB of RAM"
     for i, gpu in enumerate(facts.gpus):
@@ -807,28 +847,33 @@ def rows(facts):
         yield f"GPU {i}", f"{gpu.name} (sm_{major}{minor}), {gpu.free_gib:.1f} of {gpu.total_gib:.1f} GiB free"
     if not facts.gpus:
         yield "GPU", "none"
+
+    # what is installed, and how it fared
     yield "packages", package_row(facts)
     if facts.smoke:
         results = {test: "ok" if result == "ok" else "FAILED" for test, result in facts.smoke.items()}
         yield "tried", ", ".join(f"{test} {result}" for test, result in results.items())
     if facts.matmul_tflops:
         yield "speed", f"{facts.matmul_tflops:.0f} TFLOP/s of fp16 matrix products"
+
+    # where files come from and go to
     yield "disk", "free: " + ", ".join(f"{disk.free_gb:.0f} GB ({name})" for name, disk in facts.disks.items())
     for state in dict.fromkeys(facts.hub.values()):
-        yield "hub", f"{state}: {', '.join(repo_id for repo_id in facts.hub if facts.hub[repo_id] == state)}"
+        repo_ids = [repo_id for repo_id in facts.hub if facts.hub[repo_id] == state]
+        yield "hub", f"{state}: {', '.join(repo_ids)}"
     for kind, folders in facts.attached._asdict().items():
         for folder in folders:
             yield "attached", f"{kind}: {folder}"
 
 
-def package_row(facts):
+def package_row(facts: Facts) -> str:
     """How many of them there are, and the versions of those that matter most."""
     count = len(packages.REQUIREMENTS)
     versions = [f"{name} {facts.packages[name]}" for name in (*SHOWN, *OPTIONAL) if facts.packages[name]]
     return ", ".join([f"{count - len(facts.lacking)} of {count} ok", *versions])
 
 
-def script_table(verdict):
+def script_table(verdict: Verdict) -> Iterator[str]:
     """What the default run of each script needs, whether that is free, and how long it takes."""
     yield f"{'default run of':<34}{'needs':>9}  takes about, on GPU 0"
     for script in SCRIPTS:
@@ -836,7 +881,8 @@ def script_table(verdict):
         yield f"{script.command:<34}{found.needs_gib:>5.1f} GiB  {time_line(script, found)}"
 
 
-def time_line(script, found):
+def time_line(script: Script, found: Estimate) -> str:
+    """How long the default run takes, where it fits and the rate of the GPU is known."""
     if not found.fits:
         return "does not fit"
     if found.hours is None:
@@ -846,7 +892,7 @@ def time_line(script, found):
     return f"{length} ({script.images:,} images of {found.s_per_img:.{digits}f} s)"
 
 
-def wrapped(label, text):
+def wrapped(label: str, text: str) -> Iterator[str]:
     """A labelled sentence in lines of 80 columns; a command after a line break stays in one piece."""
     sentence, _, command = text.partition("\n")
     indent = " " * LABEL
