@@ -86,9 +86,12 @@ class Examples:
         return _group(rows, micro_size)
 
     def probes(self, timesteps):
-        """One sample after the other at the `timesteps` given, with fixed noise, caption kept, not flipped: Batches of one example."""
-        count = len(self.latents)
-        rows = [self._fixed_row(number % count, t, "probe", number) for number, t in enumerate(timesteps)]
+        """One sample after the other at the `timesteps` given, in one of its training texts, with fixed noise: Batches of one example."""
+        rows = []
+        for number, t in enumerate(timesteps):
+            index = number % len(self.latents)
+            caption = self.captions.variant(self.latents.samples[index].caption, 0)
+            rows.append(self._fixed_row(index, t, caption, "probe", number))
         return _group(rows, 1)
 
     def name_at(self, position):
@@ -116,14 +119,14 @@ class Examples:
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
-        return self._fixed_row(index, t, "validation", part)
+        caption = self.captions.plain(self.latents.samples[index].caption)
+        return self._fixed_row(index, t, caption, "validation", part)
 
-    def _fixed_row(self, index, t, purpose, number):
+    def _fixed_row(self, index, t, caption, purpose, number):
         """A sample at timestep t, caption kept, not flipped, with noise that is the same in every run."""
         # not from the run's seed: the losses of runs with several seeds are to be compared
         generator = noise.generator_for(purpose, self.latents.samples[index].key, number)
         draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
-        caption = self.captions.plain(self.latents.samples[index].caption)
         return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
 
     def _row(self, index, draws, caption, weight):

@@ -208,7 +208,7 @@ GONE_TO_THE_END = (
     "finished",
     "early stopping",
 )  # what a training's "ended" says when there is nothing to go on with
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main):
@@ -270,7 +270,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 class _Outlet:
-    """Standard output whose reader may leave: what is still written then goes nowhere."""
+    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -296,12 +296,12 @@ class _Outlet:
 
 @contextlib.contextmanager
 def _outliving_its_reader():
-    before, sys.stdout = sys.stdout, _Outlet(sys.stdout)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = before
+    with contextlib.redirect_stdout(_Outlet(sys.stdout)), contextlib.redirect_stderr(_Outlet(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 class Described:

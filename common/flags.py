@@ -8,6 +8,7 @@ import importlib.util
 import math
 import netrc
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -279,8 +280,12 @@ def check_writable(name, place):
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not nearest.is_dir():
         raise UserError(f"--{name} {place}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--{name} {place}: no right to write in {nearest}; name another folder")
+    try:  # rights alone do not tell: a disk may be read-only, and /proc takes no folders
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"--{name} {place}: no right to write in {nearest} ({error.strerror}); name another folder"
+        ) from None
 
 
 def _of_the_demo(place):

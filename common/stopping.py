@@ -59,7 +59,9 @@ def _imports(frame):
 
 def _say(line):
     """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
-    if launch.rank() == 0:
+    if launch.rank() != 0:
+        return
+    with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
         os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
 
 

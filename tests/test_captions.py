@@ -139,6 +139,14 @@ def test_what_is_held_out_is_validated_with_every_tag_in_its_place(assemble):
     assert set(data.held_out.text) == captions and all(content_key(text) in data.text.store for text in captions)
 
 
+def test_the_frozen_model_is_measured_on_texts_that_are_trained(assemble):
+    """With many tags the caption as it is written is hardly ever among its variants, and only these are encoded."""
+    data = assemble("--shuffle_tags", "--tag_dropout", 0.3, "--caption_variants", 3).data
+    data.examples.text = Texts()
+    data.examples.probes([700, 800, 900])
+    assert data.examples.text and all(content_key(text) in data.text.store for text in data.examples.text)
+
+
 def test_a_resumed_run_draws_the_same_texts_to_the_bit(train, tmp_path):
     flags = [*DRAWN, "--max_train_steps", 4, "--checkpointing_steps", 2]
     whole = train(*flags)

@@ -365,6 +365,44 @@ def test_a_terminal_that_is_closed_does_not_stop_the_saving(root, tmp_path, phas
     assert (tmp_path / "saved").exists()
 
 
+PIPED = """
+import common
+import sys, time
+from common import stopping
+from common.command_line import run
+
+def main():
+    request = stopping.StopRequest()
+    with request.listening():
+        print("begun", flush=True)
+        while request.reason is None:
+            time.sleep(0.01)
+        print("saving", flush=True)
+        print("saving", file=sys.stderr, flush=True)
+        open("saved", "w").close()
+
+run(main)
+"""
+
+
+def test_a_pipe_whose_reader_is_gone_does_not_stop_the_saving(root, tmp_path):
+    """`python train_opt.py 2>&1 | tee log`: a Ctrl-C ends `tee` too, and from then on every write is a broken pipe."""
+    (tmp_path / "script.py").write_text(PIPED)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "script.py"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.parametrize("moment", ["import common\n", "import numpy.linalg\n"])
 def test_a_ctrl_c_within_the_imports_is_one_line(begin, tmp_path, moment):
     """The first import of a script answers from then on; a library that is cut short while it is imported is not gone on with."""

@@ -150,7 +150,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(demo, tmp_path):
         loading.load_text_encoders(loading.find_model(str(tmp_path / "model")), device.start("no"))
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG])
 def test_a_disk_that_is_full_is_one_line(capsys, number):
     from common import command_line
 
@@ -161,3 +161,13 @@ def test_a_disk_that_is_full_is_one_line(capsys, number):
         command_line.run(full)
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1 and "cache/shard" in said and os.strerror(number) in said
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="Linux has a folder in which nobody can make one")
+@pytest.mark.parametrize("name", ["output_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_encoded(name):
+    """Rights alone do not tell: to root everything is writable."""
+    from common.flags import check_writable
+
+    with pytest.raises(UserError, match=f"--{name} /proc/x: no right to write in /proc "):
+        check_writable(name, "/proc/x")
