@@ -226,8 +226,8 @@ def test_the_effective_batch_does_not_depend_on_the_number_of_processes(
     from common import assembly
 
     parts = assemble("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-    assert assembly._plan(parts.flags, replace(parts.engine.host, world=world), parts.data).effective_batch == images
-    assert said is None or said in assembly._uneven_shares(parts.flags, world, images)
+    assert assembly.run_length(parts.flags, replace(parts.engine.host, world=world), 24).effective_batch == images
+    assert said is None or said in assembly.uneven_shares(parts.flags, world, images)
 
 
 def test_processes_wait_for_one_that_encodes_for_hours(monkeypatch):
