@@ -4,7 +4,6 @@ What a trainer's own technique is (which layers get which adapter, on which weig
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from common import (
     dataset,
     device,
     files,
-    formats,
     fused,
     fused_unet,
     loading,
@@ -36,6 +34,7 @@ from common import (
 from common.command_line import DEMO_ROOT
 from common.device import Host
 from common.engine import Engine, EngineSettings
+from common.run_length import RunLength, run_length, uneven_shares
 from common.schedules import lr_schedule
 from demo.build import demo_assets
 
@@ -50,7 +49,7 @@ class Data:
     trained_encoders: tuple  # the text encoders, where they get adapters too
     examples: batching.Examples
     held_out: batching.Examples | None
-    length: loops.RunLength
+    length: RunLength
 
 
 # ---------------------------------------------------------------- data
@@ -129,20 +128,6 @@ def _examples_maker(flags, model, schedule, text) -> Callable[[caching.LatentCac
         drop_share=flags.caption_dropout,
         offset_strength=flags.offset_noise_strength,
         zero_unconditional=loading.zero_unconditional(model),
-    )
-
-
-def run_length(flags, host: Host, num_examples: int) -> loops.RunLength:
-    """The same on however many processes: they share out the images of a step, of which each has at least one."""
-    effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
-    total = loops.total_steps(flags.max_train_steps, flags.num_train_epochs, num_examples, effective_batch)
-    return loops.RunLength(
-        total_steps=total,
-        effective_batch=effective_batch,
-        checkpointing_steps=flags.checkpointing_steps,
-        validation_steps=flags.validation_steps,
-        early_stopping_patience=flags.early_stopping_patience,
-        ends_s=host.started_s + 60 * (flags.max_train_minutes or math.inf),
     )
 
 
@@ -244,7 +229,7 @@ def train(flags, engine: Engine, data: Data) -> dict:
                 run.results.write()
         except OSError as error:
             raise run.results.rescue(run.progress, error) from None
-        return _summary(run, ended)
+        return run.results.summary(run.progress, ended, data.length.total_steps)
 
 
 def _prepare(flags, engine, data) -> loops.Run:
@@ -265,6 +250,17 @@ def _prepare(flags, engine, data) -> loops.Run:
     size = f"{length.effective_batch} images, {plan.micro_batch} at a time"
     host.say(f"training: {length.total_steps} steps of {size}, from step {progress.step}")
 
+    # Where its numbers go
+    log = report.Report(
+        output_dir=output_dir,
+        total_steps=length.total_steps,
+        resumed_step=progress.step,
+        report_to=flags.report_to,
+        config=asdict(flags),
+        is_main=host.is_main,
+    )
+
+    # What the loop works on
     return loops.Run(
         engine=engine,
         examples=data.examples,
@@ -273,61 +269,8 @@ def _prepare(flags, engine, data) -> loops.Run:
         plan=plan,
         progress=progress,
         results=results.Results(flags, engine, data, recipe, saved_step=progress.step),
-        report=report.Report(
-            output_dir=output_dir,
-            total_steps=length.total_steps,
-            resumed_step=progress.step,
-            report_to=flags.report_to,
-            config=asdict(flags),
-            is_main=host.is_main,
-        ),
+        report=log,
         stopping=stopping.StopRequest(length.ends_s),
-    )
-
-
-def uneven_shares(flags, world: int, effective_batch: int) -> str | None:
-    """What is done where the images of a step cannot be shared out evenly; None where they can."""
-    asked = flags.train_batch_size * flags.gradient_accumulation_steps
-    if asked < world:
-        return (
-            f"note: {asked} images a step cannot be shared by {world} processes: each takes one, so the effective"
-            f" batch is {world}"
-        )
-    least, larger = divmod(effective_batch, world)
-    if not larger:
-        return None
-    return (
-        f"note: {effective_batch} images a step cannot be shared evenly by {world} processes: {larger} of them take"
-        f" {least + 1}, the others {least}; the effective batch stays {effective_batch}"
-    )
-
-
-def _summary(run, ended):
-    """Say how the run went and what reads its files -> what a trainer's main returns."""
-    host, output_dir, step = run.engine.host, run.results.output_dir, run.progress.step
-    on_device = f"{device.peak_gib(host.device):.2f} GiB on the {host.device.type}"
-    peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
-    host.say(f"{ended} after step {step} of {run.length.total_steps}; {peaks}; everything is in {output_dir}")
-    host.say(
-        f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{run.results.name}.safetensors: for"
-        f" {_readers(run.engine.unet)}"
-    )
-    rows = report.read_metrics(output_dir / "metrics.jsonl")
-    return {
-        "output_dir": str(output_dir),
-        "step": step,
-        "ended": ended,
-        "weights": str(output_dir / formats.WEIGHTS),
-        "metrics": rows[-1] if rows else None,
-    }
-
-
-def _readers(unet):
-    if not unet.peft_config["default"].use_dora:
-        return "ComfyUI, Forge, A1111 and kohya's scripts"
-    return (
-        "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so:"
-        " --export_dora_as_lora RANK)"
     )
 
 

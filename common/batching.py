@@ -78,7 +78,7 @@ class Examples:
         return len(self.occurrences)
 
     def effective_batch(self, number: int, size: int, micro_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
-        """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
+        """This process's share of effective batch `number`: Batches of at most `micro_size` examples of one shape."""
         rows = [self._training_row(number, i, size) for i in range(rank, size, world)]
         return _group(rows, micro_size)
 

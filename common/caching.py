@@ -117,7 +117,7 @@ def _latent_key(sample, framing, flip):
 
 
 def _encode_images(jobs, store, model, host):
-    """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of the pictures that cannot be decoded."""
+    """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of what cannot be decoded."""
     encoder = encoding.ImageEncoder(model, host)
     bad = []
     bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
@@ -136,6 +136,8 @@ def _encode_images(jobs, store, model, host):
             batch.append((job, image))
             if (len(batch) + 1) * image[0].numel() > VAE_PIXELS:
                 _encode_batch(batches.pop(image.shape), store, encoder, host)
+
+        # What is left over
         for batch in batches.values():
             _encode_batch(batch, store, encoder, host)
     del encoder

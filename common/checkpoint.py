@@ -31,8 +31,9 @@ def save_checkpoint(output_dir: Path, step: int, engine, progress: dict, limit: 
 
 
 def load_checkpoint(folder: Path, engine) -> dict:
-    """Put the engine where the checkpoint was made; returns its `progress`. What is refused leaves the engine as it was.
+    """Put the engine where the checkpoint was made; returns its `progress`.
 
+    What is refused leaves the engine as it was.
     Raises:
         DamagedFile: a checkpoint that is not what was written, or not finite.
         UserError: one of another adapter or optimizer.
@@ -69,7 +70,7 @@ def _fingerprint(plain):
 
 
 def read_config(output_dir: Path) -> dict:
-    """The recipe in a run's config.json: {"flags": {}, "data": {"images", "fingerprint"}}; empty if absent or damaged."""
+    """The recipe in a run's config.json, {"flags", "data": {"images", "fingerprint"}}; empty if absent or damaged."""
     try:
         recipe = json.loads((output_dir / "config.json").read_text())
         data = {"images": int(recipe["data"]["images"]), "fingerprint": str(recipe["data"]["fingerprint"])}

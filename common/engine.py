@@ -1,7 +1,6 @@
 """One optimizer step, in one place: forward, loss, backward, all-reduce, overflow check, clipping, optimizer, EMA.
 
-Within the passes of a step nothing waits for the GPU; the CPU reads one small vector per step, which is also the log
-line.
+Within the passes nothing waits for the GPU; the CPU reads one small vector per step, which is also the log line.
 """
 
 import math
@@ -32,7 +31,7 @@ class PassOutOfMemory(Exception):
 class EngineSettings:
     """What may be set about a step."""
 
-    max_grad_norm: float = 1.0  # 0: no clipping
+    max_grad_norm: float  # 0: no clipping
     min_snr_gamma: float | None = None  # None: plain MSE
     seed: int = 0  # of the LoRA dropout masks, together with the step, the pass within it and the process
     cuda_graph: bool = True  # replay passes instead of launching them, on a GPU
@@ -61,9 +60,9 @@ class Engine:
         lr_factor: Callable[[int], float],
         host: Host,
         dropout_seed: torch.Tensor,
-        ema: EMA | None = None,
-        recompute: BlockRecompute | None = None,
-        settings: EngineSettings = EngineSettings(),  # noqa: B008  (frozen)
+        ema: EMA | None,
+        recompute: BlockRecompute | None,
+        settings: EngineSettings,
     ) -> None:
         self.unet = unet
         self.text = text
@@ -93,8 +92,6 @@ class Engine:
         }
         self._validate = memory.StepDown("while validating", ways, host)
 
-    # ---------------------------------------------------------------- forward and backward
-
     def predict(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the UNet on a batch's fields -> (prediction, target), both [B, C, h, w]."""
         z = fields["mean"].float() + fields["std"].float() * fields["posterior_eps"]
@@ -110,7 +107,7 @@ class Engine:
         return self.unet(x_t, fields["t"], prompt_embeds, added_cond_kwargs=added, return_dict=False)[0], target
 
     def losses(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss as optimised, StepNumbers vector): weighted loss of these examples, their share of the step's numbers."""
+        """(weighted loss of these examples, as optimised; their share of the step's numbers, a StepNumbers vector)."""
         mse = noise.mse_per_sample(*self.predict(fields))
         weighted = mse * fields["weight"]
         if self.settings.min_snr_gamma is not None:
@@ -134,8 +131,6 @@ class Engine:
         (loss * self.loss_scale.value).backward()
         return numbers
 
-    # ---------------------------------------------------------------- one step
-
     def step(
         self, number: int, batches: list, stop: bool = False, meanwhile: Callable[[], None] = lambda: None
     ) -> StepResult:
@@ -149,6 +144,7 @@ class Engine:
         Raises:
             PassOutOfMemory: a pass does not fit on some process; nothing has moved.
         """
+        # The gradient of this process's share
         device = self.host.device
         total = self._passes(number, batches)
         here = total is None
@@ -170,7 +166,7 @@ class Engine:
         return self._finish(number, numbers)
 
     def _passes(self, number, batches):
-        """StepNumbers vector of all batches, their gradients in the flat gradient; None, and zeros, if one does not fit."""
+        """StepNumbers vector of all batches, and their gradient in `flat`; None, and zeros, if one does not fit."""
         try:
             total = 0
             for index, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""The state of an engine as a flat dict, {name: tensor or plain value}: the optimizer's part, and what is not a state."""
+"""The state of an engine, {name: tensor or plain value}: the optimizer's part of it, and what is refused as none."""
 
 import math
 

@@ -13,23 +13,12 @@ from common.engine import Engine, PassOutOfMemory
 from common.pass_plan import PassPlan, smallest_pass_too_large
 from common.report import Report
 from common.results import Results
+from common.run_length import RunLength
 from common.step_numbers import StepResult
 from common.stopping import StopRequest
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """How long a run takes, and after how many steps what happens. Steps are optimizer steps."""
-
-    total_steps: int
-    effective_batch: int
-    checkpointing_steps: int
-    validation_steps: int
-    early_stopping_patience: int | None = None
-    ends_s: float = math.inf  # on the monotonic clock: by then everything must be saved
 
 
 @dataclass
@@ -56,11 +45,6 @@ class Run:
     results: Results
     report: Report  # closed at the end
     stopping: StopRequest  # listening
-
-
-def total_steps(max_train_steps: int | None, num_train_epochs: int, num_samples: int, effective_batch: int) -> int:
-    """Optimizer steps of a run: `max_train_steps`, or else as many as cover the epochs. Windows run across epoch ends."""
-    return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
 
 
 def train(run: Run) -> str:

@@ -60,7 +60,7 @@ class PassPlan:
     remembered: Path | None = None  # the file that holds it for later runs
 
     def step_down(self) -> bool:
-        """Take the next smaller plan after an out-of-memory; no later run starts with this one. False: there is none."""
+        """Take the next smaller plan, and let no later run start with this one; False when there is none."""
         if self.remembered:
             self.remembered.unlink(missing_ok=True)
         if self.recompute and self.recompute.kept:
@@ -149,7 +149,7 @@ def recall_or_measure(
 
 
 def _read_plan(remembered, unet):
-    """(images a pass, blocks that are not recomputed, the line that says it); one of NOT_A_PLAN where it cannot be one."""
+    """(images a pass, blocks that are not recomputed, the line that says it); raises one of NOT_A_PLAN."""
     plan = json.loads(remembered.read_text())
     micro_batch, line = plan["micro_batch"], plan["line"]
     if not (isinstance(micro_batch, int) and 1 <= micro_batch <= LARGEST_PASS and isinstance(line, str)):

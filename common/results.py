@@ -1,4 +1,4 @@
-"""What a run writes beside its log: adapter files, checkpoints, validation pictures; and where, when the folder fails."""
+"""What a run writes beside its log: adapter files, checkpoints, validation pictures; elsewhere if the folder fails."""
 
 import contextlib
 import tempfile
@@ -6,7 +6,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from common import caching, checkpoint, device, dora, formats, memory, run_folder, sampling, weights
+from common import caching, checkpoint, device, dora, formats, memory, report, run_folder, sampling, weights
 from common.command_line import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -90,22 +90,15 @@ class Results:
         )
 
     def render(self, step: int) -> None:
-        """samples/STEP_I.png for every --validation_prompt, with the average if there is one; none if memory runs out."""
+        """samples/STEP_I.png for every --validation_prompt, with the average if there is one.
+
+        Where memory runs out there are none, which is said.
+        """
         if not self.host.is_main:
             return
-        engine = self.engine
-        engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
+        self.engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
         try:
-            with engine.ema.applied() if engine.ema else contextlib.nullcontext():
-                images = sampling.draw_while_training(
-                    unet=engine.unet,
-                    text=self.data.text,
-                    model=self.data.model,
-                    host=self.host,
-                    prompts=self.flags.validation_prompt,
-                    resolution=self.flags.resolution,
-                    seed=self.flags.seed,
-                )
+            images = self._pictures()
         except (RuntimeError, memory.OutOfMemory) as error:
             if not memory.ran_out(error):
                 raise
@@ -118,6 +111,19 @@ class Results:
         folder.mkdir(exist_ok=True)
         for i, image in enumerate(images):
             image.save(folder / f"{step:06d}_{i}.png")
+
+    def _pictures(self):
+        average = self.engine.ema
+        with average.applied() if average else contextlib.nullcontext():
+            return sampling.draw_while_training(
+                unet=self.engine.unet,
+                text=self.data.text,
+                model=self.data.model,
+                host=self.host,
+                prompts=self.flags.validation_prompt,
+                resolution=self.flags.resolution,
+                seed=self.flags.seed,
+            )
 
     # ---------------------------------------------------------------- at the end
 
@@ -149,6 +155,25 @@ class Results:
     def _adapters(self):
         return dict(unet=self.engine.unet, recipe=self.recipe, text_encoders=self.data.trained_encoders)
 
+    def summary(self, progress, ended: str, total_steps: int) -> dict:
+        """Say how the run went and what reads its files -> what a trainer's main returns."""
+        on_device = f"{device.peak_gib(self.host.device):.2f} GiB on the {self.host.device.type}"
+        peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
+        where = f"everything is in {self.output_dir}"
+        self.host.say(f"{ended} after step {progress.step} of {total_steps}; {peaks}; {where}")
+        kohya = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
+        self.host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; {kohya}")
+
+        # The last line of metrics.jsonl speaks for the run
+        rows = report.read_metrics(self.output_dir / "metrics.jsonl")
+        return {
+            "output_dir": str(self.output_dir),
+            "step": progress.step,
+            "ended": ended,
+            "weights": str(self.output_dir / formats.WEIGHTS),
+            "metrics": rows[-1] if rows else None,
+        }
+
     # ---------------------------------------------------------------- when the folder fails
 
     def rescue(self, progress, error: OSError) -> UserError:
@@ -166,3 +191,13 @@ class Results:
             f" of the model is; adapter and checkpoint of step {progress.step} are in {place}: go on with --output_dir"
             f" elsewhere --resume_from_checkpoint {run_folder.find_checkpoints(place)[-1]}"
         )
+
+
+def _readers(unet):
+    """The tools that read a kohya file of this adapter."""
+    if not unet.peft_config["default"].use_dora:
+        return "ComfyUI, Forge, A1111 and kohya's scripts"
+    return (
+        "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so:"
+        " --export_dora_as_lora RANK)"
+    )
