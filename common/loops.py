@@ -211,7 +211,7 @@ def _row(run, result, seconds):
         grad_norm=result.grad_norm,
         loss_scale=result.loss_scale,
         s_per_img=seconds / size,
-        peak_gib=device.peak_gib(run.engine.host.device),
+        peak_gib=run.engine.host.peak_gib(),
         seconds=round(device.seconds_since_start(), 2),
     )
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from common import caching, device, kernel_check, memory
-from common.device import GIB, start_new_peak
+from common.device import GIB
 from common.files import write_json
 
 VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
@@ -226,7 +226,7 @@ def _probe(engine, batch):
         engine.recompute.sizes = {}
 
     # The pass, with its peak
-    start_new_peak(engine.host.device)
+    engine.host.start_new_peak()
     try:
         engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
     except RuntimeError as error:

@@ -157,7 +157,7 @@ class Results:
 
     def summary(self, progress, ended: str, total_steps: int) -> dict:
         """Say how the run went and what reads its files -> what a trainer's main returns."""
-        on_device = f"{device.peak_gib(self.host.device):.2f} GiB on the {self.host.device.type}"
+        on_device = f"{self.host.peak_gib():.2f} GiB on the {self.host.device.type}"
         peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
         where = f"everything is in {self.output_dir}"
         self.host.say(f"{ended} after step {progress.step} of {total_steps}; {peaks}; {where}")

@@ -234,11 +234,10 @@ def test_a_step_that_did_not_fit_on_another_process_moves_nothing_here(assemble)
 
 def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    monkeypatch.setattr(pass_plan, "start_new_peak", lambda device: None)
     stub = type(
         "Engine", (), {"forward_backward": staticmethod(out_of_memory), "optimizer_state_bytes": lambda self: 0}
     )()
-    stub.host = type("Host", (), {"device": torch.device("cpu")})
+    stub.host = SimpleNamespace(device=torch.device("cpu"), start_new_peak=lambda: None)
     stub.recompute = None
     batch = type("Batch", (), {"tensors": {}})
     with pytest.raises(memory.OutOfMemory, match="with one image a pass: add --gradient_checkpointing, or "):
