@@ -4,12 +4,13 @@ The trajectory is a function of the seed alone. It does not depend on how an eff
 on the number of processes, or on where a run was interrupted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from common import framing, noise
+from common.caching import CachedText, LatentCache, LiveText
 from common.captions import CaptionOptions
 
 VALIDATION_DRAWS = 4  # timesteps per held-out sample, spread evenly over the schedule
@@ -23,10 +24,10 @@ class Batch:
     keep_text [B] (0 where the caption is dropped), and what the text conditioning needs.
     """
 
-    tensors: dict
-    names: list
+    tensors: dict[str, torch.Tensor]
+    names: list[str]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
 
@@ -35,7 +36,7 @@ def _epoch_order(seed, epoch, count):
     return torch.randperm(count, generator=noise.generator_for(seed, "epoch", epoch)).tolist()
 
 
-def sample_at(position, count, seed):
+def sample_at(position: int, count: int, seed: int) -> int:
     """Index of the sample at `position` of an endless sequence of epochs, each a fresh permutation."""
     epoch, offset = divmod(position, count)
     return _epoch_order(seed, epoch, count)[offset]
@@ -45,17 +46,15 @@ class Examples:
     """Training examples by number.
 
     Args:
-        latents: caching.LatentCache.
-        text: caching.CachedText or caching.LiveText.
-        captions: CaptionOptions, from a sample's caption to the texts that are trained.
+        captions: from a sample's caption to the texts that are trained.
         num_timesteps: length T of the noise schedule.
         zero_unconditional: the model's unconditional input is zeros (SDXL base), not the encoded empty prompt.
     """
 
     def __init__(
         self,
-        latents,
-        text,
+        latents: LatentCache,
+        text: CachedText | LiveText,
         *,
         seed: int,
         num_timesteps: int,
@@ -64,29 +63,35 @@ class Examples:
         drop_share: float = 0.0,
         offset_strength: float = 0.0,
         zero_unconditional: bool = True,
-    ):
-        self.latents, self.text, self.seed, self.num_timesteps = latents, text, seed, num_timesteps
+    ) -> None:
+        self.latents = latents
+        self.text = text
+        self.seed = seed
+        self.num_timesteps = num_timesteps
         self.captions = captions
         self.occurrences = [index for index, sample in enumerate(latents.samples) for _ in range(sample.repeats)]
         self.draw_options = dict(flip_share=flip_share, drop_share=drop_share, offset_strength=offset_strength)
         self.zero_unconditional = zero_unconditional
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Examples of an epoch: the samples, each as often as it is repeated."""
         return len(self.occurrences)
 
-    def effective_batch(self, number, size, micro_size, rank=0, world=1):
-        """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
+    def effective_batch(self, number: int, size: int, micro_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """This process's share of effective batch `number`: Batches of at most `micro_size` examples of one shape."""
         rows = [self._training_row(number, i, size) for i in range(rank, size, world)]
         return _group(rows, micro_size)
 
-    def validation_batches(self, micro_size, rank=0, world=1):
+    def validation_batches(self, micro_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """Every sample at VALIDATION_DRAWS fixed timesteps with fixed noise, caption kept, not flipped."""
         rows = [self._validation_row(number) for number in range(rank, len(self.latents) * VALIDATION_DRAWS, world)]
         return _group(rows, micro_size)
 
-    def probes(self, timesteps):
-        """One sample after the other at the `timesteps` given, in one of its training texts, with fixed noise: Batches of one example."""
+    def probes(self, timesteps: list[int]) -> list[Batch]:
+        """Batches of one example: one sample after the other at the `timesteps` given, in one of its training texts.
+
+        Noise is fixed, the picture not flipped.
+        """
         rows = []
         for number, t in enumerate(timesteps):
             index = number % len(self.latents)
@@ -94,7 +99,7 @@ class Examples:
             rows.append(self._fixed_row(index, t, caption, "probe", number))
         return _group(rows, 1)
 
-    def name_at(self, position):
+    def name_at(self, position: int) -> str:
         """Name of the sample at `position` of the run, for messages."""
         return self.latents.samples[self.occurrences[sample_at(position, len(self), self.seed)]].name
 
@@ -102,18 +107,17 @@ class Examples:
         position = number * size + i
         occurrence = sample_at(position, len(self), self.seed)
         index = self.occurrences[occurrence]
-        shape = self.latents.moments(index)[0].shape
-        draws = noise.draw(noise.generator_for(self.seed, number, i), shape, self.num_timesteps, **self.draw_options)
+        generator = noise.generator_for(self.seed, number, i)
+        draws = noise.draw(generator, self.latents.shape(index), self.num_timesteps, **self.draw_options)
         caption = self._drawn_caption(self.latents.samples[index].caption, position // len(self), occurrence)
         return self._row(index, draws, caption, weight=1 / size)
 
     def _drawn_caption(self, caption, epoch, occurrence):
         """The variant that this occurrence of a sample has in this epoch."""
-        count, number = self.captions.count, 0
-        if count > 1:
-            number = int(
-                torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence))
-            )
+        number = 0
+        if self.captions.count > 1:
+            generator = noise.generator_for(self.seed, "caption", epoch, occurrence)
+            number = int(torch.randint(self.captions.count, (), generator=generator))
         return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
@@ -124,10 +128,11 @@ class Examples:
 
     def _fixed_row(self, index, t, caption, purpose, number):
         """A sample at timestep t, caption kept, not flipped, with noise that is the same in every run."""
-        # not from the run's seed: the losses of runs with several seeds are to be compared
+        # Not from the run's seed: the losses of runs with several seeds are to be compared
         generator = noise.generator_for(purpose, self.latents.samples[index].key, number)
-        draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
-        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
+        draws = noise.draw(generator, self.latents.shape(index), self.num_timesteps)
+        fixed = replace(draws, flip=False, drop_caption=False, timestep=t)
+        return self._row(index, fixed, caption, weight=1.0)
 
     def _row(self, index, draws, caption, weight):
         """(name, {field: tensor}) of one example."""
@@ -149,16 +154,18 @@ class Examples:
 
 
 def _group(rows, micro_size):
-    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`; pinned, so that the GPU can fetch them unaided."""
-    by_shape, pin = {}, torch.cuda.is_available()
+    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`."""
+    by_shape = {}
     for name, fields in rows:
         by_shape.setdefault(fields["mean"].shape, []).append((name, fields))
-    batches = []
-    for group in by_shape.values():
-        for start in range(0, len(group), micro_size):
-            names, fields = zip(*group[start : start + micro_size])
-            tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
-            batches.append(
-                Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names))
-            )
-    return batches
+    parts = [group[i : i + micro_size] for group in by_shape.values() for i in range(0, len(group), micro_size)]
+    return [_stack(part) for part in parts]
+
+
+def _stack(rows):
+    """Rows of one shape -> Batch; pinned, so that the GPU can fetch it unaided."""
+    names, fields = zip(*rows)
+    tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
+    if torch.cuda.is_available():
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return Batch(tensors, list(names))

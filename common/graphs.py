@@ -4,6 +4,7 @@ On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 sma
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -19,8 +20,8 @@ def _parallel_streams(device):
     return [torch.cuda.Stream(device) for _ in range(8)]
 
 
-def side_by_side(functions, device):
-    """Call functions that are independent of each other; on a GPU, eight of the small kernels that they launch run at a time."""
+def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
+    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -36,24 +37,41 @@ def side_by_side(functions, device):
 class Graphed:
     """A function of named tensors, captured once per set of shapes.
 
-    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it is
-    replayed. All graphs of one `pool` share their memory, so only one result may be in use at a time.
+    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it
+    is replayed. The graphs share their memory, so only one result may be in use at a time.
 
     Args:
-        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
-            place. What it writes in place (gradients) is written by every call exactly once.
+        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must
+            stay in place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
-        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
-            otherwise the function is launched from Python from then on.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants
+            to hear of it; otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
-        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
+    def __init__(
+        self,
+        function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        device: torch.device,
+        *,
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
+        has_smaller: bool = True,
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.say = say
+        self.has_smaller = has_smaller
         self.enabled = enabled and device.type == "cuda"
-        self._seen, self._graphs = set(), {}
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None
 
-    def __call__(self, tensors):
-        """Copy `tensors` to the device without waiting, run the function on them, return its result (valid until the next call)."""
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Copy `tensors` to the device without waiting, and run the function on them.
+
+        Returns:
+            its result, valid until the next call.
+        """
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
         if not self.enabled or shapes not in self._seen:
             self._seen.add(shapes)
@@ -66,9 +84,11 @@ class Graphed:
         graph.replay()
         return result
 
-    def clear(self):
+    def clear(self) -> None:
         """Give the graphs' memory back; the next calls capture them again."""
-        self._seen, self._graphs, self.pool = set(), {}, None  # a pool does not outlive its last graph
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None  # a pool does not outlive its last graph
         if self.enabled:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -76,7 +96,7 @@ class Graphed:
     def _warm_up(self, tensors):
         if not self.enabled:
             return self.function(tensors)
-        # cuBLAS and autograd set themselves up per stream; capture is not allowed to, so they do it here, beside the main stream
+        # cuBLAS and autograd set themselves up per stream. A capture may not: they do it here, beside the main stream.
         side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -87,17 +107,20 @@ class Graphed:
     def _capture(self, shapes, tensors):
         inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
+
         try:
-            # The outer context restores the stream, which a capture that fails at its end does not. The stream is torch's own, not
-            # the warm-up's: there the graph would go on using a cuBLAS workspace that is not in its pool.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            # The outer context restores the stream, which a capture that fails at its end does not. The stream is
+            # torch's own, not the warm-up's: there the graph would go on using a cuBLAS workspace outside of its pool.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
                 result = self.function(inputs)
         except RuntimeError as error:
-            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+            # Not every library raises torch's own class
+            if self.has_smaller and "out of memory" in str(error).lower():
                 raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False
-        self.pool = self.pool or graph.pool()
+
+        self._pool = self._pool or graph.pool()
         self._graphs[shapes] = graph, inputs, result
         return True

@@ -3,31 +3,22 @@
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Optional
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from common import checkpoint, device, run_folder
+from common import device
+from common.batching import Batch, Examples
 from common.command_line import UserError
-from common.engine import PassOutOfMemory
-from common.fit import smallest_pass_too_large
+from common.engine import Engine, PassOutOfMemory
+from common.pass_plan import PassPlan, smallest_pass_too_large
+from common.report import Report
+from common.results import Results
+from common.run_length import RunLength
+from common.step_numbers import StepResult
+from common.stopping import StopRequest
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, how much at a time, and what happens on the way. Steps are optimizer steps."""
-
-    output_dir: Path
-    total_steps: int
-    effective_batch: int
-    checkpointing_steps: int
-    checkpoints_total_limit: Optional[int]
-    validation_steps: int
-    early_stopping_patience: Optional[int] = None
-    ends_s: float = math.inf  # on the monotonic clock: by then everything must be saved
 
 
 @dataclass
@@ -41,208 +32,219 @@ class Progress:
     validations_without_gain: int = 0
 
 
-def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch):
-    """Optimizer steps of a run: `max_train_steps` wins; otherwise as many as cover the epochs. Windows run across epoch ends."""
-    return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
+@dataclass(frozen=True)
+class Run:
+    """What the loop works on."""
+
+    engine: Engine
+    examples: Examples
+    held_out: Examples | None
+    length: RunLength
+    plan: PassPlan  # stepped down when a pass does not fit the memory
+    progress: Progress  # moves with every step
+    results: Results
+    report: Report  # closed at the end
+    stopping: StopRequest  # listening
 
 
-def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights, stopping):
-    """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
+def train(run: Run) -> str:
+    """Run to the last step, or until a signal, the time limit or early stopping ends it; returns why it ended.
 
-    Args:
-        examples, held_out: batching.Examples; held_out may be None.
-        fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
-        draw_samples: step -> None, draws the validation images; None when there are none to draw.
-        save_weights: step -> None, writes the adapter files of a checkpointed step.
-        report: report.Report, closed at the end.
-        stopping: stopping.StopRequest, listening.
     Raises:
-        UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
+        UserError: the run has diverged, the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the
+            memory (the latter two after a checkpoint).
     """
-    host, non_finite = engine.host, 0
-    ended = (
-        "early stopping" if _out_of_patience(plan, progress) else "finished"
-    )  # a run that had stopped early stays so
-    fetch = _Prefetch(
-        lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world)
-    )
-    save = _Saver(engine, plan, save_weights, progress.step)
-    with contextlib.closing(report):
-        while progress.step < plan.total_steps and ended == "finished":
-            step_started = time.monotonic()
-            # the flag of a process travels with its next step, so that all of them stop after the same one
-            stopping.doing = (
-                f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
-            )
-
+    length, progress, stopping = run.length, run.progress, run.stopping
+    attempts = _Attempts(run)
+    ended = "early stopping" if _is_out_of_patience(run) else None  # a run that had stopped early stays so
+    with contextlib.closing(run.report):
+        while progress.step < length.total_steps and not ended:
             # One optimizer step
-            batches = fetch(progress.batches)
-            try:
-                result = engine.step(
-                    progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1)
-                )
-            except PassOutOfMemory as error:
-                fetch.forget()
-                if not _step_down(fit, error.here, host, report):
-                    save(progress)
-                    raise smallest_pass_too_large(fit.checkpointing) from None
+            started_s = time.monotonic()
+            result = attempts.step()
+            if result is None:
                 continue
-            if not result.applied:
-                skipped = _skip_batch(engine, result, report)
-                progress.batches += skipped
-                non_finite = non_finite + 1 if skipped else 0
-                if non_finite == NON_FINITE_LIMIT:
-                    save(progress)
-                    raise UserError(_non_finite_message(examples, progress, plan))
-                continue
-            non_finite = 0
-            progress.step, progress.batches = progress.step + 1, progress.batches + 1
 
             # What it measured
-            row = _row(result, progress, plan, len(examples), time.monotonic() - step_started, engine)
-            validates = progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps
-            if validates and held_out is not None:
-                row |= _validate(engine, held_out, fit.micro_batch, progress)
-            report.log(row)
+            row = _row(run, result, time.monotonic() - started_s)
+            validates = progress.step % length.validation_steps == 0 or progress.step == length.total_steps
+            if validates and run.held_out is not None:
+                row |= _validate(run)
+            run.report.log(row)
 
-            # Saved first, then drawn: pictures need memory that training does not
-            if validates and draw_samples is not None:
-                save(progress)
-                draw_samples(progress.step)
-            stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
+            # Saved first, then rendered: pictures need memory that training does not
+            if validates and run.results.has_pictures:
+                _save(run)
+                run.results.render(progress.step)
+            stopping.step_took(time.monotonic() - started_s)
 
             # Whether to go on
-            asked = result.stop or (host.world == 1 and stopping.reason is not None)
-            if asked and progress.step < plan.total_steps:
-                ended = stopping.reason or "stopped by another process"
-            elif _out_of_patience(plan, progress):
-                ended = "early stopping"
-            elif plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
-                stopping.longest_save_s = max(stopping.longest_save_s, save(progress))
-        save(progress)
-    return progress, ended
+            ended = _reason_to_end(run, result)
+            if not ended and length.checkpointing_steps and progress.step % length.checkpointing_steps == 0:
+                stopping.save_took(_save(run))
+        _save(run)
+    return ended or "finished"
 
 
-def _out_of_patience(plan, progress):
-    return (
-        plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
-    )
+# ---------------------------------------------------------------- one step
+
+
+class _Attempts:
+    """Attempts at the next step of a run, until one is applied."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._batches = _Prefetch(self._make_batches)
+        self._non_finite = 0  # batches skipped in a row
+
+    def step(self) -> StepResult | None:
+        """One attempt; None where nothing was applied, and the next attempt is smaller, or goes to the next batch.
+
+        Raises:
+            UserError: see `train`.
+        """
+        progress, host, stopping = self.run.progress, self.run.engine.host, self.run.stopping
+        # The flag of a process travels with its next step, so that all of them stop after the same one
+        or_next = " or the next" if host.world > 1 else ""
+        stopping.doing = f"finishing step {progress.step + 1}{or_next}, then saving"
+
+        # Forward, backward, update; meanwhile the next batches
+        batches = self._batches(progress.batches)
+        make_next = lambda: self._batches.prepare(progress.batches + 1)  # noqa: E731
+        try:
+            result = self.run.engine.step(progress.step + 1, batches, stopping.reason is not None, make_next)
+        except PassOutOfMemory as error:
+            self._batches.forget()
+            self._step_down(error.here)
+            return None
+
+        # Whether it counts
+        if not result.applied:
+            self._after_not_finite(result)
+            return None
+        self._non_finite = 0
+        progress.step += 1
+        progress.batches += 1
+        return result
+
+    def _make_batches(self, number) -> list[Batch]:
+        run, host = self.run, self.run.engine.host
+        size = run.length.effective_batch
+        return run.examples.effective_batch(number, size, run.plan.micro_batch, host.rank, host.world)
+
+    def _step_down(self, here):
+        """After a pass that did not fit on some process: the next smaller plan where it did not."""
+        plan, host = self.run.plan, self.run.engine.host
+        has_smaller = plan.step_down() if here else True
+        if not all(host.gather([has_smaller])):
+            _save(self.run)
+            raise smallest_pass_too_large(plan.recompute) from None
+        if here:
+            all_recomputed = plan.recompute and not plan.recompute.kept
+            recomputed = "every block recomputed" if all_recomputed else "as before otherwise"
+            self.run.report.say(
+                f"out of GPU memory: the step is repeated with {plan.micro_batch} images a pass, {recomputed}"
+            )
+
+    def _after_not_finite(self, result):
+        """Skip the batch; a mere overflow of gradients is tried again at half the scale."""
+        scale, report = self.run.engine.loss_scale, self.run.report
+        if math.isfinite(result.loss) and scale.enabled and result.loss_scale > SMALLEST_SCALE:
+            report.say(
+                f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
+            )
+            self._non_finite = 0
+            return
+        report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
+        self.run.progress.batches += 1
+        self._non_finite += 1
+        if self._non_finite == NON_FINITE_LIMIT:
+            _save(self.run)
+            raise UserError(_non_finite_message(self.run))
 
 
 class _Prefetch:
     """The result of `make(number)`, made ahead of time when `prepare` is given a chance."""
 
-    def __init__(self, make):
-        self._make, self._number, self._made = make, None, None
+    def __init__(self, make: Callable[[int], list]) -> None:
+        self._make = make
+        self._number = None
+        self._made = None
 
-    def prepare(self, number):
+    def prepare(self, number: int) -> None:
         if number != self._number:
-            self._number, self._made = number, self._make(number)
+            self._number = number
+            self._made = self._make(number)
 
-    def forget(self):
+    def forget(self) -> None:
         self._number = None
 
-    def __call__(self, number):
+    def __call__(self, number: int) -> list:
         self.prepare(number)
         return self._made
 
 
-class _Saver:
-    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took.
-
-    Raises:
-        UserError: the run has diverged; what is not finite is not saved, so the newest checkpoint is one to go on from.
-    """
-
-    def __init__(self, engine, plan, save_weights, step):
-        self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
-
-    def __call__(self, progress):
-        started = time.monotonic()
-        if what := checkpoint.not_finite(self._engine):
-            raise UserError(_diverged_message(what, progress, self._plan))
-        if self._engine.host.is_main and progress.step != self._saved:
-            self._save_weights(
-                progress.step
-            )  # first: from the checkpoint on, a killed run would not come back to write it
-            limit = self._plan.checkpoints_total_limit
-            checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
-        self._saved = progress.step
-        self._engine.host.barrier()
-        return time.monotonic() - started
-
-
-def _step_down(fit, here, host, report):
-    """After a pass that did not fit on some process: the next smaller plan where it did not; False when one of them has none."""
-    has_smaller = fit.step_down() if here else True
-    if not all(host.gather([has_smaller])):
-        return False
-    if here:
-        recomputed = (
-            "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
-        )
-        report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
-    return True
-
-
-def _skip_batch(engine, result, report):
-    """After a step that was not applied: whether to drop its batch. A mere gradient overflow is tried again at half the scale."""
-    if math.isfinite(result.loss) and engine.loss_scale.enabled and result.loss_scale > SMALLEST_SCALE:
-        report.say(
-            f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
-        )
-        return False
-    report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
-    return True
-
-
-def _non_finite_message(examples, progress, plan):
-    first = (progress.batches - NON_FINITE_LIMIT) * plan.effective_batch
-    names = dict.fromkeys(examples.name_at(i) for i in range(first, progress.batches * plan.effective_batch))
+def _non_finite_message(run):
+    size, last = run.length.effective_batch, run.progress.batches
+    positions = range((last - NON_FINITE_LIMIT) * size, last * size)
+    names = dict.fromkeys(run.examples.name_at(position) for position in positions)
+    saved = "; a checkpoint was saved" if run.progress.step else ""
     return (
-        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these images,"
-        f" lower --learning_rate, or use --mixed_precision no{'; a checkpoint was saved' if progress.step else ''}"
+        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these"
+        f" images, lower --learning_rate, or use --mixed_precision no{saved}"
     )
 
 
-def _diverged_message(what, progress, plan):
-    """The weights themselves are at fault, whatever images the last batches held."""
-    saved = run_folder.find_checkpoints(plan.output_dir)
-    cure = (
-        f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
-    )
-    return (
-        f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
-        f" Lower --learning_rate, or use --mixed_precision no; {cure}"
-    )
+# ---------------------------------------------------------------- after it
 
 
-def _row(result, progress, plan, num_samples, seconds, engine):
+def _row(run, result, seconds):
     """One line of metrics.jsonl."""
+    progress, size = run.progress, run.length.effective_batch
     return dict(
         step=progress.step,
-        epoch=round(progress.batches * plan.effective_batch / num_samples, 4),
+        epoch=round(progress.batches * size / len(run.examples), 4),
         loss=result.loss,
         mse=result.mse,
         **{f"mse_t{i}": value for i, value in enumerate(result.mse_quarters)},
         lr=result.lr,
         grad_norm=result.grad_norm,
         loss_scale=result.loss_scale,
-        s_per_img=seconds / plan.effective_batch,
-        peak_gib=engine.host.peak_gib(),
+        s_per_img=seconds / size,
+        peak_gib=run.engine.host.peak_gib(),
         seconds=round(device.seconds_since_start(), 2),
     )
 
 
-def _validate(engine, held_out, micro_batch, progress):
-    """What a validation adds to the row of metrics; `progress` counts how long there was no gain."""
-    loss = engine.validate(
-        lambda size: held_out.validation_batches(size, engine.host.rank, engine.host.world),
-        micro_batch,
-    )
+def _validate(run):
+    """What a validation adds to the row of metrics; the progress counts how long there was no gain."""
+    progress, host = run.progress, run.engine.host
+    make_batches = lambda size: run.held_out.validation_batches(size, host.rank, host.world)  # noqa: E731
+    loss = run.engine.validate(make_batches, run.plan.micro_batch)
     if loss is None:  # there was no memory for it, which has been said
         return {}
     gained = loss < progress.best_val_loss
     progress.best_val_loss = min(loss, progress.best_val_loss)
     progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
     return {"val_loss": loss}
+
+
+def _save(run):
+    """Save the step, unless it is saved already, and plot what led to it; returns the seconds it took."""
+    started_s = time.monotonic()
+    run.results.save_step(run.progress)
+    run.report.plot()
+    return time.monotonic() - started_s
+
+
+def _reason_to_end(run, result):
+    """Why no further step is taken; None where the run goes on, or is at its last step."""
+    asked = result.stop or (run.engine.host.world == 1 and run.stopping.reason is not None)
+    if asked and run.progress.step < run.length.total_steps:
+        return run.stopping.reason or "stopped by another process"
+    return "early stopping" if _is_out_of_patience(run) else None
+
+
+def _is_out_of_patience(run):
+    patience = run.length.early_stopping_patience
+    return patience is not None and run.progress.validations_without_gain >= patience

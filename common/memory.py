@@ -9,7 +9,10 @@ from common.command_line import UserError
 
 ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
 # All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
-ADVICE = "end what else is on this GPU, lower --resolution, or use --quantize nf4; --resume_from_checkpoint latest takes all of these"
+ADVICE = (
+    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
+    " --resume_from_checkpoint latest takes all of these"
+)
 
 
 class OutOfMemory(UserError):
@@ -36,7 +39,9 @@ class StepDown:
     """
 
     def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
-        self.doing, self.ways, self.host = doing, list(ways.items()), host
+        self.doing = doing
+        self.ways = list(ways.items())
+        self.host = host
 
     def __call__(self, *arguments):
         """Return what the first way gives that does not run out of memory.

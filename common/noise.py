@@ -1,4 +1,4 @@
-"""What noise does to a latent, and what the loss makes of it. Pure functions of tensors; the draws belong to the samples.
+"""What noise does to a latent, and what the loss makes of it: pure functions of tensors.
 
 Notation: z latent, eps noise, a = alphas_cumprod[t], snr = a / (1 - a). Shapes: [B, C, H, W] unless said otherwise.
 """
@@ -23,13 +23,20 @@ class Draws:
     eps: torch.Tensor  # [C, H, W], offset noise included
 
 
-def generator_for(*identity):
+def generator_for(*identity) -> torch.Generator:
     """A CPU generator that depends on `identity` alone: the same draws in any batch, any process, beside any device."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0):
+def draw(
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    flip_share: float = 0.0,
+    drop_share: float = 0.0,
+    offset_strength: float = 0.0,
+) -> Draws:
     """Draw everything for one example whose latent has `shape` = (C, H, W).
 
     Every number is drawn whether it is used or not, so that switching one option on leaves the other draws alone.
@@ -41,7 +48,13 @@ def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset
     posterior_eps = torch.randn(shape, generator=generator)
     eps = torch.randn(shape, generator=generator)
     offset = torch.randn((shape[0], 1, 1), generator=generator)
-    return Draws(flip < flip_share, drop < drop_share, timestep, posterior_eps, eps + offset_strength * offset)
+    return Draws(
+        flip=flip < flip_share,
+        drop_caption=drop < drop_share,
+        timestep=timestep,
+        posterior_eps=posterior_eps,
+        eps=eps + offset_strength * offset,
+    )
 
 
 @dataclass(frozen=True)
@@ -51,16 +64,24 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
     prediction_type: str  # "epsilon" or "v_prediction"
 
-    def noise(self, z, eps, t):
-        """x_t and the UNet's target: x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4);
-        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D). `t` is [B], the rest [B, C, H, W]."""
+    def noise(self, z: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, the UNet's target), both [B, C, H, W], for timesteps `t` [B].
+
+        x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4); the target is eps, or
+        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D).
+        """
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * z + (1 - a).sqrt() * eps
-        return x_t, eps if self.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * z
+        if self.prediction_type == "epsilon":
+            return x_t, eps
+        return x_t, a.sqrt() * eps - (1 - a).sqrt() * z
 
-    def min_snr_weight(self, t, gamma):
-        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4): min(snr, g) / snr for epsilon prediction,
-        min(snr, g) / (snr + 1) for v prediction. Noisy steps (snr <= g) keep weight 1; snr = 0 gives 1, not 0 / 0."""
+    def min_snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4).
+
+        min(snr, g) / snr for epsilon prediction, min(snr, g) / (snr + 1) for v prediction. For epsilon, noisy steps
+        (snr <= g) keep weight 1, with snr = 0 too, where it would be 0 / 0.
+        """
         a = self.alphas_cumprod[t]
         snr = a / (1 - a)
         if self.prediction_type == "epsilon":
@@ -68,13 +89,12 @@ class NoiseSchedule:
         return snr.clamp(max=gamma) / (snr + 1)
 
 
-def mse_per_sample(prediction, target):
+def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each example in fp32: [B, C, H, W] twice -> [B]."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def by_quarter(values, t, num_timesteps):
+def by_quarter(values: torch.Tensor, t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
-        0, t * QUARTERS // num_timesteps, values
-    )
+    sums = torch.zeros(QUARTERS, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, t * QUARTERS // num_timesteps, values)

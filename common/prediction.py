@@ -1,7 +1,8 @@
 """What the frozen UNet predicts, measured before it is trained: epsilon or v, by its error on a few cached samples.
 
-The two targets, eps and v = sqrt(a) eps - sqrt(1 - a) z, differ most where noise is strong (a small): there v is nearly -z, of which a
-UNet for epsilon knows nothing. There a UNet for v, in turn, has little of eps in its output. Four forward passes of one image decide.
+The two targets, eps and v = sqrt(a) eps - sqrt(1 - a) z, differ most where noise is strong (a small). There v is nearly
+-z, of which a UNet for epsilon knows nothing; a UNet for v, in turn, has little of eps in its output. Four forward
+passes of one image decide.
 """
 
 from dataclasses import replace
@@ -10,21 +11,25 @@ import torch
 
 from common import noise
 from common.adapters import without_dropout
+from common.batching import Examples
 from common.command_line import UserError
+from common.engine import Engine
 from common.model_kind import EPSILON, V_PREDICTION
 
 LEVELS = (0.1, 0.06, 0.03, 0.015)  # alphas_cumprod of the passes: timesteps 680 to 890 of SDXL's 1000
-# A target is predicted when its error is below that share of its own mean square (an untrained UNet: 1 and more for both targets) ...
+# A target is predicted when its error, as a share of its own mean square, is below PREDICTED, and below CLEARLY times
+# that of the other target. An untrained UNet has 1 and more for both.
 PREDICTED = 0.85
-CLEARLY = 0.7  # ... and below that share of the other target's
+CLEARLY = 0.7
 
 
 @torch.no_grad()
-def relative_errors(engine, examples):
+def relative_errors(engine: Engine, examples: Examples) -> dict[str, float]:
     """{prediction type: squared error of the UNet against that target, as a share of the target's own mean square}."""
     schedules = {kind: replace(engine.schedule, prediction_type=kind) for kind in (EPSILON, V_PREDICTION)}
     timesteps = [int((engine.schedule.alphas_cumprod - level).abs().argmin()) for level in LEVELS]
-    errors, squares = dict.fromkeys(schedules, 0.0), dict.fromkeys(schedules, 0.0)
+    errors = dict.fromkeys(schedules, 0.0)
+    squares = dict.fromkeys(schedules, 0.0)
     with without_dropout([engine.unet, *engine.text.encoders]):
         for batch in examples.probes(timesteps):
             fields = {name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()}
@@ -37,11 +42,14 @@ def relative_errors(engine, examples):
     return {kind: errors[kind] / squares[kind] for kind in schedules}
 
 
-def check(engine, data):
+def check(engine: Engine, data) -> None:
     """Compare what the model's files or the flags say with what its UNet does, before the first step.
 
-    A UNet that was not trained yet, or one in between, passes. A mark of v-prediction in the model's own files is nobody's default, so
-    there a disagreement is said and training goes on.
+    A UNet that was not trained yet, or one in between, passes. A mark of v-prediction in the model's own files is
+    nobody's default: there a disagreement is said, and training goes on.
+
+    Args:
+        data: assembly.Data.
     Raises:
         UserError: the UNet clearly predicts the other target.
     """
@@ -50,9 +58,12 @@ def check(engine, data):
     errors = relative_errors(engine, data.examples)
     if not (errors[other] < PREDICTED and errors[other] < CLEARLY * errors[kind.prediction_type]):
         return
+
+    # What was said against what was measured
+    said = kind.prediction_type
     measured = (
-        f"--pretrained_model_name_or_path {data.model.name}: is said to predict {kind.prediction_type} (by {kind.said_by}), but its error is"
-        f" {errors[other]:.2f} for {other} and {errors[kind.prediction_type]:.2f} for {kind.prediction_type} (untrained: 1)"
+        f"--pretrained_model_name_or_path {data.model.name}: is said to predict {said} (by {kind.said_by}), but its"
+        f" error is {errors[other]:.2f} for {other} and {errors[said]:.2f} for {said} (untrained: 1)"
     )
     if kind.prediction_type == V_PREDICTION and not kind.said_by.startswith("--prediction_type"):
         engine.host.say(f"warning: {measured}; if that mark is wrong, correct it: what is trained would be of no use")

@@ -19,7 +19,7 @@ _FREE_TO_CHANGE = {
 }
 
 
-def resume(flags, engine, recipe, plan):
+def resume(flags, engine, recipe, length):
     """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
 
     Raises:
@@ -29,7 +29,7 @@ def resume(flags, engine, recipe, plan):
     if not found:
         if flags.resume_from_checkpoint:
             host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
-        return loops.Progress(effective_batch=plan.effective_batch)
+        return loops.Progress(effective_batch=length.effective_batch)
     newest = max([*run_folder.find_checkpoints(flags.output_dir), found[0]], key=run_folder.step_of)
     if run_folder.step_of(newest) > run_folder.step_of(found[0]):
         raise UserError(
@@ -37,9 +37,9 @@ def resume(flags, engine, recipe, plan):
             " resume with 'latest', move the newer ones away, or name another --output_dir"
         )
     folder, progress = _load_newest(found, engine)
-    if progress.effective_batch != plan.effective_batch:
+    if progress.effective_batch != length.effective_batch:
         raise UserError(
-            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {length.effective_batch}"
             " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
         )
     _set_aside(found[: found.index(folder)], Path(flags.output_dir), host)

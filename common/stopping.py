@@ -75,7 +75,7 @@ class StopRequest:
     """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
 
     The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop keeps `longest_step_s`, `longest_save_s` and `doing` up to date.
+    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
 
     Args:
         ends_s: on the monotonic clock; by then everything must be saved.
@@ -83,12 +83,18 @@ class StopRequest:
 
     def __init__(self, ends_s=math.inf):
         self._signal, self._ends_s = None, ends_s
-        self.longest_step_s, self.longest_save_s = 0.0, 0.0
+        self._longest_step_s, self._longest_save_s = 0.0, 0.0
         self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    def step_took(self, seconds: float) -> None:
+        self._longest_step_s = max(self._longest_step_s, seconds)
+
+    def save_took(self, seconds: float) -> None:
+        self._longest_save_s = max(self._longest_save_s, seconds)
 
     @property
     def reason(self):
-        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
         return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
 
     @contextlib.contextmanager

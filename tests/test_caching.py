@@ -67,14 +67,14 @@ def samples_in(place):
 def latents_of(place, host, flips=(False,), max_bad=0, samples=None, vae=None, variant="fp16", **framing):
     model = loading.find_model(str(place.model), vae, variant=variant, cache_dir=place.cache)
     framing = {"resolution": 64, "center_crop": True, "aspect_ratio_buckets": False, **framing}
-    return caching.cache_latents(samples or samples_in(place), model, host, place.cache, max_bad, flips, **framing)
+    options = dict(host=host, cache_dir=place.cache, max_bad=max_bad, flips=flips)
+    return caching.cache_latents(samples or samples_in(place), model, **options, **framing)
 
 
 def text_of(place, host, captions=None, mode="disk"):
     model = loading.find_model(str(place.model), cache_dir=place.cache)
-    return caching.cache_text(
-        captions if captions is not None else [s.caption for s in samples_in(place)], model, host, mode, place.cache
-    )
+    captions = [sample.caption for sample in samples_in(place)] if captions is None else captions
+    return caching.cache_text(captions, model, host=host, mode=mode, cache_dir=place.cache)
 
 
 def change_weights(folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_opt
-from common import assembly, command_line, dataset, device, fit, loading
+from common import assembly, command_line, dataset, device, loading, pass_plan
 from common.cards import unsupported_card
 from common.device import GIB
 
@@ -91,8 +91,8 @@ def test_measuring_says_what_it_does_and_for_how_long_before_it_starts(monkeypat
         raise KeyboardInterrupt
 
     lines = []
-    monkeypatch.setattr(fit, "_probe", probe)
+    monkeypatch.setattr(pass_plan, "_probe", probe)
     engine = SimpleNamespace(host=SimpleNamespace(say=lines.append))
     with pytest.raises(KeyboardInterrupt):
-        fit._measure(engine, lambda size: [None], 4, None, 10.0)
+        pass_plan._measure(engine, lambda size: [None], 4, 10.0)
     assert len(lines) == 1 and "measuring" in lines[0] and "minute" in lines[0]

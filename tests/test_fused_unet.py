@@ -1,16 +1,15 @@
-"""The UNet with shorter forward passes is diffusers' UNet, and what it does not know it leaves alone; plans that are remembered."""
+"""The UNet with shorter forward passes is diffusers' UNet, and what it does not know it leaves alone."""
 
 import copy
-import dataclasses
-import json
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 
-from common import adapters, assembly, fit
+from common import adapters
 from common.fused_unet import _FrozenConv, forwards, fuse_unet, unfuse_unet
+from common.pass_plan import BlockRecompute
 
 CPU = torch.device("cpu")
 
@@ -49,9 +48,9 @@ def test_predictions_and_gradients_are_those_of_diffusers(unet):
 def test_a_block_recomputed_in_the_backward_pass_gives_the_same(unet):
     fused = copy.deepcopy(unet).train()
     fuse_unet(fused, CPU)
-    checkpointing = fit.BlockCheckpointing()
-    fused.enable_gradient_checkpointing(checkpointing)
-    checkpointing.kept = {fused.mid_block.resnets[1]}
+    recompute = BlockRecompute()
+    fused.enable_gradient_checkpointing(recompute)
+    recompute.kept = {fused.mid_block.resnets[1]}
     assert_close(run_of(fused), run_of(unet))
 
 
@@ -94,78 +93,3 @@ def test_without_dropout_is_only_while_it_lasts():
         assert not modules[0].training and not modules[1].training
         raise KeyboardInterrupt
     assert modules[0].training and not modules[1].training
-
-
-# ---------------------------------------------------------------- remembered plans
-
-
-class EngineOf:
-    def __init__(self, unet):
-        self.unet = unet
-
-
-def never(*_):
-    raise AssertionError("measured, though there is a plan")
-
-
-def test_a_plan_is_measured_once_and_remembered(unet, tmp_path, monkeypatch):
-    """The second run keeps the same blocks of its own UNet, and measures nothing."""
-    place, first = tmp_path / "plans" / "key.json", fit.BlockCheckpointing()
-
-    def measure(engine, make_batches, share, checkpointing, budget_gib):
-        checkpointing.kept = {engine.unet.mid_block.resnets[1], engine.unet.conv_in}
-        return fit.Fit(2, checkpointing), "plan: so", 0.1
-
-    monkeypatch.setattr(fit, "_measure", measure)
-    plan, line = fit.measured(EngineOf(unet), None, 4, first, 10.0, place)
-    assert (plan.micro_batch, line, plan.remembered) == (2, "plan: so", place) and place.exists()
-    monkeypatch.setattr(fit, "_measure", never)
-    other, second = copy.deepcopy(unet), fit.BlockCheckpointing()
-    plan, line = fit.measured(EngineOf(other), None, 4, second, 10.0, place)
-    assert plan.micro_batch == 2 and line == f"plan: so (as an earlier run measured, {place})"
-    assert second.kept == {other.mid_block.resnets[1], other.conv_in}
-
-
-def test_a_plan_that_ran_out_of_memory_is_forgotten(tmp_path):
-    place = tmp_path / "key.json"
-    place.write_text(json.dumps({"micro_batch": 4, "kept": [], "line": "plan: so"}))
-    plan, _ = fit.measured(EngineOf(None), never, 4, None, 10.0, place)
-    assert plan.step_down() and plan.micro_batch == 2 and not place.exists()
-    assert plan.step_down() and plan.micro_batch == 1 and not plan.step_down()
-
-
-@pytest.mark.parametrize("damaged", ["{", "{}", '{"micro_batch": 4, "kept": ["no.such.block"], "line": ""}'])
-def test_a_damaged_plan_is_measured_again(unet, tmp_path, monkeypatch, damaged):
-    place = tmp_path / "key.json"
-    place.write_text(damaged)
-    monkeypatch.setattr(
-        fit,
-        "_measure",
-        lambda engine, make, share, checkpointing, budget: (fit.Fit(1, checkpointing), "plan: anew", 0.1),
-    )
-    assert fit.measured(EngineOf(unet), None, 4, fit.BlockCheckpointing(), 10.0, place)[1] == "plan: anew"
-    assert json.loads(place.read_text())["line"] == "plan: anew"
-
-
-def test_a_plan_that_never_fitted_is_not_remembered(unet, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "_measure", lambda *given: (fit.Fit(1), "plan: too large", float("inf")))
-    fit.measured(EngineOf(unet), None, 4, None, 1.0, tmp_path / "key.json")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_plan_belongs_to_what_changes_a_pass(assemble):
-    flags, given = assemble().flags, ("a GPU", 14.5, 4, (4, 8, 8), 1000)
-    key = assembly._plan_key(flags, *given)
-    same = dict(output_dir="elsewhere", seed=1, max_train_steps=7, learning_rate=1.0)
-    assert assembly._plan_key(dataclasses.replace(flags, **same), *given) == key
-    others = dict(
-        text_cache="none",
-        lora_rank=5,
-        lora_target_modules=["to_q"],
-        quantize="nf4",
-        use_8bit_adam=True,
-        lora_dropout=0.3,
-    )
-    keys = {assembly._plan_key(dataclasses.replace(flags, **{name: value}), *given) for name, value in others.items()}
-    keys |= {assembly._plan_key(flags, *given[:i], "other", *given[i + 1 :]) for i in range(len(given))}
-    assert len(keys | {key}) == len(others) + len(given) + 1

@@ -223,11 +223,11 @@ def test_the_effective_batch_does_not_depend_on_the_number_of_processes(
 ):
     from dataclasses import replace
 
-    from common import assembly
+    from common import run_length
 
     parts = assemble("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-    assert assembly._plan(parts.flags, replace(parts.engine.host, world=world), parts.data).effective_batch == images
-    assert said is None or said in assembly._uneven_shares(parts.flags, world, images)
+    assert run_length.run_length(parts.flags, replace(parts.engine.host, world=world), 24).effective_batch == images
+    assert said is None or said in run_length.uneven_shares(parts.flags, world, images)
 
 
 def test_processes_wait_for_one_that_encodes_for_hours(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from common import caching, command_line, encoding, engine, fit, loading, memory, prediction
+from common import caching, command_line, encoding, engine, loading, memory, pass_plan, prediction
 
 PROMPT = ["--validation_prompt", "a cat"]
 FRAMING = dict(resolution=64, center_crop=True, aspect_ratio_buckets=False)
@@ -111,8 +111,8 @@ def test_encoders_are_gone_once_they_have_encoded(parts, tmp_path):
     before = count_modules()
     gc.disable()
     try:
-        caching.cache_latents(samples[:2], model, host, tmp_path, 0, **FRAMING)
-        caching.cache_text(["a cat"], model, host, "ram", None)
+        caching.cache_latents(samples[:2], model, host=host, cache_dir=tmp_path, max_bad=0, **FRAMING)
+        caching.cache_text(["a cat"], model, host=host, mode="ram", cache_dir=tmp_path)
         assert count_modules() == before
     finally:
         gc.enable()
@@ -238,9 +238,10 @@ def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
         "Engine", (), {"forward_backward": staticmethod(out_of_memory), "optimizer_state_bytes": lambda self: 0}
     )()
     stub.host = SimpleNamespace(device=torch.device("cpu"), start_new_peak=lambda: None)
+    stub.recompute = None
     batch = type("Batch", (), {"tensors": {}})
     with pytest.raises(memory.OutOfMemory, match="with one image a pass: add --gradient_checkpointing, or "):
-        fit._probe(stub, batch, None)
+        pass_plan._probe(stub, batch)
 
 
 def test_loading_that_does_not_fit_is_one_line_and_status_2(train, monkeypatch, capsys):
@@ -268,15 +269,14 @@ def test_the_cache_is_not_filled_by_what_failed(parts, pictures, monkeypatch):
 def test_a_plan_that_does_not_fit_after_all_keeps_less(monkeypatch, fitting, expected):
     """Room for both blocks by the estimate, of which `fitting` bytes are really there; larger passes are the faster ones."""
     sizes = {"a": 50, "b": 50}
-    monkeypatch.setattr(fit, "_probe", lambda *_: (0, 0, sizes))
-    monkeypatch.setattr(fit, "SPARE_GIB", 0)
+    monkeypatch.setattr(pass_plan, "_probe", lambda *_: (0, 0, sizes))
+    monkeypatch.setattr(pass_plan, "SPARE_GIB", 0)
 
-    def seconds(engine, make_batches, checkpointing, size, kept):
+    def seconds(engine, make_batches, size, kept):
         needed = size * (1 + sum(sizes[block] for block in kept))
         return (10 - size) if needed <= fitting else math.inf
 
-    monkeypatch.setattr(fit, "_seconds_per_image", seconds)
-    stub = SimpleNamespace(host=SimpleNamespace(say=print))
-    checkpointing = fit.BlockCheckpointing()
-    plan, line, _ = fit._measure(stub, lambda size: [None], 4, checkpointing, 400 / memory.device.GIB)
-    assert (plan.micro_batch, checkpointing.kept) == expected and "inf" not in line
+    monkeypatch.setattr(pass_plan, "_seconds_per_image", seconds)
+    stub = SimpleNamespace(host=SimpleNamespace(say=print), recompute=pass_plan.BlockRecompute())
+    plan, line, _ = pass_plan._measure(stub, lambda size: [None], 4, 400 / memory.device.GIB)
+    assert (plan.micro_batch, stub.recompute.kept) == expected and "inf" not in line

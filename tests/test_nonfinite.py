@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from common import schedules
 from common.command_line import UserError
 
 # ---------------------------------------------------------------- overflows
@@ -78,18 +79,16 @@ def test_loss_scaling_does_not_change_the_update(train, plain):
 
 
 def test_the_scale_doubles_after_enough_good_steps():
-    from common import engine
-
-    scale = engine.LossScale(torch.float16, torch.device("cpu"))
+    scale = schedules.LossScale(torch.float16, torch.device("cpu"))
     start = scale.value.item()
     assert scale.enabled and start == 2.0 ** round(math.log2(start))  # a power of two: scaling is exact
     scale.update(overflow=True)
-    for _ in range(engine.GROWTH_INTERVAL - 1):
+    for _ in range(schedules.GROWTH_INTERVAL - 1):
         scale.update(overflow=False)
     assert scale.value.item() == start / 2
     scale.update(overflow=False)
     assert scale.value.item() == start
-    off = engine.LossScale(torch.float32, torch.device("cpu"))
+    off = schedules.LossScale(torch.float32, torch.device("cpu"))
     off.update(overflow=True)
     assert off.value.item() == 1
 

@@ -298,7 +298,9 @@ def test_a_limit_leaves_time_to_save(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     request = stopping.StopRequest(ends_s=160.0)
-    request.longest_step_s, request.longest_save_s = 2.0, 10.0
+    request.step_took(2.0)
+    request.save_took(10.0)
+    request.step_took(1.0)
     now[0] = 125.9
     assert request.reason is None
     now[0] = 126.1

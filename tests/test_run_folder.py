@@ -256,8 +256,8 @@ def test_a_config_that_others_wrote_is_as_good_as_none(tmp_path, content):
     "change", [{"micro_batch": 0}, {"micro_batch": "2"}, {"micro_batch": 10**6}, {"line": None}, {"kept": 3}]
 )
 def test_a_remembered_plan_that_cannot_be_one_is_measured_again(tmp_path, change):
-    from common import fit
+    from common import pass_plan
 
     (tmp_path / "plan.json").write_text(json.dumps({"micro_batch": 2, "kept": [], "line": "plan", **change}))
     with pytest.raises((ValueError, TypeError)):
-        fit._read_plan(tmp_path / "plan.json", torch.nn.Module())
+        pass_plan._read_plan(tmp_path / "plan.json", torch.nn.Module())

@@ -155,7 +155,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(train):
 
 def test_steps_follow_from_epochs_where_no_number_of_steps_is_given(train):
     """20 samples, 8 at a time, 2 epochs: 5 steps; the last window runs into a third epoch rather than being cut."""
-    from common.loops import total_steps
+    from common.run_length import total_steps
 
     assert (
         total_steps(None, 2, 20, 8) == 5

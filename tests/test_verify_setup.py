@@ -14,7 +14,7 @@ import train_qlora
 import train_sdxl
 import verify_setup
 from benchmarks.train_step import FORWARD_TFLOP
-from common import hub, loops, machine, packages, verdict
+from common import hub, machine, packages, run_length, verdict
 from common.attached import Attached
 from common.command_line import CACHE_DIR, parse
 from common.machine import DATA, MODEL, OPTIONAL, REPOS, VAE, Disk, Facts, Gpu
@@ -103,7 +103,7 @@ def trainer_of(script):
 def test_lengths_sizes_and_packages_are_those_of_the_trainers_flags(script):
     flags, _ = trainer_of(script)
     effective = flags.train_batch_size * flags.gradient_accumulation_steps
-    steps = loops.total_steps(flags.max_train_steps, flags.num_train_epochs, 1221, effective)
+    steps = run_length.total_steps(flags.max_train_steps, flags.num_train_epochs, 1221, effective)
     assert script.images == effective * steps
     assert script.forward_tflop == FORWARD_TFLOP[flags.resolution]
     assert script.needs_bitsandbytes == (flags.use_8bit_adam or flags.quantize == "nf4")
