@@ -3,9 +3,9 @@
     python tools/same_numbers.py BEFORE AFTER            # folders of checkouts, or git revisions of this repository
     python tools/same_numbers.py main . --small          # with the trained demo model instead of the tiny one
 
-Compared are the rows of metrics.jsonl without times and memory, every tensor and the metadata of every adapter file, and the
-pixels of every picture. A line for each script says what was compared; what differs follows it, and makes the exit status 1.
-Every script runs in a process of its own, on the CPU with one thread. Minutes.
+Compared are the rows of metrics.jsonl without times and memory, every tensor and the metadata of every adapter file, and
+the pixels of every picture. A line for each script says what was compared; what differs follows it, and makes the exit
+status 1. infer.py renders with the adapters of three trainers, which must be among the scripts. Every script runs in a process of its own, on the CPU with one thread. Minutes.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RUNS = {  # script -> its flags; each writes to runs/SCRIPT
 TRAINING = "--max_train_steps 4 --checkpointing_steps 2 --validation_steps 4"
 CLOCKS = ("s_per_img", "peak_gib", "seconds")  # fields of a metrics row that measure the machine
 # Of metadata: keys that name this run and not what it computed.
-OF_THIS_RUN = re.compile(r".*(sha\d*|hash|fingerprint|path|dir|date|time|version|commit)s?(_.*)?", re.IGNORECASE)
+OF_THIS_RUN = re.compile(r".*(sha\d*|xxh\d*|hash|fingerprint|path|dir|date|time|version|commit)s?(_.*)?", re.IGNORECASE)
 MOST_SHOWN = 10  # differences of one script
 
 
@@ -126,29 +126,19 @@ def run_script(script: str, checkout: Path, here: Path, *, tiny: bool) -> None:
 
 def compared(before: Path, after: Path) -> Outcome:
     """What two runs of one script left in their folders."""
-    counts = dict(rows=0, files=0, tensors=0, pictures=0)
+    counts = dict.fromkeys(("rows", "files", "tensors", "pictures"), 0)
     differences = []
+    for name in sorted({path.relative_to(side) for side in (before, after) for path in results_in(side)}):
+        pair = (before / name, after / name)
+        if not all(file.exists() for file in pair):
+            differences.append(f"{name}: only {'after' if pair[1].exists() else 'before'}")
+            continue
 
-    # Files by their names, each kind with its own comparison
-    files = {path.relative_to(side) for side in (before, after) for path in results_in(side)}
-    for name in sorted(files):
-        if not (before / name).exists() or not (after / name).exists():
-            differences.append(f"{name}: only {'after' if (after / name).exists() else 'before'}")
-        elif name.suffix == ".png":
-            counts["pictures"] += 1
-            differences += [f"{name}: {line}" for line in picture_differences(before / name, after / name)]
-        elif name.suffix == ".jsonl":
-            pair = [metrics(side / name) for side in (before, after)]
-            counts["rows"] += len(pair[0])
-            differences += [f"{name}: {line}" for line in mapping_differences(*pair)]
-        else:
-            pair = [tensors(side / name) for side in (before, after)]
-            counts["files"] += 1
-            counts["tensors"] += len(pair[0])
-            differences += [f"{name}: {line}" for line in mapping_differences(*pair)]
-            differences += [
-                f"{name}: {line}" for line in mapping_differences(metadata(before / name), metadata(after / name))
-            ]
+        # Each kind of file has its own comparison
+        found, counted = COMPARISONS[name.suffix](*pair)
+        differences += [f"{name}: {line}" for line in found]
+        for what, number in counted.items():
+            counts[what] += number
     if not any(counts.values()):
         differences.append("nothing was written that could be compared")
     return Outcome(", ".join(f"{number} {what}" for what, number in counts.items() if number), differences)
@@ -158,7 +148,7 @@ def results_in(folder: Path) -> Iterator[Path]:
     """Metrics, adapter files and pictures; not checkpoints, whose layout is the code's own affair."""
     for path in folder.rglob("*"):
         in_checkpoint = any(part.startswith("checkpoint-") for part in path.relative_to(folder).parts)
-        if path.suffix in (".safetensors", ".jsonl", ".png") and not in_checkpoint:
+        if path.suffix in COMPARISONS and not in_checkpoint:
             yield path
 
 
@@ -232,6 +222,27 @@ def picture_differences(before: Path, after: Path) -> Iterator[str]:
         elif a.tobytes() != b.tobytes():
             extrema = ImageChops.difference(a.convert("RGB"), b.convert("RGB")).getextrema()
             yield f"pixels differ by up to {max(high for _, high in extrema)} of 255"
+
+
+def compare_metrics(before: Path, after: Path) -> tuple[list[str], dict[str, int]]:
+    return list(mapping_differences(metrics(before), metrics(after))), {"rows": len(before.read_text().splitlines())}
+
+
+def compare_adapters(before: Path, after: Path) -> tuple[list[str], dict[str, int]]:
+    weights = tensors(before)
+    differences = [
+        *mapping_differences(weights, tensors(after)),
+        *mapping_differences(metadata(before), metadata(after)),
+    ]
+    return differences, {"files": 1, "tensors": len(weights)}
+
+
+def compare_pictures(before: Path, after: Path) -> tuple[list[str], dict[str, int]]:
+    return list(picture_differences(before, after)), {"pictures": 1}
+
+
+# suffix -> (before, after) -> (what differs, what was compared)
+COMPARISONS = {".jsonl": compare_metrics, ".safetensors": compare_adapters, ".png": compare_pictures}
 
 
 if __name__ == "__main__":
