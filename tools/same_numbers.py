@@ -3,9 +3,10 @@
     python tools/same_numbers.py BEFORE AFTER            # folders of checkouts, or git revisions of this repository
     python tools/same_numbers.py main . --small          # with the trained demo model instead of the tiny one
 
-Compared are the rows of metrics.jsonl without times and memory, every tensor and the metadata of every adapter file, and
-the pixels of every picture. A line for each script says what was compared; what differs follows it, and makes the exit
-status 1. infer.py renders with the adapters of three trainers, which must be among the scripts. Every script runs in a process of its own, on the CPU with one thread. Minutes.
+Compared are the rows of metrics.jsonl without times and memory, every tensor and the metadata of every adapter file,
+and the pixels of every picture. A line for each script says what was compared, below it what differs; that makes the
+exit status 1. infer.py renders with the adapters of three trainers, so it needs them among the scripts. Every script
+runs in a process of its own, on the CPU with one thread. Minutes.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def git(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def run_all(scripts: list[str], checkout: Path, home: Path, *, tiny: bool) -> None:
-    """Run scripts of one side in a new folder with caches in it, which becomes `home`: both sides see the same paths."""
+    """Run scripts of one side in a new folder that becomes `home`, caches and all: both sides see the same paths."""
     here = home.with_name("here")
     here.mkdir()
     for script in scripts:
@@ -112,8 +113,9 @@ def run_script(script: str, checkout: Path, here: Path, *, tiny: bool) -> None:
     command = [sys.executable, checkout / f"{script}.py", "--demo", *flags, "--output_dir", f"runs/{script}"]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     caches = {"XDG_CACHE_HOME": str(here / "cache"), "HF_HOME": str(here / "hub"), "HF_HUB_OFFLINE": "1"}
-    machine = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "TINY_DEMO": "1" if tiny else "0"}
-    environment = {**os.environ, **threads, **caches, **machine}
+    machine = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    demo = {"TINY_DEMO": "1" if tiny else "0"}
+    environment = {**os.environ, **threads, **caches, **machine, **demo}
     environment.pop("PYTHONPATH", None)  # each side imports its own modules
 
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
@@ -155,27 +157,21 @@ def results_in(folder: Path) -> Iterator[Path]:
 def metrics(file: Path) -> dict[str, object]:
     """{"step 3": the row's numbers without clocks}; JSON keeps every bit of a float."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {
-        f"row {number}, {key}": value
-        for number, row in enumerate(rows, 1)
-        for key, value in row.items()
-        if key not in CLOCKS
-    }
+    numbered = ((number, key, value) for number, row in enumerate(rows, 1) for key, value in row.items())
+    return {f"row {number}, {key}": value for number, key, value in numbered if key not in CLOCKS}
 
 
 def tensors(file: Path) -> dict[str, tuple]:
     """{name: (dtype, shape, bytes)}."""
-    import torch
     from safetensors.torch import load_file
 
-    return {
-        name: (
-            str(tensor.dtype),
-            tuple(tensor.shape),
-            tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
-        )
-        for name, tensor in load_file(file).items()
-    }
+    return {name: (str(tensor.dtype), tuple(tensor.shape), _bytes(tensor)) for name, tensor in load_file(file).items()}
+
+
+def _bytes(tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def metadata(file: Path) -> dict[str, object]:
