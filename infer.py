@@ -1,4 +1,4 @@
-"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds; --merge makes them one model.
+"""Renders images with SDXL and LoRA adapters, side by side with --compare; --merge makes them one model.
 
 python infer.py --compare
 python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
@@ -9,17 +9,15 @@ python infer.py --demo --compare
 
 import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 import itertools
-import math
-import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Literal, NamedTuple, Optional
+from typing import List, Literal, Optional
 
-from common import hub, manifest, run_folder
+from common import hub, manifest, render_checks, run_folder
+from common.chosen_adapters import chosen_adapters
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
-from common.flags import ModelFlags, check_model
+from common.flags import ModelFlags
 from common.schedulers import SCHEDULERS, default_guidance_rescale
 
 REFERENCE_PROMPTS = [
@@ -27,7 +25,6 @@ REFERENCE_PROMPTS = [
     "Bill Gates in Naruto style",
     "A boy with blue eyes in Naruto style",
 ]
-EMA_FOLDER = "ema_unet"
 
 
 @dataclass
@@ -82,35 +79,21 @@ class Flags(ModelFlags):
     )
 
 
-class Adapter(NamedTuple):
-    """An adapter as the user named it: a file or folder, and how strongly it counts."""
-
-    path: Path
-    scale: float
-
-
-class Column(NamedTuple):
-    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest;
-    `stem`: what its files' names begin with."""
-
-    title: str
-    active: list
-    sources: list
-    stem: str
-
-
 def main(argv=None):
-    """Draw, or merge; returns what manifest.json or merge.json says."""
+    """Render, or merge; returns what manifest.json or merge.json says."""
+    # Every mistake is answered before torch is imported
     flags = parse(Flags, argv)
-    check(flags)
+    render_checks.check(flags)
     adapters = chosen_adapters(flags)
     if flags.dry_run:
         return print_config(flags)
     hub.check(flags)
 
     from common import adapter_reading, device, loading, sampling
+    from common.columns import make_columns
     from demo.build import demo_assets
 
+    # What is given: files and an image to start from
     if flags.demo:
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
@@ -118,122 +101,44 @@ def main(argv=None):
     image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
-        return None  # under `accelerate launch` one process draws
+        return None  # under `accelerate launch` one process renders
+
+    # What every image depends on
     model = loading.model_of(flags, host.say)
     if flags.guidance_rescale is None:
         flags.guidance_rescale = default_guidance_rescale(model.kind)
-    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, guidance_rescale=flags.guidance_rescale)
-    options |= dict(negative_prompt=flags.negative_prompt, image=image, strength=flags.strength)
-    settings = sampling.Settings(flags.resolution, **options)
+    settings = settings_of(flags, image)
+
+    # The model in its memory tier, the adapters beside it
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
-    sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
-    columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
+    options = dict(img2img=image is not None, cuda_graph=flags.cuda_graph)
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, **options)
+    columns = make_columns(flags, sampler, adapters, files)
     if flags.merge:
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
+
+    # images/*.png, then manifest.json and compare.png
     with run_folder.owned(Path(flags.output_dir), host):
-        records = draw(flags, sampler, columns, settings)  # images/*.png
-        return manifest.write_results(flags, sampler, model, columns, records, load_s)
+        records = render(flags, sampler, columns, settings)
+        return manifest.write_results(flags, sampler, model, columns=columns, records=records, load_s=load_s)
 
 
-# ---------------------------------------------------------------- flags
+def settings_of(flags, image):
+    """What every image depends on, whatever its prompt, seed and adapters."""
+    from common import sampling
 
-
-def check(flags):
-    """Refuse values that cannot work, before anything heavy is imported or anything is written.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    for name in ("num_images", "steps", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    for name in ("guidance_scale", "lora_scale"):
-        if not math.isfinite(getattr(flags, name)):
-            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
-    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
-        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
-    if flags.guidance_scale < 0:
-        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
-    if flags.resolution < 64 or flags.resolution % 8:
-        nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(
-            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
-        )
-    if not 0 < flags.strength <= 1:
-        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
-    if flags.image and int(flags.steps * flags.strength) < 1:
-        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
-    if flags.image and not os.path.isfile(flags.image):
-        raise UserError(f"--image {flags.image}: no such file")
-    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
-        raise UserError(
-            f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH"
-        )
-    if flags.merge is not None:
-        check_merge(flags)
-    run_folder.check_free(Path(flags.output_dir))
-    check_model(flags)
-
-
-def check_merge(flags):
-    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    place, model = Path(flags.merge), Path(flags.pretrained_model_name_or_path)
-    if not flags.lora:
-        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
-    for name in ("compare", "prompt", "image"):
-        if getattr(flags, name):
-            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
-    if place.resolve().is_relative_to(model.resolve()):
-        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
-    if os.path.lexists(place):
-        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
-
-
-def parse_lora(text):
-    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
-
-    Raises:
-        UserError: no such path.
-    """
-    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
-    if scaled and not Path(text).exists():
-        path, scale = Path(scaled[1]), float(scaled[2])
-    else:
-        path, scale = Path(text), 1.0
-    if not path.exists():
-        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
-    return Adapter(path, scale)
-
-
-def chosen_adapters(flags):
-    """The adapters of --lora, or for --compare those that lie in outputs/; averaged ones with --ema; scaled by --lora_scale.
-
-    Raises:
-        UserError: no such adapter, no averaged weights, nothing to compare.
-    """
-    chosen = [parse_lora(text) for text in flags.lora]
-    if flags.ema:
-        for adapter in chosen:
-            if not (adapter.path / EMA_FOLDER).is_dir():
-                raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
-        chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
-    if flags.compare and not chosen:
-        pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
-        places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
-        chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
-        if not chosen:
-            raise UserError(
-                f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
-            )
-        print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
-    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+    return sampling.Settings(
+        resolution=flags.resolution,
+        steps=flags.steps,
+        guidance_scale=flags.guidance_scale,
+        guidance_rescale=flags.guidance_rescale,
+        negative_prompt=flags.negative_prompt,
+        image=image,
+        strength=flags.strength,
+    )
 
 
 def load_image(path, resolution):
@@ -251,95 +156,43 @@ def load_image(path, resolution):
         raise UserError(f"--image {path}: cannot be read ({error})") from None
 
 
-# ---------------------------------------------------------------- drawing
-
-
-def make_columns(flags, sampler, adapters, files):
-    """Load the adapters and say who draws: with --compare the base and each adapter alone, else all of them together.
-
-    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
-    """
-    loaded = []
-    for adapter, file in zip(adapters, files):
-        try:
-            name = sampler.load(file)
-        except UserError as error:
-            if flags.lora:
-                raise
-            sampler.host.say(f"left out: {error}")
-            continue
-        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
-        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
-    if flags.compare and not loaded:
-        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
-    if not flags.compare:
-        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
-        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
-    columns = []
-    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
-        title = unused(title, [column.title for column in columns], "{} ({})")
-        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
-    return columns
-
-
-def stem_of(title, used):
-    """`title` as the beginning of a file name that no other column has."""
-    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
-
-
-def unused(name, used, numbered):
-    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
-    return next(
-        one
-        for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
-        if one not in used
-    )
-
-
-def title_of(file, scale):
-    """What an adapter is called in pictures and file names: its run's folder, with step, EMA, kohya and scale where they matter."""
-    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
-    if folder.name == EMA_FOLDER:
-        title = f"{folder.parent.name} EMA"
-    elif step:
-        title = f"{folder.name} step {int(step[1])}"
-    elif folder.name == "kohya":
-        title = f"{file.stem} kohya"
-    elif folder.name == "peft":
-        title = f"{folder.parent.name} peft"
-    else:
-        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
-    return title if scale == 1 else f"{title} x{scale:g}"
-
-
-def draw(flags, sampler, columns, settings):
-    """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
+def render(flags, sampler, columns, settings):
+    """Every prompt and seed in every column -> records for the manifest; each image is on disk once it is made."""
     from tqdm import tqdm
 
-    from demo.settings import demo_settings
-
-    prompts = list(dict.fromkeys(flags.prompt)) or (
-        demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
-    )
+    # What is to be rendered
+    prompts = prompts_of(flags)
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)
     (Path(flags.output_dir) / "images").mkdir(parents=True, exist_ok=True)
+
+    # Batch by batch
     records = []
-    with tqdm(total=len(columns) * len(prompts) * len(seeds) * settings.steps_run, desc="drawing", unit="step") as bar:
+    steps = len(columns) * len(prompts) * len(seeds) * settings.steps_run
+    with tqdm(total=steps, desc="rendering", unit="step") as bar:
         for column, (i, prompt), batch in itertools.product(columns, enumerate(prompts), batches):
             start_s = time.monotonic()
-            images = sampler.draw(column.active, prompt, batch, settings, bar.update)
-            seconds = (time.monotonic() - start_s) / len(batch)
+            images = sampler.render(column.active, prompt, batch, settings, bar.update)
+            seconds = round((time.monotonic() - start_s) / len(batch), 3)
+
+            # On the disk at once, and a word on black ones
             for seed, image in zip(batch, images):
-                records.append(
-                    {**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)}
-                )
+                saved = manifest.save_image(flags, column, index=i, prompt=prompt, seed=seed, image=image)
+                records.append({**saved, "seconds": seconds})
                 if image.convert("L").getextrema()[1] == 0:
-                    bar.write(
-                        f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
-                    )
+                    cure = "try --mixed_precision no or another VAE"
+                    bar.write(f"{saved['file']} is all black: not finite in {sampler.host.dtype}; {cure}")
     return records
+
+
+def prompts_of(flags):
+    """Each of --prompt once, or the demo's own, or the reference prompts."""
+    from demo.settings import demo_settings
+
+    if flags.prompt:
+        return list(dict.fromkeys(flags.prompt))
+    return demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
 
 
 def warn_of_long_prompts(sampler, prompts):
@@ -353,13 +206,13 @@ def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
     from common import merging
 
-    place, host = Path(flags.merge), sampler.host
+    host = sampler.host
+    place = Path(flags.merge)
     record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
-    host.say(
-        f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained"
-    )
+    use = "name it with --pretrained_model_name_or_path, or load it with from_pretrained"
+    host.say(f"the merged model is in {place}: {use}")
     return record
 
 

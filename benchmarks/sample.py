@@ -68,7 +68,7 @@ def ours(options):
         columns["adapter"] = [(sampler.load(adapter_reading.find_adapter(options.lora)), 1.0)]
     sampler.place()
     settings = sampling.Settings(resolution=options.resolution, steps=options.steps)
-    return {name: timed(sampler.draw, active, PROMPT, [SEED], settings) for name, active in columns.items()}
+    return {name: timed(sampler.render, active, PROMPT, [SEED], settings) for name, active in columns.items()}
 
 
 def plain(options):

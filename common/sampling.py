@@ -155,10 +155,10 @@ class Sampler:
     """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
 
     Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
-    Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
+    def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
@@ -225,8 +225,8 @@ class Sampler:
             del self.pipeline.unet.forward
             self._graph = None
 
-    def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
+    def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
 
         Args:
             adapters: [(name, scale)] to be active together; none is the base model.
@@ -236,9 +236,9 @@ class Sampler:
         """
         if len(seeds) > self._most_images:
             parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
-            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
+            return [image for part in parts for image in self.render(adapters, prompt, part, settings, on_step)]
         try:
-            return self._draw(adapters, prompt, seeds, settings, on_step)
+            return self._render(adapters, prompt, seeds, settings, on_step)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
@@ -253,11 +253,11 @@ class Sampler:
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too
-            return self.draw(adapters, prompt, seeds, settings, on_step)
+            return self.render(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
-        return self.draw(adapters, prompt, seeds, settings, on_step)
+        return self.render(adapters, prompt, seeds, settings, on_step)
 
-    def _draw(self, adapters, prompt, seeds, settings, on_step):
+    def _render(self, adapters, prompt, seeds, settings, on_step):
         def after_step(pipeline, step, t, tensors):
             on_step(len(seeds))
             return tensors

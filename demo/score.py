@@ -105,7 +105,7 @@ def draw(flags, lora, captions):
     active = [(sampler.load(adapter_reading.find_adapter(lora)), 1.0)] if lora else []
     sampler.place()
     numbered = enumerate(tqdm(captions, desc="drawing held-out captions", unit="img"))
-    return [sampler.draw(active, caption, [flags.seed + i], settings)[0] for i, caption in numbered]
+    return [sampler.render(active, caption, [flags.seed + i], settings)[0] for i, caption in numbered]
 
 
 def score(pictures, rows):

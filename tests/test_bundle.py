@@ -122,25 +122,104 @@ def test_a_notebooks_scripts_run_from_their_cells(tmp_path):
 # ---------------------------------------------------------------- what goes into one file
 
 
-def test_a_module_brings_its_packages_the_outer_and_the_inner_ones(tmp_path, monkeypatch):
+WINGS = {  # a small suite whose package has packages inside
+    "common/__init__.py": '"""The suite."""\n',
+    "common/files.py": "def write():\n    return 'written'\n",
+    "common/unused.py": "raise SystemExit('nobody imports it')\n",
+    "common/cli/__init__.py": '"""Answers before anything heavy."""\n',
+    "common/cli/flags.py": "from common import files\n\nNAME = __name__\nWROTE = files.write()\n",
+    "common/cli/help.py": "from . import flags\nfrom .flags import NAME\n\nHELP = f'{flags.NAME} {NAME}'\n",
+    "common/data/__init__.py": "from common.cli import help\n\nTITLE = help.HELP\n",
+    "common/data/store.py": "def fail():\n    raise ValueError('in the store')\n",
+    "common/alone/__init__.py": "ALONE = __path__ is not None\n",
+}
+PROBE = '''"""Probe."""
+
+import importlib
+import inspect
+import os
+import traceback
+
+import common.cli.flags
+import common.cli.help as helped
+from common.alone import ALONE
+from common.cli import flags
+from common.data import TITLE
+
+
+def main():
+    from common.data.store import fail
+
+    print(common.cli.flags is flags, flags.WROTE, helped.HELP == TITLE, ALONE)
+    print(flags.__package__, importlib.import_module("common.data").__package__, common.cli.__doc__)
+    print(inspect.getsource(fail).splitlines()[0])
+    try:
+        fail()
+    except ValueError:
+        print(traceback.format_exc().splitlines()[-3].strip().replace(os.path.dirname(os.path.abspath(__file__)), "HERE"))
+
+
+if __name__ == "__main__":
+    main()
+'''
+SAID = [
+    "True written True True",
+    "common.cli common.data Answers before anything heavy.",
+    "def fail():",
+    'File "HERE/common/data/store.py", line 2, in fail',
+]
+
+
+@pytest.fixture
+def wings(tmp_path, monkeypatch):
+    """A repository of its own with the files of WINGS and probe.py -> its folder."""
+    for name, text in {**WINGS, "probe.py": PROBE}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     monkeypatch.setattr(one_file, "ROOT", tmp_path)
-    for name in ("common/__init__", "common/data/__init__", "common/data/store", "common/files"):
-        (tmp_path / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{name}.py").write_text(
-            "from common.files import write\n" if name.endswith("data/__init__") else "write = 1\n"
-        )
-    (tmp_path / "probe.py").write_text('"""Probe."""\nfrom common.data.store import write\n\nprint(write)\n')
-    assert one_file.modules_of((tmp_path / "probe.py").read_text()) == [
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_module_brings_its_packages_the_outer_and_the_inner_ones(wings):
+    """However it is imported, and nothing that is not."""
+    names = [
         "common",
+        "common.alone",
+        "common.cli",
+        "common.cli.flags",
+        "common.cli.help",
         "common.data",
         "common.data.store",
         "common.files",
     ]
-    text = one_file.bundle("probe")
-    (tmp_path / "alone").mkdir()
-    (tmp_path / "alone/probe.py").write_text(text)
-    process = subprocess.run([sys.executable, "-I", tmp_path / "alone/probe.py"], capture_output=True, text=True)
-    assert process.stdout == "1\n", process.stderr
+    assert one_file.modules_of(PROBE) == names
+    assert one_file.modules_of("from common.data.store import fail\n") == [n for n in names if n != "common.alone"]
+
+
+def said_by(folder):
+    process = subprocess.run([sys.executable, "-I", "probe.py"], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def test_packages_inside_of_packages_run_from_one_file_as_from_folders(wings):
+    alone = wings / "alone"
+    alone.mkdir()
+    (alone / "probe.py").write_text(one_file.bundle("probe"))
+    assert said_by(alone) == SAID
+    from_folders = subprocess.run([sys.executable, "probe.py"], cwd=wings, capture_output=True, text=True)
+    assert from_folders.stdout.splitlines() == SAID, from_folders.stderr
+
+
+def test_packages_inside_of_packages_run_from_a_notebooks_cells(wings):
+    cells = wings / "cells"
+    cells.mkdir()
+    for text in (notebooks.modules_cell(["probe"]), notebooks.script_cell("probe")):
+        first, _, rest = text.partition("\n")
+        (cells / first.split()[1]).write_text(rest)
+    process = subprocess.run([sys.executable, "probe.py"], cwd=cells, capture_output=True, text=True)
+    assert process.stdout.splitlines() == SAID, process.stderr
 
 
 def test_three_single_quotes_are_refused(tmp_path, monkeypatch):

@@ -413,7 +413,7 @@ def test_images_are_those_of_plain_diffusers_in_every_memory_tier(demo, train, m
     active = [(sampler.load(run.dir / "pytorch_lora_weights.safetensors"), 1.0)]
     sampler.place()
     settings = sampling.Settings(resolution=64, steps=8)
-    drawn = [sampler.draw(adapters, "a girl", [3], settings)[0] for adapters in ([], active, [])]
+    drawn = [sampler.render(adapters, "a girl", [3], settings)[0] for adapters in ([], active, [])]
     assert (sampler._graph is not None) == (memory == "gpu")
     plain = StableDiffusionXLPipeline.from_pretrained(demo.model, dtype=torch.float16).to("cuda")
     plain.scheduler = EulerDiscreteScheduler.from_config(plain.scheduler.config)

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipel
 from PIL import Image, ImageChops
 
 import infer
-from common import device, grids, loading, report, sampling
+from common import chosen_adapters, columns, device, grids, loading, report, sampling
 from common.command_line import UserError, parse
 from demo.settings import TINY_DEMO
 
@@ -97,10 +97,10 @@ def test_every_column_is_what_plain_diffusers_draws(trained, draw, plain):
 def test_an_adapter_leaves_no_trace_in_what_is_drawn_after_it(sampler):
     sampler, [(name, _)] = sampler
     settings = sampling.Settings(resolution=64, steps=2)
-    base, tuned = (sampler.draw(active, PROMPT, [1], settings)[0] for active in ([], [(name, 1.0)]))
-    sampler.draw([(name, 3.0)], PROMPT, [1], settings)
-    assert same(base, sampler.draw([], PROMPT, [1], settings)[0])
-    assert same(tuned, sampler.draw([(name, 1.0)], PROMPT, [1], settings)[0]) and not same(base, tuned)
+    base, tuned = (sampler.render(active, PROMPT, [1], settings)[0] for active in ([], [(name, 1.0)]))
+    sampler.render([(name, 3.0)], PROMPT, [1], settings)
+    assert same(base, sampler.render([], PROMPT, [1], settings)[0])
+    assert same(tuned, sampler.render([(name, 1.0)], PROMPT, [1], settings)[0]) and not same(base, tuned)
 
 
 def test_ema_means_the_averaged_weights_of_the_folder(trained, draw, plain):
@@ -228,7 +228,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_black_images_and_cut_prompts_are_pointed_out(draw, capsys, monkeypatch):
     black = Image.new("RGB", (64, 64))
-    monkeypatch.setattr(sampling.Sampler, "draw", lambda self, adapters, prompt, seeds, *rest: [black] * len(seeds))
+    monkeypatch.setattr(sampling.Sampler, "render", lambda self, adapters, prompt, seeds, *rest: [black] * len(seeds))
     draw("--prompt", "eyes " * 80)
     said = "".join(capsys.readouterr())
     assert "images/base_00_42.png is all black" in said and "its last 5 tokens are ignored" in said
@@ -271,11 +271,11 @@ def test_out_of_memory_in_a_batch_gives_the_same_images_one_by_one(sampler, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decode(latents, **options)
 
-    expected = [sampler.draw(active, PROMPT, [seed], settings)[0] for seed in (1, 2, 3)]
+    expected = [sampler.render(active, PROMPT, [seed], settings)[0] for seed in (1, 2, 3)]
     monkeypatch.setattr(sampler.pipeline.vae, "decode", short_of_memory)
-    assert all(same(*pair) for pair in zip(sampler.draw(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
+    assert all(same(*pair) for pair in zip(sampler.render(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
     assert capsys.readouterr().out.count("out of GPU memory with") == 1
-    assert all(same(*pair) for pair in zip(sampler.draw(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
+    assert all(same(*pair) for pair in zip(sampler.render(active, PROMPT, [1, 2, 3], settings), expected, strict=True))
     assert "out of GPU memory" not in capsys.readouterr().out  # what did not fit once is not tried again
 
 
@@ -291,7 +291,7 @@ def test_out_of_memory_steps_down_to_the_smallest_plan_and_then_names_the_flag(s
 
     monkeypatch.setattr(sampler.pipeline.unet, "forward", short_of_memory)
     with pytest.raises(UserError, match="--resolution 64: out of GPU memory in the smallest plan"):
-        sampler.draw(active, PROMPT, [1], sampling.Settings(resolution=64, steps=2))
+        sampler.render(active, PROMPT, [1], sampling.Settings(resolution=64, steps=2))
     assert calls == [("gpu", False), ("offload", False), ("offload", True), ("sequential", True)]
     assert capsys.readouterr().out.count("out of GPU memory: ") == 3
 
@@ -315,14 +315,14 @@ def test_a_colon_separates_a_scale_only_where_a_number_follows_and_no_such_file_
     for name in ("run", "run:2", "C:lora.safetensors"):
         Path(name).touch()
     read = {text: (str(adapter.path), adapter.scale) for text in ("run", "run:0.5", "run:-.5", "run:2", "run:2:3", "C:lora.safetensors:1.5")
-            for adapter in [infer.parse_lora(text)]}  # fmt: skip
+            for adapter in [chosen_adapters.parse_lora(text)]}  # fmt: skip
     assert read == {
         "run": ("run", 1.0), "run:0.5": ("run", 0.5), "run:-.5": ("run", -0.5), "run:2": ("run:2", 1.0), "run:2:3": ("run:2", 3.0),
         "C:lora.safetensors:1.5": ("C:lora.safetensors", 1.5),
     }  # fmt: skip
     for text in ("absent", "run:nan", "run:inf", "run:"):
         with pytest.raises(UserError, match=f"--lora {text}: no such file or folder"):
-            infer.parse_lora(text)
+            chosen_adapters.parse_lora(text)
 
 
 MISTAKES = {
@@ -393,8 +393,8 @@ def test_columns_of_equal_names_have_files_of_their_own():
     """Titles that differ only in what a file name cannot hold, and one that is called like the base."""
     used, stems = [], []
     for title in ("base", "a b", "a_b", "a/b", "日本", "base"):
-        used.append(infer.unused(title, used, "{} ({})"))
-        stems.append(infer.stem_of(used[-1], stems))
+        used.append(columns.unused(title, used, "{} ({})"))
+        stems.append(columns.stem_of(used[-1], stems))
     assert used == ["base", "a b", "a_b", "a/b", "日本", "base (2)"]
     assert stems == ["base", "a_b", "a_b_2", "a_b_3", "日本", "base_2"]
 
@@ -428,10 +428,10 @@ def test_after_make_demo_the_run_is_found(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("outputs/demo").mkdir(parents=True)
     Path("outputs/demo/train_opt").symlink_to(trained)
-    found = infer.chosen_adapters(parse(infer.Flags, ["--demo", "--compare"]))
+    found = chosen_adapters.chosen_adapters(parse(infer.Flags, ["--demo", "--compare"]))
     assert [str(adapter.path) for adapter in found] == ["outputs/demo/train_opt"]
     with pytest.raises(UserError, match="no adapter given"):  # it would not fit another model
-        infer.chosen_adapters(parse(infer.Flags, ["--compare"]))
+        chosen_adapters.chosen_adapters(parse(infer.Flags, ["--compare"]))
 
 
 def test_a_checkpoint_means_the_adapter_of_its_step(trained):
@@ -439,4 +439,4 @@ def test_a_checkpoint_means_the_adapter_of_its_step(trained):
 
     (checkpoint,) = trained.glob("checkpoint-*")
     assert find_adapter(checkpoint) == trained / "pytorch_lora_weights_000003.safetensors"
-    assert infer.title_of(find_adapter(checkpoint), 1) == f"{trained.name} step 3"
+    assert columns.title_of(find_adapter(checkpoint), 1) == f"{trained.name} step 3"
