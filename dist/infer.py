@@ -1,4 +1,4 @@
-"""Draws images with SDXL and LoRA adapters; --compare sets base and adapters side by side at identical seeds; --merge makes them one model.
+"""Renders images with SDXL and LoRA adapters, side by side with --compare; --merge makes them one model.
 
 python infer.py --compare
 python infer.py --compare --lora outputs/train_sdxl --lora outputs/train_dora:0.8
@@ -7,7 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-# Made by tools/bundle.py from infer.py and 46 modules; edit those, not this file.
+# Made by tools/bundle.py from infer.py and 49 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -18,7 +18,7 @@ MODULES = {}
 
 # ============================================================================================ common/__init__.py
 
-MODULES['common'] = r'''
+MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, one module per arrow.
 
 image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
@@ -54,7 +54,7 @@ sys.modules["torchao"] = None
 
 # ====================================================================================== common/adapter_checks.py
 
-MODULES['common.adapter_checks'] = r'''
+MODULES['common/adapter_checks.py'] = r'''
 """What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
 
 import dataclasses
@@ -165,7 +165,7 @@ def check_number(file: Path, name: str, value: float) -> None:
 
 # ===================================================================================== common/adapter_loading.py
 
-MODULES['common.adapter_loading'] = r'''
+MODULES['common/adapter_loading.py'] = r'''
 """Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
@@ -223,7 +223,7 @@ def _check_loaded(file, module, name, weights):
 
 # ======================================================================================= common/adapter_names.py
 
-MODULES['common.adapter_names'] = r'''
+MODULES['common/adapter_names.py'] = r'''
 """What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
 
 import re
@@ -329,7 +329,7 @@ def original_name(name, layers_per_block):
 
 # ===================================================================================== common/adapter_reading.py
 
-MODULES['common.adapter_reading'] = r'''
+MODULES['common/adapter_reading.py'] = r'''
 """Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
@@ -414,7 +414,7 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
 
 # ============================================================================================ common/adapters.py
 
-MODULES['common.adapters'] = r'''
+MODULES['common/adapters.py'] = r'''
 """Which layers get an adapter, and where its numbers live: one flat fp32 buffer, of which PEFT's parameters are views."""
 
 import contextlib
@@ -577,7 +577,7 @@ class EMA:
 
 # ============================================================================================ common/attached.py
 
-MODULES['common.attached'] = r'''
+MODULES['common/attached.py'] = r'''
 """What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
 
 import os
@@ -629,7 +629,7 @@ def _holds_captions(files: list[str]) -> bool:
 
 # =============================================================================================== common/cards.py
 
-MODULES['common.cards'] = r'''
+MODULES['common/cards.py'] = r'''
 """A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
@@ -659,9 +659,167 @@ def _runs(kind, built, capability):
     return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
 '''
 
+# ===================================================================================== common/chosen_adapters.py
+
+MODULES['common/chosen_adapters.py'] = r'''
+"""The adapters that a command line means: PATH or PATH:SCALE, those that lie in outputs/, and their averaged weights.
+
+Nothing here imports torch: an adapter that is not there is refused at once.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from common import run_folder
+from common.command_line import UserError
+
+EMA_FOLDER = "ema_unet"
+
+
+class Adapter(NamedTuple):
+    """An adapter as the user named it: a file or folder, and how strongly it counts."""
+
+    path: Path
+    scale: float
+
+
+def parse_lora(text: str) -> Adapter:
+    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
+
+    Raises:
+        UserError: no such path.
+    """
+    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    if scaled and not Path(text).exists():
+        path, scale = Path(scaled[1]), float(scaled[2])
+    else:
+        path, scale = Path(text), 1.0
+    if not path.exists():
+        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+    return Adapter(path, scale)
+
+
+def chosen_adapters(flags) -> list[Adapter]:
+    """The adapters of --lora, or for --compare those in outputs/; averaged ones with --ema; scaled by --lora_scale.
+
+    Raises:
+        UserError: no such adapter, no averaged weights, nothing to compare.
+    """
+    chosen = [parse_lora(text) for text in flags.lora]
+    if flags.ema:
+        chosen = [_averaged(adapter) for adapter in chosen]
+    if flags.compare and not chosen:
+        chosen = _adapters_in_outputs(flags)
+    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+
+
+def _averaged(adapter):
+    if not (adapter.path / EMA_FOLDER).is_dir():
+        raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
+    return Adapter(adapter.path / EMA_FOLDER, adapter.scale)
+
+
+def _adapters_in_outputs(flags):
+    """What --compare takes where no adapter is named."""
+    pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
+    places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
+    chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
+    if not chosen:
+        raise UserError(
+            f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
+        )
+    print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
+    return chosen
+'''
+
+# ============================================================================================= common/columns.py
+
+MODULES['common/columns.py'] = r'''
+"""The columns of a comparison: the base model and its adapters, with titles and file names that are their own."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from common import manifest
+from common.chosen_adapters import EMA_FOLDER
+from common.command_line import UserError
+
+
+class Column(NamedTuple):
+    """One way to render every prompt."""
+
+    title: str
+    active: list  # [(name in the pipeline, scale)], none of them for the base
+    sources: list  # of the adapters, for the manifest
+    stem: str  # what its files' names begin with
+
+
+def make_columns(flags, sampler, adapters: list, files: list[Path]) -> list[Column]:
+    """Load the adapters: with --compare the base and each adapter are a column, else all of them together are one.
+
+    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
+    """
+    # Every adapter that fits, with its title and source
+    loaded = []
+    for adapter, file in zip(adapters, files):
+        try:
+            name = sampler.load(file)
+        except UserError as error:
+            if flags.lora:
+                raise
+            sampler.host.say(f"left out: {error}")
+            continue
+        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
+        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
+
+    # Side by side, or together
+    if flags.compare and not loaded:
+        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
+    if not flags.compare:
+        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
+        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
+
+    # Titles and file names of their own
+    columns = []
+    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
+        title = unused(title, [column.title for column in columns], "{} ({})")
+        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
+    return columns
+
+
+def stem_of(title: str, used: list[str]) -> str:
+    """`title` as the beginning of a file name that no other column has."""
+    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
+
+
+def unused(name: str, used: list[str], numbered: str) -> str:
+    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
+    names = itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
+    return next(one for one in names if one not in used)
+
+
+def title_of(file: Path, scale: float) -> str:
+    """An adapter's name in pictures and files: its run's folder, with step, EMA, kohya and scale where they matter."""
+    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
+    if folder.name == EMA_FOLDER:
+        title = f"{folder.parent.name} EMA"
+    elif step:
+        title = f"{folder.name} step {int(step[1])}"
+    elif folder.name == "kohya":
+        title = f"{file.stem} kohya"
+    elif folder.name == "peft":
+        title = f"{folder.parent.name} peft"
+    else:
+        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
+    return title if scale == 1 else f"{title} x{scale:g}"
+'''
+
 # ======================================================================================== common/command_line.py
 
-MODULES['common.command_line'] = r'''
+MODULES['common/command_line.py'] = r'''
 """The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
 
 Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
@@ -872,7 +1030,7 @@ GONE_TO_THE_END = (
     "finished",
     "early stopping",
 )  # what a training's "ended" says when there is nothing to go on with
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main):
@@ -934,7 +1092,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 class _Outlet:
-    """Standard output whose reader may leave: what is still written then goes nowhere."""
+    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -960,12 +1118,12 @@ class _Outlet:
 
 @contextlib.contextmanager
 def _outliving_its_reader():
-    before, sys.stdout = sys.stdout, _Outlet(sys.stdout)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = before
+    with contextlib.redirect_stdout(_Outlet(sys.stdout)), contextlib.redirect_stderr(_Outlet(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 class Described:
@@ -982,7 +1140,7 @@ class Described:
 
 # ============================================================================================== common/device.py
 
-MODULES['common.device'] = r'''
+MODULES['common/device.py'] = r'''
 """--mixed_precision and the hardware -> Host: this process, its device and dtype; and the memory that it takes."""
 
 import contextlib
@@ -1207,7 +1365,7 @@ def free_memory(device: torch.device) -> None:
 
 # ================================================================================================ common/dora.py
 
-MODULES['common.dora'] = r'''
+MODULES['common/dora.py'] = r'''
 """DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
 
 DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
@@ -1291,7 +1449,7 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 # =============================================================================================== common/files.py
 
-MODULES['common.files'] = r'''
+MODULES['common/files.py'] = r'''
 """Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
 
 import contextlib
@@ -1470,7 +1628,7 @@ def _hash_of_metadata(metadata: dict) -> str:
 
 # =============================================================================================== common/flags.py
 
-MODULES['common.flags'] = r'''
+MODULES['common/flags.py'] = r'''
 """The flags of the scripts, as documented dataclasses; `check()` refuses what cannot work.
 
 Nothing here imports torch: a wrong value is answered at once.
@@ -1481,6 +1639,7 @@ import importlib.util
 import math
 import netrc
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -1752,8 +1911,12 @@ def check_writable(name, place):
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not nearest.is_dir():
         raise UserError(f"--{name} {place}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--{name} {place}: no right to write in {nearest}; name another folder")
+    try:  # rights alone do not tell: a disk may be read-only, and /proc takes no folders
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"--{name} {place}: no right to write in {nearest} ({error.strerror}); name another folder"
+        ) from None
 
 
 def _of_the_demo(place):
@@ -1846,7 +2009,7 @@ def find_data_dir(name):
 
 # ============================================================================================= common/formats.py
 
-MODULES['common.formats'] = r'''
+MODULES['common/formats.py'] = r'''
 """Adapter files that load elsewhere: diffusers' format, kohya's (ComfyUI, A1111, Forge), PEFT's. `adapter_loading` reads them."""
 
 import copy
@@ -2016,7 +2179,7 @@ def _as_lora(change, rank):
 
 # ========================================================================================== common/fused_unet.py
 
-MODULES['common.fused_unet'] = r'''
+MODULES['common/fused_unet.py'] = r'''
 """SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
 
 On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
@@ -2180,13 +2343,14 @@ def unfuse_unet(unet):
 
 # ============================================================================================== common/graphs.py
 
-MODULES['common.graphs'] = r'''
+MODULES['common/graphs.py'] = r'''
 """CUDA graphs: the thousands of kernels of a pass are launched from Python once, and replayed with one call afterwards.
 
 On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 small kernels, not by the GPU.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -2202,8 +2366,8 @@ def _parallel_streams(device):
     return [torch.cuda.Stream(device) for _ in range(8)]
 
 
-def side_by_side(functions, device):
-    """Call functions that are independent of each other; on a GPU, eight of the small kernels that they launch run at a time."""
+def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
+    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -2219,24 +2383,41 @@ def side_by_side(functions, device):
 class Graphed:
     """A function of named tensors, captured once per set of shapes.
 
-    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it is
-    replayed. All graphs of one `pool` share their memory, so only one result may be in use at a time.
+    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it
+    is replayed. The graphs share their memory, so only one result may be in use at a time.
 
     Args:
-        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
-            place. What it writes in place (gradients) is written by every call exactly once.
+        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must
+            stay in place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
-        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
-            otherwise the function is launched from Python from then on.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants
+            to hear of it; otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
-        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
+    def __init__(
+        self,
+        function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        device: torch.device,
+        *,
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
+        has_smaller: bool = True,
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.say = say
+        self.has_smaller = has_smaller
         self.enabled = enabled and device.type == "cuda"
-        self._seen, self._graphs = set(), {}
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None
 
-    def __call__(self, tensors):
-        """Copy `tensors` to the device without waiting, run the function on them, return its result (valid until the next call)."""
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Copy `tensors` to the device without waiting, and run the function on them.
+
+        Returns:
+            its result, valid until the next call.
+        """
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
         if not self.enabled or shapes not in self._seen:
             self._seen.add(shapes)
@@ -2249,9 +2430,11 @@ class Graphed:
         graph.replay()
         return result
 
-    def clear(self):
+    def clear(self) -> None:
         """Give the graphs' memory back; the next calls capture them again."""
-        self._seen, self._graphs, self.pool = set(), {}, None  # a pool does not outlive its last graph
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None  # a pool does not outlive its last graph
         if self.enabled:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -2259,7 +2442,7 @@ class Graphed:
     def _warm_up(self, tensors):
         if not self.enabled:
             return self.function(tensors)
-        # cuBLAS and autograd set themselves up per stream; capture is not allowed to, so they do it here, beside the main stream
+        # cuBLAS and autograd set themselves up per stream. A capture may not: they do it here, beside the main stream.
         side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -2270,25 +2453,28 @@ class Graphed:
     def _capture(self, shapes, tensors):
         inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
+
         try:
-            # The outer context restores the stream, which a capture that fails at its end does not. The stream is torch's own, not
-            # the warm-up's: there the graph would go on using a cuBLAS workspace that is not in its pool.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            # The outer context restores the stream, which a capture that fails at its end does not. The stream is
+            # torch's own, not the warm-up's: there the graph would go on using a cuBLAS workspace outside of its pool.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
                 result = self.function(inputs)
         except RuntimeError as error:
-            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+            # Not every library raises torch's own class
+            if self.has_smaller and "out of memory" in str(error).lower():
                 raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False
-        self.pool = self.pool or graph.pool()
+
+        self._pool = self._pool or graph.pool()
         self._graphs[shapes] = graph, inputs, result
         return True
 '''
 
 # =============================================================================================== common/grids.py
 
-MODULES['common.grids'] = r'''
+MODULES['common/grids.py'] = r'''
 """One labelled picture of many, in letters that there is a font for."""
 
 from functools import cache
@@ -2422,7 +2608,7 @@ def _letters_of(file: str) -> set[int]:
 
 # ================================================================================================= common/hub.py
 
-MODULES['common.hub'] = r'''
+MODULES['common/hub.py'] = r'''
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
 import json
@@ -2639,7 +2825,7 @@ def _weights_of(part, files, variant, repo_id):
 
 # ============================================================================================= common/hub_ids.py
 
-MODULES['common.hub_ids'] = r'''
+MODULES['common/hub_ids.py'] = r'''
 """What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
 
 import os
@@ -2693,7 +2879,7 @@ def _id_in(address: str) -> str | None:
 
 # ======================================================================================== common/kernel_check.py
 
-MODULES['common.kernel_check'] = r'''
+MODULES['common/kernel_check.py'] = r'''
 """Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
 
 Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
@@ -2868,7 +3054,7 @@ ATTEMPTS = {
 
 # ============================================================================================= common/kernels.py
 
-MODULES['common.kernels'] = r'''
+MODULES['common/kernels.py'] = r'''
 """Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
 The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
@@ -3078,7 +3264,7 @@ def update_gain(w, A, B, m, scale, gain, b):
 
 # ============================================================================================== common/launch.py
 
-MODULES['common.launch'] = r'''
+MODULES['common/launch.py'] = r'''
 """How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
 
 import json
@@ -3140,7 +3326,7 @@ def _launcher():
 
 # ======================================================================================= common/layer_reading.py
 
-MODULES['common.layer_reading'] = r'''
+MODULES['common/layer_reading.py'] = r'''
 """Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> weights under PEFT's names."""
 
 import json
@@ -3304,7 +3490,7 @@ def lora_arguments(weights: dict, alphas: dict) -> dict:
 
 # ============================================================================================= common/loading.py
 
-MODULES['common.loading'] = r'''
+MODULES['common/loading.py'] = r'''
 """A model's name -> its files (Model) -> its parts on the device: noise schedule, VAE, text encoders, UNet.
 
 Whatever the user names (hub id, folder, single file) becomes one diffusers folder first. There is never a second copy
@@ -3556,7 +3742,7 @@ def zero_unconditional(model: Model) -> bool:
 
 # ============================================================================================= common/lycoris.py
 
-MODULES['common.lycoris'] = r'''
+MODULES['common/lycoris.py'] = r'''
 """What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
 
 The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
@@ -3690,7 +3876,7 @@ KINDS = frozenset().union(*_ALGORITHMS)
 
 # ============================================================================================ common/manifest.py
 
-MODULES['common.manifest'] = r'''
+MODULES['common/manifest.py'] = r'''
 """What infer.py leaves behind: images that carry their parameters, manifest.json, and compare.png.
 
 Heavy libraries are imported where they are used: infer.py answers --help without them.
@@ -3845,7 +4031,7 @@ def sha256(path):
 
 # ============================================================================================== common/memory.py
 
-MODULES['common.memory'] = r'''
+MODULES['common/memory.py'] = r'''
 """Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
 
 from collections.abc import Callable
@@ -3857,7 +4043,10 @@ from common.command_line import UserError
 
 ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
 # All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
-ADVICE = "end what else is on this GPU, lower --resolution, or use --quantize nf4; --resume_from_checkpoint latest takes all of these"
+ADVICE = (
+    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
+    " --resume_from_checkpoint latest takes all of these"
+)
 
 
 class OutOfMemory(UserError):
@@ -3884,7 +4073,9 @@ class StepDown:
     """
 
     def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
-        self.doing, self.ways, self.host = doing, list(ways.items()), host
+        self.doing = doing
+        self.ways = list(ways.items())
+        self.host = host
 
     def __call__(self, *arguments):
         """Return what the first way gives that does not run out of memory.
@@ -3907,7 +4098,7 @@ class StepDown:
 
 # ============================================================================================= common/merging.py
 
-MODULES['common.merging'] = r'''
+MODULES['common/merging.py'] = r'''
 """Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
 
 import json
@@ -3992,7 +4183,7 @@ def _write(pipeline, model, folder, record):
 
 # ========================================================================================== common/model_kind.py
 
-MODULES['common.model_kind'] = r'''
+MODULES['common/model_kind.py'] = r'''
 """A model's configuration files and the flags -> Kind: is it SDXL, what does its UNet predict, on which noise schedule.
 
 The flags speak where the files are silent.
@@ -4238,8 +4429,8 @@ def scheduler_of(config: dict, kind: Kind) -> dict:
 
 # =============================================================================================== common/noise.py
 
-MODULES['common.noise'] = r'''
-"""What noise does to a latent, and what the loss makes of it. Pure functions of tensors; the draws belong to the samples.
+MODULES['common/noise.py'] = r'''
+"""What noise does to a latent, and what the loss makes of it: pure functions of tensors.
 
 Notation: z latent, eps noise, a = alphas_cumprod[t], snr = a / (1 - a). Shapes: [B, C, H, W] unless said otherwise.
 """
@@ -4264,13 +4455,20 @@ class Draws:
     eps: torch.Tensor  # [C, H, W], offset noise included
 
 
-def generator_for(*identity):
+def generator_for(*identity) -> torch.Generator:
     """A CPU generator that depends on `identity` alone: the same draws in any batch, any process, beside any device."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0):
+def draw(
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    flip_share: float = 0.0,
+    drop_share: float = 0.0,
+    offset_strength: float = 0.0,
+) -> Draws:
     """Draw everything for one example whose latent has `shape` = (C, H, W).
 
     Every number is drawn whether it is used or not, so that switching one option on leaves the other draws alone.
@@ -4282,7 +4480,13 @@ def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset
     posterior_eps = torch.randn(shape, generator=generator)
     eps = torch.randn(shape, generator=generator)
     offset = torch.randn((shape[0], 1, 1), generator=generator)
-    return Draws(flip < flip_share, drop < drop_share, timestep, posterior_eps, eps + offset_strength * offset)
+    return Draws(
+        flip=flip < flip_share,
+        drop_caption=drop < drop_share,
+        timestep=timestep,
+        posterior_eps=posterior_eps,
+        eps=eps + offset_strength * offset,
+    )
 
 
 @dataclass(frozen=True)
@@ -4292,16 +4496,24 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
     prediction_type: str  # "epsilon" or "v_prediction"
 
-    def noise(self, z, eps, t):
-        """x_t and the UNet's target: x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4);
-        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D). `t` is [B], the rest [B, C, H, W]."""
+    def noise(self, z: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, the UNet's target), both [B, C, H, W], for timesteps `t` [B].
+
+        x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4); the target is eps, or
+        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D).
+        """
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * z + (1 - a).sqrt() * eps
-        return x_t, eps if self.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * z
+        if self.prediction_type == "epsilon":
+            return x_t, eps
+        return x_t, a.sqrt() * eps - (1 - a).sqrt() * z
 
-    def min_snr_weight(self, t, gamma):
-        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4): min(snr, g) / snr for epsilon prediction,
-        min(snr, g) / (snr + 1) for v prediction. Noisy steps (snr <= g) keep weight 1; snr = 0 gives 1, not 0 / 0."""
+    def min_snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4).
+
+        min(snr, g) / snr for epsilon prediction, min(snr, g) / (snr + 1) for v prediction. For epsilon, noisy steps
+        (snr <= g) keep weight 1, with snr = 0 too, where it would be 0 / 0.
+        """
         a = self.alphas_cumprod[t]
         snr = a / (1 - a)
         if self.prediction_type == "epsilon":
@@ -4309,21 +4521,20 @@ class NoiseSchedule:
         return snr.clamp(max=gamma) / (snr + 1)
 
 
-def mse_per_sample(prediction, target):
+def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each example in fp32: [B, C, H, W] twice -> [B]."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def by_quarter(values, t, num_timesteps):
+def by_quarter(values: torch.Tensor, t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
-        0, t * QUARTERS // num_timesteps, values
-    )
+    sums = torch.zeros(QUARTERS, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, t * QUARTERS // num_timesteps, values)
 '''
 
 # ======================================================================================== common/norm_kernels.py
 
-MODULES['common.norm_kernels'] = r'''
+MODULES['common/norm_kernels.py'] = r'''
 """Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
 
 GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
@@ -4654,7 +4865,7 @@ add_bias = _AddBias.apply
 
 # ========================================================================================== common/operations.py
 
-MODULES['common.operations'] = r'''
+MODULES['common/operations.py'] = r'''
 """What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
 
 Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
@@ -4796,7 +5007,7 @@ EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
 
 # ========================================================================================= common/other_tools.py
 
-MODULES['common.other_tools'] = r'''
+MODULES['common/other_tools.py'] = r'''
 """What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
 
 OTHER_NAMES = {
@@ -4852,7 +5063,7 @@ def our_name(theirs: str, known: set[str]) -> str | None:
 
 # ============================================================================================ common/packages.py
 
-MODULES['common.packages'] = r'''
+MODULES['common/packages.py'] = r'''
 """The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
 
 import importlib.util
@@ -4932,7 +5143,7 @@ def require_parser() -> None:
 
 # ======================================================================================== common/peft_reading.py
 
-MODULES['common.peft_reading'] = r'''
+MODULES['common/peft_reading.py'] = r'''
 """A PEFT folder -> weights under PEFT's names, for the part of the model that they belong to."""
 
 import json
@@ -4993,7 +5204,7 @@ def _named_as_in(encoder, weights):
 
 # ============================================================================================== common/places.py
 
-MODULES['common.places'] = r'''
+MODULES['common/places.py'] = r'''
 """Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
 
 import os
@@ -5001,9 +5212,85 @@ import os
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 '''
 
+# ======================================================================================= common/render_checks.py
+
+MODULES['common/render_checks.py'] = r'''
+"""What infer.py refuses before anything heavy is imported: values out of range, contradictions, taken places."""
+
+import math
+import os
+from pathlib import Path
+
+from common import run_folder
+from common.command_line import UserError
+from common.flags import check_model
+
+
+def check(flags) -> None:
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    # Ranges
+    for name in ("num_images", "steps", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
+    for name in ("guidance_scale", "lora_scale"):
+        if not math.isfinite(getattr(flags, name)):
+            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
+    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
+        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
+    if flags.guidance_scale < 0:
+        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
+
+    # The size
+    if flags.resolution < 64 or flags.resolution % 8:
+        nearest = max(64, round(flags.resolution / 8) * 8)
+        raise UserError(
+            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
+        )
+
+    # The image to start from
+    if not 0 < flags.strength <= 1:
+        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
+    if flags.image and int(flags.steps * flags.strength) < 1:
+        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
+    if flags.image and not os.path.isfile(flags.image):
+        raise UserError(f"--image {flags.image}: no such file")
+
+    # Adapters, places and the model
+    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
+        name = "--ema" if flags.ema else "--lora_scale"
+        raise UserError(f"{name}: there is no adapter it could apply to; add --lora PATH")
+    if flags.merge is not None:
+        check_merge(flags)
+    run_folder.check_free(Path(flags.output_dir))
+    check_model(flags)
+
+
+def check_merge(flags) -> None:
+    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    place = Path(flags.merge)
+    model = Path(flags.pretrained_model_name_or_path)
+    if not flags.lora:
+        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
+    for name in ("compare", "prompt", "image"):
+        if getattr(flags, name):
+            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
+    if place.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
+    if os.path.lexists(place):
+        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
+'''
+
 # ============================================================================================== common/report.py
 
-MODULES['common.report'] = r'''
+MODULES['common/report.py'] = r'''
 """What a run shows: one progress bar, metrics.jsonl, a tracker, training.png, and grids of labelled images."""
 
 import importlib
@@ -5163,7 +5450,7 @@ def save_png(path, image, text):
 
 # ========================================================================================== common/run_folder.py
 
-MODULES['common.run_folder'] = r'''
+MODULES['common/run_folder.py'] = r'''
 """An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
 
 Nothing here imports torch: a folder that cannot be used is refused at once.
@@ -5300,7 +5587,7 @@ def _of_earlier_versions(name: str) -> list[Path]:
 
 # ============================================================================================ common/sampling.py
 
-MODULES['common.sampling'] = r'''
+MODULES['common/sampling.py'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
@@ -5458,10 +5745,10 @@ class Sampler:
     """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
 
     Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
-    Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
+    def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
@@ -5528,8 +5815,8 @@ class Sampler:
             del self.pipeline.unet.forward
             self._graph = None
 
-    def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
+    def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
 
         Args:
             adapters: [(name, scale)] to be active together; none is the base model.
@@ -5539,9 +5826,9 @@ class Sampler:
         """
         if len(seeds) > self._most_images:
             parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
-            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
+            return [image for part in parts for image in self.render(adapters, prompt, part, settings, on_step)]
         try:
-            return self._draw(adapters, prompt, seeds, settings, on_step)
+            return self._render(adapters, prompt, seeds, settings, on_step)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
@@ -5556,11 +5843,11 @@ class Sampler:
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too
-            return self.draw(adapters, prompt, seeds, settings, on_step)
+            return self.render(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
-        return self.draw(adapters, prompt, seeds, settings, on_step)
+        return self.render(adapters, prompt, seeds, settings, on_step)
 
-    def _draw(self, adapters, prompt, seeds, settings, on_step):
+    def _render(self, adapters, prompt, seeds, settings, on_step):
         def after_step(pipeline, step, t, tensors):
             on_step(len(seeds))
             return tensors
@@ -5612,7 +5899,7 @@ class Sampler:
 
 # ========================================================================================== common/schedulers.py
 
-MODULES['common.schedulers'] = r'''
+MODULES['common/schedulers.py'] = r'''
 """The name in --scheduler -> a sampler of diffusers. Nothing here imports torch, so that flags can list the names."""
 
 from __future__ import annotations
@@ -5654,7 +5941,7 @@ def default_guidance_rescale(kind: Kind) -> float:
 
 # ========================================================================================= common/single_file.py
 
-MODULES['common.single_file'] = r'''
+MODULES['common/single_file.py'] = r'''
 """A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
 
 RAM holds one part at a time. diffusers converts the names; the result is checked against the architecture.
@@ -5835,7 +6122,7 @@ def _shards(tensors):
 
 # ============================================================================================ common/stopping.py
 
-MODULES['common.stopping'] = r'''
+MODULES['common/stopping.py'] = r'''
 """How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
 
 import contextlib
@@ -5897,7 +6184,9 @@ def _imports(frame):
 
 def _say(line):
     """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
-    if launch.rank() == 0:
+    if launch.rank() != 0:
+        return
+    with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
         os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
 
 
@@ -5911,7 +6200,7 @@ class StopRequest:
     """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
 
     The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop keeps `longest_step_s`, `longest_save_s` and `doing` up to date.
+    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
 
     Args:
         ends_s: on the monotonic clock; by then everything must be saved.
@@ -5919,12 +6208,18 @@ class StopRequest:
 
     def __init__(self, ends_s=math.inf):
         self._signal, self._ends_s = None, ends_s
-        self.longest_step_s, self.longest_save_s = 0.0, 0.0
+        self._longest_step_s, self._longest_save_s = 0.0, 0.0
         self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    def step_took(self, seconds: float) -> None:
+        self._longest_step_s = max(self._longest_step_s, seconds)
+
+    def save_took(self, seconds: float) -> None:
+        self._longest_save_s = max(self._longest_save_s, seconds)
 
     @property
     def reason(self):
-        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
         return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
 
     @contextlib.contextmanager
@@ -5971,7 +6266,7 @@ class StopRequest:
 
 # ============================================================================================= common/weights.py
 
-MODULES['common.weights'] = r'''
+MODULES['common/weights.py'] = r'''
 """A part's configuration and safetensors files -> the module, filled: UNet, VAE and text encoders go the same way.
 
 The part is built without memory, checked against its files and filled from them. `fill` is strict: a weight that is
@@ -6155,13 +6450,13 @@ def _chunks(file, names):
 
 # ============================================================================================== demo/__init__.py
 
-MODULES['demo'] = r'''
+MODULES['demo/__init__.py'] = r'''
 """What `--demo` runs on: a tiny SDXL and a small drawn image set, made on the spot."""
 '''
 
 # ================================================================================================= demo/build.py
 
-MODULES['demo.build'] = r'''
+MODULES['demo/build.py'] = r'''
 """The tiny demo: an SDXL with random weights and a drawn, captioned image set, made in about a second and without a network."""
 
 import json
@@ -6457,7 +6752,7 @@ def demo_assets(root: Path) -> tuple[Path, Path]:
 
 # ============================================================================================== demo/settings.py
 
-MODULES['demo.settings'] = r'''
+MODULES['demo/settings.py'] = r'''
 """What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts), or not
 wanted (tests), the tiny random SDXL and the images of demo/build.py.
 """
@@ -6519,7 +6814,7 @@ def demo_settings(root: Path) -> dict:
     )
 '''
 
-# ======================================================================================== how the texts above become modules
+# ============================================================================= how the texts above become modules
 
 
 class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
@@ -6530,16 +6825,16 @@ class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return f"{path}/__init__.py" if self.is_package(name) else f"{path}.py"
 
     def is_package(self, name):
-        return any(other.startswith(f"{name}.") for other in MODULES)
+        return name.replace(".", "/") + "/__init__.py" in MODULES
 
     def get_source(self, name):
-        return MODULES[name].removeprefix("\n")
+        return MODULES[self._path(name)].removeprefix("\n")
 
     def get_code(self, name):
         return self.source_to_code(self.get_source(name), os.path.join(_HERE, self._path(name)))
 
     def find_spec(self, name, path=None, target=None):
-        if name not in MODULES:
+        if self._path(name) not in MODULES:
             return None
         spec = importlib.util.spec_from_loader(name, self, origin=os.path.join(_HERE, self._path(name)))
         spec.has_location = True
@@ -6554,17 +6849,15 @@ sys.meta_path.insert(0, _Texts())
 
 import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
 import itertools
-import math
-import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Literal, NamedTuple, Optional
+from typing import List, Literal, Optional
 
-from common import hub, manifest, run_folder
+from common import hub, manifest, render_checks, run_folder
+from common.chosen_adapters import chosen_adapters
 from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
-from common.flags import ModelFlags, check_model
+from common.flags import ModelFlags
 from common.schedulers import SCHEDULERS, default_guidance_rescale
 
 REFERENCE_PROMPTS = [
@@ -6572,7 +6865,6 @@ REFERENCE_PROMPTS = [
     "Bill Gates in Naruto style",
     "A boy with blue eyes in Naruto style",
 ]
-EMA_FOLDER = "ema_unet"
 
 
 @dataclass
@@ -6627,35 +6919,21 @@ class Flags(ModelFlags):
     )
 
 
-class Adapter(NamedTuple):
-    """An adapter as the user named it: a file or folder, and how strongly it counts."""
-
-    path: Path
-    scale: float
-
-
-class Column(NamedTuple):
-    """One way to draw every prompt. `active`: [(name in the pipeline, scale)], none of them for the base; `sources`: for the manifest;
-    `stem`: what its files' names begin with."""
-
-    title: str
-    active: list
-    sources: list
-    stem: str
-
-
 def main(argv=None):
-    """Draw, or merge; returns what manifest.json or merge.json says."""
+    """Render, or merge; returns what manifest.json or merge.json says."""
+    # Every mistake is answered before torch is imported
     flags = parse(Flags, argv)
-    check(flags)
+    render_checks.check(flags)
     adapters = chosen_adapters(flags)
     if flags.dry_run:
         return print_config(flags)
     hub.check(flags)
 
     from common import adapter_reading, device, loading, sampling
+    from common.columns import make_columns
     from demo.build import demo_assets
 
+    # What is given: files and an image to start from
     if flags.demo:
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
@@ -6663,122 +6941,44 @@ def main(argv=None):
     image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
-        return None  # under `accelerate launch` one process draws
+        return None  # under `accelerate launch` one process renders
+
+    # What every image depends on
     model = loading.model_of(flags, host.say)
     if flags.guidance_rescale is None:
         flags.guidance_rescale = default_guidance_rescale(model.kind)
-    options = dict(steps=flags.steps, guidance_scale=flags.guidance_scale, guidance_rescale=flags.guidance_rescale)
-    options |= dict(negative_prompt=flags.negative_prompt, image=image, strength=flags.strength)
-    settings = sampling.Settings(flags.resolution, **options)
+    settings = settings_of(flags, image)
+
+    # The model in its memory tier, the adapters beside it
     memory, reason = sampling.choose_memory(flags.memory, host, settings, min(flags.batch_size, flags.num_images))
     host.say(f"memory: {memory} ({reason})")
-    sampler = sampling.Sampler(model, host, flags.scheduler, memory, flags.image is not None, flags.cuda_graph)
-    columns = make_columns(flags, sampler, adapters, files)  # loads the adapters
+    options = dict(img2img=image is not None, cuda_graph=flags.cuda_graph)
+    sampler = sampling.Sampler(model, host, flags.scheduler, memory, **options)
+    columns = make_columns(flags, sampler, adapters, files)
     if flags.merge:
         return merge(flags, sampler, model, columns[0])
     sampler.place()
     load_s = time.monotonic() - start_s
+
+    # images/*.png, then manifest.json and compare.png
     with run_folder.owned(Path(flags.output_dir), host):
-        records = draw(flags, sampler, columns, settings)  # images/*.png
-        return manifest.write_results(flags, sampler, model, columns, records, load_s)
+        records = render(flags, sampler, columns, settings)
+        return manifest.write_results(flags, sampler, model, columns=columns, records=records, load_s=load_s)
 
 
-# ---------------------------------------------------------------- flags
+def settings_of(flags, image):
+    """What every image depends on, whatever its prompt, seed and adapters."""
+    from common import sampling
 
-
-def check(flags):
-    """Refuse values that cannot work, before anything heavy is imported or anything is written.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    for name in ("num_images", "steps", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    for name in ("guidance_scale", "lora_scale"):
-        if not math.isfinite(getattr(flags, name)):
-            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
-    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
-        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
-    if flags.guidance_scale < 0:
-        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
-    if flags.resolution < 64 or flags.resolution % 8:
-        nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(
-            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
-        )
-    if not 0 < flags.strength <= 1:
-        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
-    if flags.image and int(flags.steps * flags.strength) < 1:
-        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
-    if flags.image and not os.path.isfile(flags.image):
-        raise UserError(f"--image {flags.image}: no such file")
-    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
-        raise UserError(
-            f"{'--ema' if flags.ema else '--lora_scale'}: there is no adapter it could apply to; add --lora PATH"
-        )
-    if flags.merge is not None:
-        check_merge(flags)
-    run_folder.check_free(Path(flags.output_dir))
-    check_model(flags)
-
-
-def check_merge(flags):
-    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    place, model = Path(flags.merge), Path(flags.pretrained_model_name_or_path)
-    if not flags.lora:
-        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
-    for name in ("compare", "prompt", "image"):
-        if getattr(flags, name):
-            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
-    if place.resolve().is_relative_to(model.resolve()):
-        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
-    if os.path.lexists(place):
-        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
-
-
-def parse_lora(text):
-    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
-
-    Raises:
-        UserError: no such path.
-    """
-    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
-    if scaled and not Path(text).exists():
-        path, scale = Path(scaled[1]), float(scaled[2])
-    else:
-        path, scale = Path(text), 1.0
-    if not path.exists():
-        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
-    return Adapter(path, scale)
-
-
-def chosen_adapters(flags):
-    """The adapters of --lora, or for --compare those that lie in outputs/; averaged ones with --ema; scaled by --lora_scale.
-
-    Raises:
-        UserError: no such adapter, no averaged weights, nothing to compare.
-    """
-    chosen = [parse_lora(text) for text in flags.lora]
-    if flags.ema:
-        for adapter in chosen:
-            if not (adapter.path / EMA_FOLDER).is_dir():
-                raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
-        chosen = [Adapter(adapter.path / EMA_FOLDER, adapter.scale) for adapter in chosen]
-    if flags.compare and not chosen:
-        pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
-        places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
-        chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
-        if not chosen:
-            raise UserError(
-                f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
-            )
-        print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
-    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+    return sampling.Settings(
+        resolution=flags.resolution,
+        steps=flags.steps,
+        guidance_scale=flags.guidance_scale,
+        guidance_rescale=flags.guidance_rescale,
+        negative_prompt=flags.negative_prompt,
+        image=image,
+        strength=flags.strength,
+    )
 
 
 def load_image(path, resolution):
@@ -6796,95 +6996,43 @@ def load_image(path, resolution):
         raise UserError(f"--image {path}: cannot be read ({error})") from None
 
 
-# ---------------------------------------------------------------- drawing
-
-
-def make_columns(flags, sampler, adapters, files):
-    """Load the adapters and say who draws: with --compare the base and each adapter alone, else all of them together.
-
-    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
-    """
-    loaded = []
-    for adapter, file in zip(adapters, files):
-        try:
-            name = sampler.load(file)
-        except UserError as error:
-            if flags.lora:
-                raise
-            sampler.host.say(f"left out: {error}")
-            continue
-        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
-        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
-    if flags.compare and not loaded:
-        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
-    if not flags.compare:
-        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
-        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
-    columns = []
-    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
-        title = unused(title, [column.title for column in columns], "{} ({})")
-        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
-    return columns
-
-
-def stem_of(title, used):
-    """`title` as the beginning of a file name that no other column has."""
-    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
-
-
-def unused(name, used, numbered):
-    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
-    return next(
-        one
-        for one in itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
-        if one not in used
-    )
-
-
-def title_of(file, scale):
-    """What an adapter is called in pictures and file names: its run's folder, with step, EMA, kohya and scale where they matter."""
-    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
-    if folder.name == EMA_FOLDER:
-        title = f"{folder.parent.name} EMA"
-    elif step:
-        title = f"{folder.name} step {int(step[1])}"
-    elif folder.name == "kohya":
-        title = f"{file.stem} kohya"
-    elif folder.name == "peft":
-        title = f"{folder.parent.name} peft"
-    else:
-        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
-    return title if scale == 1 else f"{title} x{scale:g}"
-
-
-def draw(flags, sampler, columns, settings):
-    """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
+def render(flags, sampler, columns, settings):
+    """Every prompt and seed in every column -> records for the manifest; each image is on disk once it is made."""
     from tqdm import tqdm
 
-    from demo.settings import demo_settings
-
-    prompts = list(dict.fromkeys(flags.prompt)) or (
-        demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
-    )
+    # What is to be rendered
+    prompts = prompts_of(flags)
     seeds = [flags.seed + i for i in range(flags.num_images)]
     batches = [seeds[i : i + flags.batch_size] for i in range(0, len(seeds), flags.batch_size)]
     warn_of_long_prompts(sampler, prompts)
     (Path(flags.output_dir) / "images").mkdir(parents=True, exist_ok=True)
+
+    # Batch by batch
     records = []
-    with tqdm(total=len(columns) * len(prompts) * len(seeds) * settings.steps_run, desc="drawing", unit="step") as bar:
+    steps = len(columns) * len(prompts) * len(seeds) * settings.steps_run
+    with tqdm(total=steps, desc="rendering", unit="step") as bar:
         for column, (i, prompt), batch in itertools.product(columns, enumerate(prompts), batches):
             start_s = time.monotonic()
-            images = sampler.draw(column.active, prompt, batch, settings, bar.update)
-            seconds = (time.monotonic() - start_s) / len(batch)
+            images = sampler.render(column.active, prompt, batch, settings, bar.update)
+            seconds = round((time.monotonic() - start_s) / len(batch), 3)
+
+            # On the disk at once, and a word on black ones
             for seed, image in zip(batch, images):
-                records.append(
-                    {**manifest.save_image(flags, column, i, prompt, seed, image), "seconds": round(seconds, 3)}
-                )
+                saved = manifest.save_image(flags, column, index=i, prompt=prompt, seed=seed, image=image)
+                records.append({**saved, "seconds": seconds})
                 if image.convert("L").getextrema()[1] == 0:
-                    bar.write(
-                        f"{records[-1]['file']} is all black: not finite in {sampler.host.dtype}; try --mixed_precision no or another VAE"
-                    )
+                    cure = "try --mixed_precision no or another VAE"
+                    bar.write(f"{saved['file']} is all black: not finite in {sampler.host.dtype}; {cure}")
     return records
+
+
+def prompts_of(flags):
+    """Each of --prompt once, or the demo's own, or the reference prompts."""
+    from demo.settings import demo_settings
+
+    if flags.prompt:
+        return list(dict.fromkeys(flags.prompt))
+    return demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS
 
 
 def warn_of_long_prompts(sampler, prompts):
@@ -6898,13 +7046,13 @@ def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
     from common import merging
 
-    place, host = Path(flags.merge), sampler.host
+    host = sampler.host
+    place = Path(flags.merge)
     record = {**manifest.provenance(flags, model), "dtype": manifest.dtype_name(host), "adapters": column.sources}
     host.say(f"merging {column.title}")
     merging.merge(sampler.pipeline, column.active, model, place, record)
-    host.say(
-        f"the merged model is in {place}: name it with --pretrained_model_name_or_path, or load it with from_pretrained"
-    )
+    use = "name it with --pretrained_model_name_or_path, or load it with from_pretrained"
+    host.say(f"the merged model is in {place}: {use}")
     return record
 
 

@@ -5,7 +5,7 @@ python train_qlora.py --strategy normal
 python train_qlora.py --demo
 """
 
-# Made by tools/bundle.py from train_qlora.py and 63 modules; edit those, not this file.
+# Made by tools/bundle.py from train_qlora.py and 68 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -16,7 +16,7 @@ MODULES = {}
 
 # ============================================================================================ common/__init__.py
 
-MODULES['common'] = r'''
+MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, one module per arrow.
 
 image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
@@ -52,7 +52,7 @@ sys.modules["torchao"] = None
 
 # ====================================================================================== common/adapter_checks.py
 
-MODULES['common.adapter_checks'] = r'''
+MODULES['common/adapter_checks.py'] = r'''
 """What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
 
 import dataclasses
@@ -163,7 +163,7 @@ def check_number(file: Path, name: str, value: float) -> None:
 
 # ===================================================================================== common/adapter_loading.py
 
-MODULES['common.adapter_loading'] = r'''
+MODULES['common/adapter_loading.py'] = r'''
 """Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
@@ -221,7 +221,7 @@ def _check_loaded(file, module, name, weights):
 
 # ======================================================================================= common/adapter_names.py
 
-MODULES['common.adapter_names'] = r'''
+MODULES['common/adapter_names.py'] = r'''
 """What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
 
 import re
@@ -327,7 +327,7 @@ def original_name(name, layers_per_block):
 
 # ===================================================================================== common/adapter_reading.py
 
-MODULES['common.adapter_reading'] = r'''
+MODULES['common/adapter_reading.py'] = r'''
 """Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
@@ -412,7 +412,7 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
 
 # ============================================================================================ common/adapters.py
 
-MODULES['common.adapters'] = r'''
+MODULES['common/adapters.py'] = r'''
 """Which layers get an adapter, and where its numbers live: one flat fp32 buffer, of which PEFT's parameters are views."""
 
 import contextlib
@@ -575,18 +575,15 @@ class EMA:
 
 # ============================================================================================ common/assembly.py
 
-MODULES['common.assembly'] = r'''
-"""A training run put together from its flags, for all trainers: data, engine, loop, results.
+MODULES['common/assembly.py'] = r'''
+"""A training run put together from its flags, for all trainers: data, engine, loop.
 
 What a trainer's own technique is (which layers get which adapter, on which weights) stays in the trainer.
 """
 
-import contextlib
 import functools
-import math
-import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -596,29 +593,27 @@ from common import (
     batching,
     caching,
     captions,
-    checkpoint,
     dataset,
     device,
-    dora,
     files,
-    fit,
-    formats,
     fused,
     fused_unet,
-    kernel_check,
     loading,
     loops,
-    memory,
+    noise,
+    pass_plan,
     prediction,
     report,
+    results,
     resuming,
     run_folder,
-    sampling,
     stopping,
-    weights,
 )
-from common.command_line import DEMO_ROOT, UserError
-from common.engine import Engine, lr_schedule
+from common.command_line import DEMO_ROOT
+from common.device import Host
+from common.engine import Engine, EngineSettings
+from common.run_length import RunLength, run_length, uneven_shares
+from common.schedules import lr_schedule
 from demo.build import demo_assets
 
 
@@ -627,18 +622,25 @@ class Data:
     """Everything the loop reads, encoded once."""
 
     model: loading.Model
-    schedule: object  # noise.NoiseSchedule
-    text: object  # caching.CachedText or caching.LiveText
+    schedule: noise.NoiseSchedule
+    text: caching.CachedText | caching.LiveText
+    trained_encoders: tuple  # the text encoders, where they get adapters too
     examples: batching.Examples
     held_out: batching.Examples | None
+    length: RunLength
 
 
-def load_data(flags, host):
-    """Image-caption pairs and a model -> Data: Samples, their latent moments and text embeddings, training and held out."""
+# ---------------------------------------------------------------- data
+
+
+def load_data(flags, host: Host) -> Data:
+    """Image-caption pairs and a model -> Samples, their latent moments and text embeddings, training and held out."""
     if host.device.type == "cuda":
         device.limit_memory(host.device, flags.max_vram_gb)
     if flags.demo:
         host.main_first(lambda: demo_assets(DEMO_ROOT))
+
+    # Pictures with captions, and the model that will see them
     samples, bad = dataset.load_samples(
         flags.dataset_name,
         flags.train_data_dir,
@@ -648,319 +650,223 @@ def load_data(flags, host):
         max_bad=flags.max_bad_images,
         say=host.say,
     )
-    options = captions.options_of(flags)
-    host.say(captions.summary(samples, bad, options))
+    host.say(captions.summary(samples, bad, captions.options_of(flags)))
     model = host.main_first(lambda: loading.model_of(flags, host.say))
-    framing = dict(
-        resolution=flags.resolution, center_crop=flags.center_crop, aspect_ratio_buckets=flags.aspect_ratio_buckets
-    )
-    flips = (False, True) if flags.random_flip else (False,)
-    latents = caching.cache_latents(samples, model, host, flags.cache_dir, flags.max_bad_images, flips, bad, **framing)
+
+    # What is frozen is computed once
+    latents = _cache_latents(flags, samples, model, host, bad)
     training, held_out = dataset.hold_out(latents.samples, flags.validation_split)
-    texts = [*captions.texts(latents.samples, held_out, options), "", *flags.validation_prompt]
-    text_cache = "none" if flags.train_text_encoder else flags.text_cache
-    text = caching.cache_text(texts, model, host, text_cache, flags.cache_dir)
+    text = _cache_text(flags, latents.samples, held_out, model, host)
+
+    # Training examples by number
     schedule = loading.load_noise_schedule(model, host.device)
-    draws = dict(
+    make_examples = _examples_maker(flags, model, schedule, text)
+    examples = make_examples(latents.subset(training))
+    return Data(
+        model=model,
+        schedule=schedule,
+        text=text,
+        trained_encoders=tuple(text.encoders) if flags.train_text_encoder else (),
+        examples=examples,
+        held_out=make_examples(latents.subset(held_out)) if held_out else None,
+        length=run_length(flags, host, len(examples)),
+    )
+
+
+def _cache_latents(flags, samples, model, host, bad):
+    return caching.cache_latents(
+        samples,
+        model,
+        host=host,
+        cache_dir=flags.cache_dir,
+        max_bad=flags.max_bad_images,
+        flips=(False, True) if flags.random_flip else (False,),
+        bad_before=bad,
+        resolution=flags.resolution,
+        center_crop=flags.center_crop,
+        aspect_ratio_buckets=flags.aspect_ratio_buckets,
+    )
+
+
+def _cache_text(flags, samples, held_out, model, host):
+    wanted = [*captions.texts(samples, held_out, captions.options_of(flags)), "", *flags.validation_prompt]
+    mode = "none" if flags.train_text_encoder else flags.text_cache
+    return caching.cache_text(wanted, model, host=host, mode=mode, cache_dir=flags.cache_dir)
+
+
+def _examples_maker(flags, model, schedule, text) -> Callable[[caching.LatentCache], batching.Examples]:
+    """Everything about Examples but the samples they are of."""
+    return functools.partial(
+        batching.Examples,
+        text=text,
+        seed=flags.seed,
+        num_timesteps=len(schedule.alphas_cumprod),
+        captions=captions.options_of(flags),
         flip_share=0.5 if flags.random_flip else 0.0,
         drop_share=flags.caption_dropout,
         offset_strength=flags.offset_noise_strength,
         zero_unconditional=loading.zero_unconditional(model),
-        captions=options,
-    )
-    make = functools.partial(
-        batching.Examples, text=text, seed=flags.seed, num_timesteps=len(schedule.alphas_cumprod), **draws
-    )
-    return Data(
-        model, schedule, text, make(latents.subset(training)), make(latents.subset(held_out)) if held_out else None
     )
 
 
-def build_engine(flags, host, unet, data):
+# ---------------------------------------------------------------- engine
+
+
+def build_engine(flags, host: Host, unet: torch.nn.Module, data: Data) -> Engine:
     """The UNet with its adapter -> Engine: flat buffer, forward pass, optimizer, learning-rate schedule, EMA."""
-    fused_layers = flags.lora_backend == "fused"
+    is_fused = flags.lora_backend == "fused"
     if flags.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    checkpointing = None
+    recompute = None
     if flags.gradient_checkpointing:
-        # the fused layers' dropout is a function of a seed, so there is no generator to rewind before the second forward pass
-        checkpointing = fit.BlockCheckpointing(preserve_rng_state=not fused_layers)
-        unet.enable_gradient_checkpointing(checkpointing)
-    encoders = _trained_encoders(flags, data)
-    if encoders:
-        adapters.add_text_lora(encoders, flags.lora_rank, flags.lora_alpha, flags.lora_dropout)
+        # The fused layers' dropout is a function of a seed: no generator to rewind before the second forward pass
+        recompute = pass_plan.BlockRecompute(preserve_rng_state=not is_fused)
+        unet.enable_gradient_checkpointing(recompute)
+
+    # What is trained, as one flat buffer
+    encoders = data.trained_encoders
     groups = [(adapters.trainable(unet), {})]
-    groups += (
-        [([pair for encoder in encoders for pair in adapters.trainable(encoder)], {"lr": flags.text_encoder_lr})]
-        if encoders
-        else []
-    )
-    flat = adapters.FlatParameters(groups, host.dtype if fused_layers else torch.float32)
+    if encoders:
+        adapters.add_text_lora(encoders, rank=flags.lora_rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout)
+        pairs = [pair for encoder in encoders for pair in adapters.trainable(encoder)]
+        groups.append((pairs, {"lr": flags.text_encoder_lr}))
+    flat = adapters.FlatParameters(groups, host.dtype if is_fused else torch.float32)
+
+    # The same numbers, sooner
     dropout_seed = torch.zeros((), dtype=torch.int64, device=host.device)
-    if fused_layers:
+    if is_fused:
         fused.fuse([unet, *encoders], flat, dropout_seed, host.say)
         fused_unet.fuse_unet(unet, host.device, host.say)
-    everything = sum(adapters.count(module) for module in (unet, *encoders))
-    scale = (
-        f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}"
-        if flags.lora_alpha != flags.lora_rank
-        else ""
-    )
-    host.say(
-        f"adapter: {len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}{scale}"
-    )
-    betas = (flags.adam_beta1, flags.adam_beta2)
+    _say_what_is_trained(flags, host, flat, [unet, *encoders])
+
+    # What moves it
+    optimizer = _make_optimizer(flags, flat)
     return Engine(
-        unet,
-        data.text,
-        data.schedule,
-        flat,
-        adapters.make_optimizer(
-            flat, flags.use_8bit_adam, flags.learning_rate, betas, flags.adam_weight_decay, flags.adam_epsilon
-        ),
-        lr_schedule(
-            flags.lr_scheduler,
-            flags.lr_warmup_steps,
-            _plan(flags, host, data).total_steps,
-            flags.learning_rate,
-            flags.lr_num_cycles,
-            flags.lr_power,
-        ),
-        host,
-        flags.max_grad_norm,
-        flags.min_snr_gamma,
-        adapters.EMA(flat, flags.ema_decay) if flags.use_ema else None,
-        flags.seed,
-        dropout_seed,
-        flags.cuda_graph,
-        checkpointing,
+        unet=unet,
+        text=data.text,
+        schedule=data.schedule,
+        flat=flat,
+        optimizer=optimizer,
+        lr_factor=_lr_factor(flags, data.length.total_steps),
+        host=host,
+        dropout_seed=dropout_seed,
+        ema=adapters.EMA(flat, flags.ema_decay) if flags.use_ema else None,
+        recompute=recompute,
+        settings=EngineSettings(flags.max_grad_norm, flags.min_snr_gamma, flags.seed, flags.cuda_graph),
     )
 
 
-def train(flags, engine, data):
-    """Run the loop, from a checkpoint if asked to, and write the results -> {"output_dir", "step", "ended", "weights", "metrics"}.
+def _say_what_is_trained(flags, host, flat, modules):
+    everything = sum(adapters.count(module) for module in modules)
+    share = f"{len(flat):,} trainable parameters, {100 * len(flat) / everything:.2f} % of {everything:,}"
+    scale = f"; scaled by alpha / rank = {flags.lora_alpha} / {flags.lora_rank}"
+    host.say(f"adapter: {share}{scale if flags.lora_alpha != flags.lora_rank else ''}")
 
+
+def _make_optimizer(flags, flat):
+    return adapters.make_optimizer(
+        flat,
+        use_8bit=flags.use_8bit_adam,
+        lr=flags.learning_rate,
+        betas=(flags.adam_beta1, flags.adam_beta2),
+        weight_decay=flags.adam_weight_decay,
+        eps=flags.adam_epsilon,
+    )
+
+
+def _lr_factor(flags, total_steps):
+    return lr_schedule(
+        flags.lr_scheduler,
+        warmup_steps=flags.lr_warmup_steps,
+        total_steps=total_steps,
+        peak_lr=flags.learning_rate,
+        num_cycles=flags.lr_num_cycles,
+        power=flags.lr_power,
+    )
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(flags, engine: Engine, data: Data) -> dict:
+    """Run the loop, from a checkpoint if asked to, and write the results.
+
+    Returns:
+        {"output_dir", "step", "ended", "weights", "metrics": the last line of metrics.jsonl}.
     Raises:
-        UserError: another run is writing to the output folder; what `resume` and the loop refuse.
+        UserError: another run is writing to the output folder; what `resume` and the loop refuse; a file that cannot
+            be written.
     """
     with run_folder.owned(Path(flags.output_dir), engine.host):
-        return _train(flags, engine, data)
+        run = _prepare(flags, engine, data)
+        try:
+            with run.stopping.listening():
+                ended = loops.train(run)
+                run.stopping.doing = "writing the results"
+                engine.run_pass.clear()
+                run.results.write()
+        except OSError as error:
+            raise run.results.rescue(run.progress, error) from None
+        return run.results.summary(run.progress, ended, data.length.total_steps)
 
 
-def _train(flags, engine, data):
-    host, output_dir, plan = engine.host, Path(flags.output_dir), _plan(flags, engine.host, data)
+def _prepare(flags, engine, data) -> loops.Run:
+    """From which step, how much at a time, and where what is measured goes."""
+    host, length, output_dir = engine.host, data.length, Path(flags.output_dir)
     prediction.check(engine, data)
-    recipe = _recipe(flags, data)
-    progress = resuming.resume(flags, engine, recipe, plan)
+
+    # Where it starts
+    recipe = results.recipe_of(flags, data)
+    progress = resuming.resume(flags, engine, recipe, length)
     if host.is_main:
         files.write_json(output_dir / "config.json", recipe)
-    passes = _fit(flags, engine, data, plan)
-    if (
-        plan.effective_batch % host.world
-        or plan.effective_batch > flags.train_batch_size * flags.gradient_accumulation_steps
-    ):
-        host.say(_uneven_shares(flags, host.world, plan.effective_batch))
-    host.say(
-        f"training: {plan.total_steps} steps of {plan.effective_batch} images, {passes.micro_batch} at a time, from step {progress.step}"
+
+    # How a step is cut
+    plan = pass_plan.choose(flags, engine, data)
+    if shares := uneven_shares(flags, host.world, length.effective_batch):
+        host.say(shares)
+    size = f"{length.effective_batch} images, {plan.micro_batch} at a time"
+    host.say(f"training: {length.total_steps} steps of {size}, from step {progress.step}")
+
+    # Where its numbers go
+    log = report.Report(
+        output_dir=output_dir,
+        total_steps=length.total_steps,
+        resumed_step=progress.step,
+        report_to=flags.report_to,
+        config=asdict(flags),
+        is_main=host.is_main,
     )
-    log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
-    draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
-    save_adapter = functools.partial(
-        formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data)
-    )
-    request = stopping.StopRequest(plan.ends_s)
 
-    def save(step):
-        save_adapter(output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")
-        log.plot()
-
-    try:
-        with request.listening():
-            progress, ended = loops.train(
-                engine, data.examples, data.held_out, plan, passes, log, progress, draw, save, request
-            )
-            request.doing = "writing the results"
-            engine.run_pass.clear()
-            if host.is_main:
-                _write_results(output_dir, engine.ema, save_adapter, functools.partial(save_kohya, flags, engine, data))
-                if flags.save_peft:
-                    formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
-            host.barrier()
-    except OSError as error:
-        raise _rescued(engine, output_dir, progress, save_adapter, error) from None
-    peaks = f"peak {host.peak_gib():.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
-    host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
-    name = output_dir.resolve().name
-    host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
-    rows = report.read_metrics(output_dir / "metrics.jsonl")
-    return {
-        "output_dir": str(output_dir),
-        "step": progress.step,
-        "ended": ended,
-        "weights": str(output_dir / formats.WEIGHTS),
-        "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
-    }
-
-
-def save_kohya(flags, engine, data, ending="", **options):
-    """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
-    output_dir = Path(flags.output_dir)
-    unet_files = weights.weight_files(data.model.folder / "unet", data.model.variant)
-    weight_of = dora.frozen_weights(engine.unet, unet_files)
-    path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
-    return formats.save_kohya(
-        path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weight_of, **options
+    # What the loop works on
+    return loops.Run(
+        engine=engine,
+        examples=data.examples,
+        held_out=data.held_out,
+        length=length,
+        plan=plan,
+        progress=progress,
+        results=results.Results(flags, engine, data, recipe, saved_step=progress.step),
+        report=log,
+        stopping=stopping.StopRequest(length.ends_s),
     )
 
 
-def export_dora_as_lora(flags, engine, data):
+def export_dora_as_lora(flags, engine: Engine, data: Data) -> None:
     """Write the plain LoRA that is nearest to a DoRA, and say how near."""
-    host, rank = engine.host, flags.export_dora_as_lora
+    rank, host = flags.export_dora_as_lora, engine.host
     if host.is_main:
         host.say(f"--export_dora_as_lora {rank}: takes about a second a layer on a CPU, less on a GPU")
-        share = save_kohya(flags, engine, data, "_as_lora", dora_rank=rank)
+        made = results.Results(flags, engine, data, results.recipe_of(flags, data))
+        share = made.save_kohya("_as_lora", dora_rank=rank)
         host.say(
             f"kohya/*_as_lora.safetensors: a LoRA of rank {rank} with {share:.1%} of the DoRA's change, by its norm"
         )
-
-
-def _readers(unet):
-    if not unet.peft_config["default"].use_dora:
-        return "ComfyUI, Forge, A1111 and kohya's scripts"
-    return "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so: --export_dora_as_lora RANK)"
-
-
-def _uneven_shares(flags, world, effective_batch):
-    """What is done where the images of a step cannot be shared out evenly."""
-    asked = flags.train_batch_size * flags.gradient_accumulation_steps
-    if asked < world:
-        return f"note: {asked} images a step cannot be shared by {world} processes: each takes one, so the effective batch is {world}"
-    least, larger = divmod(effective_batch, world)
-    return (
-        f"note: {effective_batch} images a step cannot be shared evenly by {world} processes: {larger} of them take {least + 1}, the others"
-        f" {least}; the effective batch stays {effective_batch}"
-    )
-
-
-def _rescued(engine, output_dir, progress, save_adapter, error):
-    """A file cannot be read or written (a Drive that was unmounted, say): save to the local disk -> the UserError that says where."""
-    place = Path(tempfile.mkdtemp(prefix=f"{output_dir.resolve().name}-"))
-    save_adapter(place / formats.WEIGHTS)
-    checkpoint.save_checkpoint(place, progress.step, engine, asdict(progress), None)
-    what = " ".join(str(error).split())  # diffusers' errors have several lines
-    return UserError(
-        f"the run ended on a file error ({what}): perhaps --output_dir {output_dir} is full or gone, or a file of the model is; adapter and"
-        f" checkpoint of step {progress.step} are in {place}: go on with --output_dir elsewhere"
-        f" --resume_from_checkpoint {run_folder.find_checkpoints(place)[-1]}"
-    )
-
-
-def _trained_encoders(flags, data):
-    return data.text.encoders if flags.train_text_encoder else ()
-
-
-# Flags on which the memory and the time of a pass depend, beside the shape of its images and the number of trainable parameters.
-_CHANGES_A_PASS = (
-    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank lora_target_modules lora_backend"
-    " lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
-).split()
-
-
-def _fit(flags, engine, data, plan):
-    """On a GPU the measured Fit, unless --no_auto_fit; else the documented micro-batch."""
-    host = engine.host
-    if host.device.type != "cuda" or not flags.auto_fit:
-        return fit.Fit(flags.train_batch_size, engine.checkpointing)
-    budget_gib = device.limit_memory(host.device, flags.max_vram_gb)  # anew: encoding may have left less
-
-    def make_batches(micro_batch):
-        return data.examples.effective_batch(0, plan.effective_batch, micro_batch, host.rank, host.world)
-
-    share = len(
-        range(host.rank, plan.effective_batch, host.world)
-    )  # where they do not divide, the first processes have one more
-    budget_gib = int(8 * budget_gib) / 8  # what is free differs by some MiB from run to run; the plan need not
-    shape = make_batches(1)[0].tensors["mean"].shape
-    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
-    remembered = Path(flags.cache_dir) / "plans" / f"{_plan_key(flags, gpu, share, shape, len(engine.flat))}.json"
-    chosen, line = fit.measured(engine, make_batches, share, engine.checkpointing, budget_gib, remembered)
-    host.say(line)
-    return chosen
-
-
-def _plan_key(flags, *measured_with):
-    """What a remembered Fit belongs to."""
-    versions = fit.VERSION, version("torch"), version("diffusers"), kernel_check.refused()
-    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
-
-
-def _plan(flags, host, data):
-    # the same on however many processes: they share its images out, and each has at least one
-    effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
-    return loops.Plan(
-        Path(flags.output_dir),
-        loops.total_steps(flags.max_train_steps, flags.num_train_epochs, len(data.examples), effective_batch),
-        effective_batch,
-        flags.checkpointing_steps,
-        flags.checkpoints_total_limit,
-        flags.validation_steps,
-        flags.early_stopping_patience,
-        host.started_s + 60 * (flags.max_train_minutes or math.inf),
-    )
-
-
-def _recipe(flags, data):
-    """What config.json and every adapter file say about how they were made."""
-    packages = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    latents = data.examples.latents
-    examples = [(sample.key, sample.caption) for sample in latents.samples for _ in range(sample.repeats)]
-    return {
-        "flags": asdict(flags),
-        "base_model": data.model.name,
-        "revision": flags.revision,
-        "license_note": "a derivative of base_model, under its licence (SDXL base 1.0: CreativeML Open RAIL++-M); the images have theirs",
-        "vae": str(data.model.vae),
-        "prediction_type": data.model.kind.prediction_type,
-        "zero_terminal_snr": data.model.kind.zero_terminal_snr,
-        "data": {"images": len(latents), "fingerprint": caching.content_key(examples)},
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def _draw_samples(flags, engine, data, step):
-    """samples/STEP_I.png for every --validation_prompt, with the average where there is one; left out where memory runs out."""
-    if not engine.host.is_main:
-        return
-    engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
-    try:
-        with engine.ema.applied() if engine.ema else contextlib.nullcontext():
-            images = sampling.draw_while_training(
-                engine.unet, data.text, data.model, engine.host, flags.validation_prompt, flags.resolution, flags.seed
-            )
-    except (RuntimeError, memory.OutOfMemory) as error:
-        if not memory.ran_out(error):
-            raise
-        engine.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
-        images = []
-    device.free_memory(engine.host.device)
-    folder = Path(flags.output_dir) / "samples"
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        image.save(folder / f"{step:06d}_{i}.png")
-
-
-def _write_results(output_dir, ema, save_adapter, save_kohya):
-    save_adapter(output_dir / formats.WEIGHTS)
-    save_kohya()
-    if ema is not None:
-        with ema.applied():
-            save_adapter(output_dir / "ema_unet" / formats.WEIGHTS)
-            save_kohya(ending="_ema")
 '''
 
 # ============================================================================================ common/attached.py
 
-MODULES['common.attached'] = r'''
+MODULES['common/attached.py'] = r'''
 """What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
 
 import os
@@ -1012,19 +918,20 @@ def _holds_captions(files: list[str]) -> bool:
 
 # ============================================================================================ common/batching.py
 
-MODULES['common.batching'] = r'''
+MODULES['common/batching.py'] = r'''
 """Which sample comes when, with which noise: cached entries + (seed, step, index) -> Batch.
 
 The trajectory is a function of the seed alone. It does not depend on how an effective batch is cut into forward passes,
 on the number of processes, or on where a run was interrupted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from common import framing, noise
+from common.caching import CachedText, LatentCache, LiveText
 from common.captions import CaptionOptions
 
 VALIDATION_DRAWS = 4  # timesteps per held-out sample, spread evenly over the schedule
@@ -1038,10 +945,10 @@ class Batch:
     keep_text [B] (0 where the caption is dropped), and what the text conditioning needs.
     """
 
-    tensors: dict
-    names: list
+    tensors: dict[str, torch.Tensor]
+    names: list[str]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
 
@@ -1050,7 +957,7 @@ def _epoch_order(seed, epoch, count):
     return torch.randperm(count, generator=noise.generator_for(seed, "epoch", epoch)).tolist()
 
 
-def sample_at(position, count, seed):
+def sample_at(position: int, count: int, seed: int) -> int:
     """Index of the sample at `position` of an endless sequence of epochs, each a fresh permutation."""
     epoch, offset = divmod(position, count)
     return _epoch_order(seed, epoch, count)[offset]
@@ -1060,17 +967,15 @@ class Examples:
     """Training examples by number.
 
     Args:
-        latents: caching.LatentCache.
-        text: caching.CachedText or caching.LiveText.
-        captions: CaptionOptions, from a sample's caption to the texts that are trained.
+        captions: from a sample's caption to the texts that are trained.
         num_timesteps: length T of the noise schedule.
         zero_unconditional: the model's unconditional input is zeros (SDXL base), not the encoded empty prompt.
     """
 
     def __init__(
         self,
-        latents,
-        text,
+        latents: LatentCache,
+        text: CachedText | LiveText,
         *,
         seed: int,
         num_timesteps: int,
@@ -1079,34 +984,43 @@ class Examples:
         drop_share: float = 0.0,
         offset_strength: float = 0.0,
         zero_unconditional: bool = True,
-    ):
-        self.latents, self.text, self.seed, self.num_timesteps = latents, text, seed, num_timesteps
+    ) -> None:
+        self.latents = latents
+        self.text = text
+        self.seed = seed
+        self.num_timesteps = num_timesteps
         self.captions = captions
         self.occurrences = [index for index, sample in enumerate(latents.samples) for _ in range(sample.repeats)]
         self.draw_options = dict(flip_share=flip_share, drop_share=drop_share, offset_strength=offset_strength)
         self.zero_unconditional = zero_unconditional
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Examples of an epoch: the samples, each as often as it is repeated."""
         return len(self.occurrences)
 
-    def effective_batch(self, number, size, micro_size, rank=0, world=1):
-        """This process's share of effective batch `number`, as Batches of at most `micro_size` examples of one shape."""
+    def effective_batch(self, number: int, size: int, micro_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """This process's share of effective batch `number`: Batches of at most `micro_size` examples of one shape."""
         rows = [self._training_row(number, i, size) for i in range(rank, size, world)]
         return _group(rows, micro_size)
 
-    def validation_batches(self, micro_size, rank=0, world=1):
+    def validation_batches(self, micro_size: int, rank: int = 0, world: int = 1) -> list[Batch]:
         """Every sample at VALIDATION_DRAWS fixed timesteps with fixed noise, caption kept, not flipped."""
         rows = [self._validation_row(number) for number in range(rank, len(self.latents) * VALIDATION_DRAWS, world)]
         return _group(rows, micro_size)
 
-    def probes(self, timesteps):
-        """One sample after the other at the `timesteps` given, with fixed noise, caption kept, not flipped: Batches of one example."""
-        count = len(self.latents)
-        rows = [self._fixed_row(number % count, t, "probe", number) for number, t in enumerate(timesteps)]
+    def probes(self, timesteps: list[int]) -> list[Batch]:
+        """Batches of one example: one sample after the other at the `timesteps` given, in one of its training texts.
+
+        Noise is fixed, the picture not flipped.
+        """
+        rows = []
+        for number, t in enumerate(timesteps):
+            index = number % len(self.latents)
+            caption = self.captions.variant(self.latents.samples[index].caption, 0)
+            rows.append(self._fixed_row(index, t, caption, "probe", number))
         return _group(rows, 1)
 
-    def name_at(self, position):
+    def name_at(self, position: int) -> str:
         """Name of the sample at `position` of the run, for messages."""
         return self.latents.samples[self.occurrences[sample_at(position, len(self), self.seed)]].name
 
@@ -1114,32 +1028,32 @@ class Examples:
         position = number * size + i
         occurrence = sample_at(position, len(self), self.seed)
         index = self.occurrences[occurrence]
-        shape = self.latents.moments(index)[0].shape
-        draws = noise.draw(noise.generator_for(self.seed, number, i), shape, self.num_timesteps, **self.draw_options)
+        generator = noise.generator_for(self.seed, number, i)
+        draws = noise.draw(generator, self.latents.shape(index), self.num_timesteps, **self.draw_options)
         caption = self._drawn_caption(self.latents.samples[index].caption, position // len(self), occurrence)
         return self._row(index, draws, caption, weight=1 / size)
 
     def _drawn_caption(self, caption, epoch, occurrence):
         """The variant that this occurrence of a sample has in this epoch."""
-        count, number = self.captions.count, 0
-        if count > 1:
-            number = int(
-                torch.randint(count, (), generator=noise.generator_for(self.seed, "caption", epoch, occurrence))
-            )
+        number = 0
+        if self.captions.count > 1:
+            generator = noise.generator_for(self.seed, "caption", epoch, occurrence)
+            number = int(torch.randint(self.captions.count, (), generator=generator))
         return self.captions.variant(caption, number)
 
     def _validation_row(self, number):
         index, part = divmod(number, VALIDATION_DRAWS)
         t = int((part + (index + 0.5) / len(self.latents)) / VALIDATION_DRAWS * self.num_timesteps)
-        return self._fixed_row(index, t, "validation", part)
-
-    def _fixed_row(self, index, t, purpose, number):
-        """A sample at timestep t, caption kept, not flipped, with noise that is the same in every run."""
-        # not from the run's seed: the losses of runs with several seeds are to be compared
-        generator = noise.generator_for(purpose, self.latents.samples[index].key, number)
-        draws = noise.draw(generator, self.latents.moments(index)[0].shape, self.num_timesteps)
         caption = self.captions.plain(self.latents.samples[index].caption)
-        return self._row(index, noise.Draws(False, False, t, draws.posterior_eps, draws.eps), caption, weight=1.0)
+        return self._fixed_row(index, t, caption, "validation", part)
+
+    def _fixed_row(self, index, t, caption, purpose, number):
+        """A sample at timestep t, caption kept, not flipped, with noise that is the same in every run."""
+        # Not from the run's seed: the losses of runs with several seeds are to be compared
+        generator = noise.generator_for(purpose, self.latents.samples[index].key, number)
+        draws = noise.draw(generator, self.latents.shape(index), self.num_timesteps)
+        fixed = replace(draws, flip=False, drop_caption=False, timestep=t)
+        return self._row(index, fixed, caption, weight=1.0)
 
     def _row(self, index, draws, caption, weight):
         """(name, {field: tensor}) of one example."""
@@ -1161,27 +1075,29 @@ class Examples:
 
 
 def _group(rows, micro_size):
-    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`; pinned, so that the GPU can fetch them unaided."""
-    by_shape, pin = {}, torch.cuda.is_available()
+    """Rows -> Batches of one shape each, in order of first appearance, none larger than `micro_size`."""
+    by_shape = {}
     for name, fields in rows:
         by_shape.setdefault(fields["mean"].shape, []).append((name, fields))
-    batches = []
-    for group in by_shape.values():
-        for start in range(0, len(group), micro_size):
-            names, fields = zip(*group[start : start + micro_size])
-            tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
-            batches.append(
-                Batch({key: tensor.pin_memory() if pin else tensor for key, tensor in tensors.items()}, list(names))
-            )
-    return batches
+    parts = [group[i : i + micro_size] for group in by_shape.values() for i in range(0, len(group), micro_size)]
+    return [_stack(part) for part in parts]
+
+
+def _stack(rows):
+    """Rows of one shape -> Batch; pinned, so that the GPU can fetch it unaided."""
+    names, fields = zip(*rows)
+    tensors = {key: torch.stack([row[key] for row in fields]) for key in fields[0]}
+    if torch.cuda.is_available():
+        tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
+    return Batch(tensors, list(names))
 '''
 
 # ============================================================================================= common/caching.py
 
-MODULES['common.caching'] = r'''
+MODULES['common/caching.py'] = r'''
 """Everything frozen is computed once: Samples -> latent moments and text embeddings, keyed by content.
 
-A key is a hash of all that made the entry, so a changed image or caption is a new entry and a stale one cannot be found.
+A key is a hash of all that made the entry: a changed image or caption is a new entry, a stale one cannot be found.
 """
 
 import collections
@@ -1192,10 +1108,12 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common import dataset, device, encoding, framing, loading
 from common.command_line import UserError
+from common.dataset import Sample
 from common.hub import FP16_VAE
 from common.pairs import fault, or_fault
 from common.store import Store
@@ -1203,11 +1121,12 @@ from common.store import Store
 # Raise them when the same inputs give other numbers: old entries are then never found.
 LATENTS_VERSION = 2  # 2: colour profiles are converted to sRGB, thin pictures cropped before they are resized
 TEXT_VERSION = 1
+LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 8
 VAE_PIXELS = 1024 * 1024  # encoded at once: one picture of 1024 px, four of 512
 TEXT_BATCH = 32
 
 
-def content_key(*parts):
+def content_key(*parts) -> str:
     """Hash of the repr of `parts`, as 32 hex digits."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -1215,26 +1134,42 @@ def content_key(*parts):
 # ---------------------------------------------------------------- images
 
 
-def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_before=0, **options):
+def cache_latents(
+    samples: list[Sample],
+    model: loading.Model,
+    *,
+    host: device.Host,
+    cache_dir: Path | str,
+    max_bad: int,
+    flips: tuple[bool, ...] = (False,),
+    bad_before: int = 0,
+    **options,
+) -> "LatentCache":
     """Encode the pictures that are not in the cache yet -> LatentCache over the samples that could be read.
 
     Args:
-        bad_before: unreadable pictures that were counted already.
         flips: (False,) or (False, True): which mirror images are needed.
+        bad_before: unreadable pictures that were counted already.
         options: arguments of `framing.frame`.
     Raises:
         UserError: more than `max_bad` pictures cannot be decoded, or the VAE gives non-finite latents.
     """
+    # What is needed, and what of it is missing
     made_by = content_key("latents", LATENTS_VERSION, loading.fingerprint(model.variant, model.vae), str(host.dtype))
     store = Store(Path(cache_dir) / "latents" / made_by)
     framings = [framing.frame(sample, **options) for sample in samples]
     wanted = {_latent_key(s, f, flip): (s, f, flip) for s, f in zip(samples, framings) for flip in flips}
     store.drop_damaged(wanted)
     missing = [job for key, job in wanted.items() if key not in store]
-    host.barrier()  # every process shares out the same list, before any of them adds to the store
-    bad = dict(host.gather(_encode_images(missing[host.rank :: host.world], store, model, host) if missing else []))
+
+    # Every process shares out the same list, before any of them adds to the store
+    host.barrier()
+    mine = missing[host.rank :: host.world]
+    bad = dict(host.gather(_encode_images(mine, store, model, host) if missing else []))
     host.barrier()
     store.reload()
+
+    # Without those that cannot be decoded
     dataset.refuse_bad(list(bad.values()), max_bad, bad_before, host.say)
     kept = [(s, f) for s, f in zip(samples, framings) if s.key not in bad]
     if any(_latent_key(s, f, flip) not in store for s, f in kept for flip in flips):
@@ -1251,18 +1186,23 @@ def cache_latents(samples, model, host, cache_dir, max_bad, flips=(False,), bad_
 class LatentCache:
     """The samples of a run with their framing and their latent moments."""
 
-    samples: list
-    framings: list
+    samples: list[Sample]
+    framings: list[framing.Framing]
     store: Store
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def moments(self, index, flip=False):
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(C, h, w) of a sample's latent, flipped or not: SDXL's VAE halves the sides of a picture three times."""
+        framed = self.framings[index]
+        return LATENT_CHANNELS, framed.height // PIXELS_PER_LATENT, framed.width // PIXELS_PER_LATENT
+
+    def moments(self, index: int, flip: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """(mean, std), each [C, h, w], normalised: z = mean + std * eps is what the UNet is trained on."""
         return self.store[_latent_key(self.samples[index], self.framings[index], flip)]
 
-    def subset(self, samples):
+    def subset(self, samples: list[Sample]) -> "LatentCache":
         """The same cache, restricted to `samples`."""
         wanted = {id(sample) for sample in samples}
         kept = [i for i, sample in enumerate(self.samples) if id(sample) in wanted]
@@ -1274,21 +1214,27 @@ def _latent_key(sample, framing, flip):
 
 
 def _encode_images(jobs, store, model, host):
-    """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of the pictures that cannot be decoded."""
-    encoder, bad = encoding.ImageEncoder(model, host), []
+    """Fill `store` with the moments of the jobs -> [(sample key, what is wrong)] of what cannot be decoded."""
+    encoder = encoding.ImageEncoder(model, host)
+    bad = []
     bar = tqdm(total=len(jobs), desc="encoding images", unit="img", disable=not host.is_main)
     with bar, contextlib.ExitStack() as at_exit:
         at_exit.callback(store.flush)  # an interrupted encode goes on from here
+
+        # Batches of one shape, each encoded as soon as it is full
         batches = collections.defaultdict(list)
         for job, image in _decoded(jobs):
             bar.update()
             if isinstance(image, Exception):
-                bad.append((job[0].key, f"{job[0].name} ({fault(image)})"))
+                sample = job[0]
+                bad.append((sample.key, f"{sample.name} ({fault(image)})"))
                 continue
             batch = batches[image.shape]
             batch.append((job, image))
             if (len(batch) + 1) * image[0].numel() > VAE_PIXELS:
                 _encode_batch(batches.pop(image.shape), store, encoder, host)
+
+        # What is left over
         for batch in batches.values():
             _encode_batch(batch, store, encoder, host)
     del encoder
@@ -1335,15 +1281,15 @@ class CachedText:
 
     encoders = ()  # none stay on the device
 
-    def __init__(self, store):
+    def __init__(self, store: Store) -> None:
         self.store = store
 
-    def fields(self, caption):
+    def fields(self, caption: str) -> dict[str, torch.Tensor]:
         """What one example's batch row carries: prompt_embeds [77, 2048] and pooled [1280]."""
         prompt_embeds, pooled = self.store[content_key(caption)]
         return {"prompt_embeds": prompt_embeds, "pooled": pooled}
 
-    def __call__(self, fields):
+    def __call__(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the device."""
         return fields["prompt_embeds"], fields["pooled"]
 
@@ -1351,34 +1297,42 @@ class CachedText:
 class LiveText:
     """Captions that are encoded in every step, by encoders that stay on the device. A batch carries token ids."""
 
-    def __init__(self, pairs):
+    def __init__(self, pairs: list[tuple]) -> None:
         self.tokenizers, self.encoders = zip(*pairs)
 
-    def fields(self, caption):
+    def fields(self, caption: str) -> dict[str, torch.Tensor]:
+        """What one example's batch row carries: input_ids [2, 77]."""
         return {"input_ids": encoding.tokenize(self.tokenizers, [caption])[0]}
 
-    def __call__(self, fields):
+    def __call__(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the device."""
         return encoding.encode_text(self.encoders, fields["input_ids"])
 
 
-def cache_text(captions, model, host, mode, cache_dir):
-    """Text conditioning for `captions`: CachedText in RAM or on disk, or LiveText when `mode` is "none"."""
+def cache_text(
+    captions: list[str], model: loading.Model, *, host: device.Host, mode: str, cache_dir: Path | str
+) -> CachedText | LiveText:
+    """Text conditioning for `captions`: CachedText in RAM ("ram") or on disk ("disk"), or LiveText ("none")."""
     if mode == "none":
         return LiveText(loading.load_text_encoders(model, host))
+
+    # What is needed, and what of it is missing
     parts = [model.folder / name for name in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")]
     made_by = content_key("text", TEXT_VERSION, loading.fingerprint(model.variant, *parts), str(host.dtype))
     store = Store(Path(cache_dir) / "text" / made_by if mode == "disk" else None)
     store.drop_damaged(content_key(caption) for caption in captions)
-    missing = [caption for caption in dict.fromkeys(captions) if content_key(caption) not in store]
-    host.barrier()  # as for the images
-    mine = missing[host.rank :: host.world] if mode == "disk" else missing  # each process has its own RAM
+    distinct = list(dict.fromkeys(captions))
+    missing = [caption for caption in distinct if content_key(caption) not in store]
+
+    # On disk it is shared out, as the images are; each process has its own RAM
+    host.barrier()
+    mine = missing[host.rank :: host.world] if mode == "disk" else missing
     if missing:
         _encode_captions(mine, store, model, host)
     host.barrier()
     store.reload()
-    host.say(
-        f"text: {len(dict.fromkeys(captions))} distinct captions, {len(missing)} of them encoded now ({store.folder or 'kept in RAM'})"
-    )
+    where = store.folder or "kept in RAM"
+    host.say(f"text: {len(distinct)} distinct captions, {len(missing)} of them encoded now ({where})")
     return CachedText(store)
 
 
@@ -1399,7 +1353,7 @@ def _encode_captions(captions, store, model, host):
 
 # ============================================================================================ common/captions.py
 
-MODULES['common.captions'] = r'''
+MODULES['common/captions.py'] = r'''
 """A sample's own caption -> the texts that are trained: trigger word, prefix and suffix, tags shuffled and dropped.
 
 Tags are drawn as a few variants of each caption, numbered from 0, so that their embeddings can be cached. A variant is
@@ -1509,7 +1463,7 @@ def _drawn_tags(caption, options, generator):
 
 # =============================================================================================== common/cards.py
 
-MODULES['common.cards'] = r'''
+MODULES['common/cards.py'] = r'''
 """A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
@@ -1541,7 +1495,7 @@ def _runs(kind, built, capability):
 
 # ========================================================================================== common/checkpoint.py
 
-MODULES['common.checkpoint'] = r'''
+MODULES['common/checkpoint.py'] = r'''
 """Checkpoints: everything needed to go on exactly where a run was. A folder is complete or absent."""
 
 import json
@@ -1556,136 +1510,76 @@ from common.command_line import UserError
 from common.files import DamagedFile, read_safetensors, remove_folder, replacing_folder, write_json, write_safetensors
 
 STATE_HASH = "state.json"  # in the metadata of state.safetensors: what belongs together is read together or not at all
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile)  # what reading a damaged one raises
 
 
 def save_checkpoint(output_dir: Path, step: int, engine, progress: dict, limit: int | None) -> None:
-    """Write checkpoint-STEP/: flat parameters, average, optimizer state and `progress`; then drop all but `limit` newest."""
-    folder = Path(output_dir) / f"checkpoint-{step:06d}"
-    tensors, numbers = _tensors_of(engine)
-    scale = {"value": engine.loss_scale.value.item(), "good_steps": engine.loss_scale.good_steps}
-    made_with = {"layout": engine.flat.layout, "optimizer_class": type(engine.optimizer).__name__}
-    state = {**made_with, "optimizer": numbers, "loss_scale": scale, "progress": progress}
+    """Write checkpoint-STEP/: the engine's state and `progress`; then drop all but the `limit` newest."""
+    state = engine.state()
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    plain = {name: value for name, value in state.items() if name not in tensors}
+    plain["progress"] = progress
 
+    folder = Path(output_dir) / f"checkpoint-{step:06d}"
     with replacing_folder(folder) as partial:
-        write_safetensors(partial / "state.safetensors", tensors, {STATE_HASH: _fingerprint(state)})
-        write_json(partial / "state.json", state)
+        write_safetensors(partial / "state.safetensors", tensors, {STATE_HASH: _fingerprint(plain)})
+        write_json(partial / "state.json", plain)
     for old in run_folder.find_checkpoints(output_dir)[:-limit] if limit else ():
         remove_folder(old)
 
 
-def _tensors_of(engine) -> tuple[dict, dict]:
-    """({name: tensor}, {name: number}) of everything that training moves."""
-    tensors, numbers = {"flat": engine.flat.data}, {}
-    if engine.ema is not None:
-        tensors["ema"] = engine.ema.average
-    for i, group in enumerate(engine.flat.groups):
-        for key, value in engine.optimizer.state[group["params"][0]].items():
-            (tensors if torch.is_tensor(value) else numbers)[f"optimizer.{i}.{key}"] = value
-    return tensors, numbers
+def load_checkpoint(folder: Path, engine) -> dict:
+    """Put the engine where the checkpoint was made; returns its `progress`.
+
+    What is refused leaves the engine as it was.
+    Raises:
+        DamagedFile: a checkpoint that is not what was written, or not finite.
+        UserError: one of another adapter or optimizer.
+    """
+    try:
+        state, progress = _read(folder)
+        engine.load_state(state)
+    except DAMAGE as error:
+        raise DamagedFile(
+            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error});"
+            " remove it, or name an earlier one"
+        ) from None
+    except UserError as error:
+        raise UserError(f"--resume_from_checkpoint {folder}: {error}") from None
+    return progress
 
 
-def _fingerprint(state: dict) -> str:
+def _read(folder):
+    """(the engine's state, with its tensors on the CPU; progress)."""
+    tensors, metadata = read_safetensors(folder / "state.safetensors")
+    plain = json.loads((folder / "state.json").read_text())
+    if metadata.get(STATE_HASH) not in (None, _fingerprint(plain)):
+        raise ValueError("state.json is not what was written")
+    progress = plain.pop("progress")
+    numbers = [progress[name] for name in ("step", "batches", "effective_batch")]
+    if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+        raise ValueError(f"state.json has {numbers} for steps, batches and images a step")
+    return {**plain, **tensors}, progress
+
+
+def _fingerprint(plain):
     """Hash of what state.json says, however it is laid out."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(state, sort_keys=True).encode())
-
-
-def not_finite(engine) -> str | None:
-    """The first of the engine's tensors that holds a NaN or an infinity, by its name in a checkpoint; None where all is finite."""
-    return _first_not_finite(_tensors_of(engine)[0])
-
-
-def _first_not_finite(tensors: dict) -> str | None:
-    # NaN and infinity both show in the extremes, which take one pass and no memory
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    return next((name for name, tensor in floats.items() if not torch.stack(tensor.aminmax()).isfinite().all()), None)
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def read_config(output_dir: Path) -> dict:
-    """The recipe in a run's config.json: {"flags": {}, "data": {"images", "fingerprint"}}, empty where it is absent or damaged."""
+    """The recipe in a run's config.json, {"flags", "data": {"images", "fingerprint"}}; empty if absent or damaged."""
     try:
         recipe = json.loads((output_dir / "config.json").read_text())
         data = {"images": int(recipe["data"]["images"]), "fingerprint": str(recipe["data"]["fingerprint"])}
         return {"flags": dict(recipe["flags"]), "data": data}
     except (OSError, ValueError, KeyError, TypeError):
         return {"flags": {}, "data": {}}
-
-
-# ---------------------------------------------------------------- going on
-
-
-def load_checkpoint(folder: Path, engine) -> dict:
-    """Put the engine where the checkpoint was made; returns its `progress`. What is refused leaves the engine as it was.
-
-    Raises:
-        DamagedFile: a checkpoint that is not what was written, or not finite.
-        UserError: one of another adapter or optimizer.
-    """
-    state, tensors = _read(folder)
-    _check_fits(folder, state, tensors, engine)
-
-    engine.flat.data.copy_(tensors.pop("flat"))
-    engine.flat.publish()
-    if engine.ema is not None:
-        engine.ema.average.copy_(tensors.pop("ema"))
-    for name, value in {**tensors, **state["optimizer"]}.items():
-        _, group, key = name.split(".", 2)
-        parameter = engine.flat.groups[int(group)]["params"][0]
-        # torch keeps AdamW's step count on the CPU unless the optimizer is fused
-        on_cpu = key == "step" and not engine.optimizer.defaults.get("fused")
-        place = torch.device("cpu") if on_cpu else engine.host.device
-        engine.optimizer.state[parameter][key] = value.to(place, copy=True) if torch.is_tensor(value) else value
-    engine.loss_scale.value.fill_(state["loss_scale"]["value"])
-    engine.loss_scale.good_steps = state["loss_scale"]["good_steps"]
-    return state["progress"]
-
-
-def _read(folder: Path) -> tuple[dict, dict]:
-    """(what state.json says, {name: tensor on the CPU})."""
-    try:
-        tensors, metadata = read_safetensors(folder / "state.safetensors")
-        state = json.loads((folder / "state.json").read_text())
-        if metadata.get(STATE_HASH) not in (None, _fingerprint(state)):
-            raise ValueError("state.json is not what was written")
-        state["layout"] = [(name, tuple(shape)) for name, shape in state["layout"]]
-        numbers = [state["loss_scale"]["value"], state["loss_scale"]["good_steps"]]
-        numbers += [state["progress"][name] for name in ("step", "batches", "effective_batch")]
-        if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
-            raise ValueError(f"state.json has {numbers} for loss scale, good steps, steps, batches and images a step")
-        if what := _first_not_finite(tensors):
-            raise ValueError(f"{what} holds NaN or infinity")
-        if absent := {"optimizer_class", "optimizer", "flat"} - state.keys() - tensors.keys():
-            raise ValueError(f"no {min(absent)} in it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, DamagedFile) as error:
-        raise DamagedFile(
-            f"--resume_from_checkpoint {folder}: damaged or incomplete ({type(error).__name__}: {error}); remove it, or name an earlier one"
-        ) from None
-    return state, tensors
-
-
-def _check_fits(folder: Path, state: dict, tensors: dict, engine) -> None:
-    layout = state["layout"]
-    if layout != engine.flat.layout:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: its adapter has {_numbers(layout)}, this one {_numbers(engine.flat.layout)}; resume with the"
-            " same script, base model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
-        )
-    if state["optimizer_class"] != type(engine.optimizer).__name__:
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: made with {state['optimizer_class']}; resume with the same --use_8bit_adam"
-        )
-    if ("ema" in tensors) != (engine.ema is not None):
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: made {'with' if 'ema' in tensors else 'without'} --use_ema; resume the same way"
-        )
-
-
-def _numbers(layout: list) -> str:
-    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
 '''
 
 # ======================================================================================== common/command_line.py
 
-MODULES['common.command_line'] = r'''
+MODULES['common/command_line.py'] = r'''
 """The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
 
 Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
@@ -1896,7 +1790,7 @@ GONE_TO_THE_END = (
     "finished",
     "early stopping",
 )  # what a training's "ended" says when there is nothing to go on with
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def run(main):
@@ -1958,7 +1852,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 class _Outlet:
-    """Standard output whose reader may leave: what is still written then goes nowhere."""
+    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -1984,12 +1878,12 @@ class _Outlet:
 
 @contextlib.contextmanager
 def _outliving_its_reader():
-    before, sys.stdout = sys.stdout, _Outlet(sys.stdout)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stdout = before
+    with contextlib.redirect_stdout(_Outlet(sys.stdout)), contextlib.redirect_stderr(_Outlet(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 class Described:
@@ -2006,7 +1900,7 @@ class Described:
 
 # ============================================================================================= common/dataset.py
 
-MODULES['common.dataset'] = r'''
+MODULES['common/dataset.py'] = r'''
 """Pairs of sources.py -> Samples: every picture measured, the unreadable counted; and which Samples are held out."""
 
 import functools
@@ -2116,7 +2010,7 @@ def hold_out(samples: list[Sample], share: float) -> tuple[list[Sample], list[Sa
 
 # ============================================================================================ common/decoding.py
 
-MODULES['common.decoding'] = r'''
+MODULES['common/decoding.py'] = r'''
 """The bytes of a picture file -> its size and its pixels: upright, in sRGB, without transparency.
 
 Size and pixels come from the same opened file and the same orientation, so that they cannot disagree.
@@ -2304,7 +2198,7 @@ def _changes_nothing(transform, mode):
 
 # ============================================================================================== common/device.py
 
-MODULES['common.device'] = r'''
+MODULES['common/device.py'] = r'''
 """--mixed_precision and the hardware -> Host: this process, its device and dtype; and the memory that it takes."""
 
 import contextlib
@@ -2529,7 +2423,7 @@ def free_memory(device: torch.device) -> None:
 
 # ================================================================================================ common/dora.py
 
-MODULES['common.dora'] = r'''
+MODULES['common/dora.py'] = r'''
 """DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
 
 DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
@@ -2613,14 +2507,16 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 # ============================================================================================ common/encoding.py
 
-MODULES['common.encoding'] = r'''
-"""Pictures -> latent moments, captions -> text conditioning: the VAE and the text encoders, leaner where GPU memory runs out."""
+MODULES['common/encoding.py'] = r'''
+"""Pictures -> latent moments, captions -> text conditioning; in leaner ways where GPU memory runs out."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from common import loading
+from common.device import Host
 from common.memory import StepDown
 
 MAX_TOKENS = 77
@@ -2630,9 +2526,12 @@ MAX_TOKENS = 77
 
 
 class ImageEncoder:
-    """Pictures -> normalised latent moments, by the VAE on the device; where memory runs out, one at a time, then on the CPU."""
+    """Pictures -> normalised latent moments, by the VAE on the device.
 
-    def __init__(self, model, host):
+    Where memory runs out, pictures go through one at a time, then on the CPU.
+    """
+
+    def __init__(self, model: loading.Model, host: Host) -> None:
         ways = {"on the GPU": host, "it works on the CPU, slowly,": host.on_cpu()}
         load = {way: functools.partial(loading.load_vae, model, place) for way, place in ways.items()}
         self._vae = StepDown("while loading the VAE", load, host)()
@@ -2644,16 +2543,17 @@ class ImageEncoder:
         self._encode = StepDown("while encoding images", ways, host)
 
     @property
-    def dtype_name(self):
+    def dtype_name(self) -> str:
         return str(self._vae.dtype).removeprefix("torch.")
 
-    def __call__(self, images):
+    def __call__(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """[fp32 [3, H, W]] of one shape -> (mean, std), each fp32 [B, C, h, w] on the CPU."""
         return self._encode(images)
 
     @torch.no_grad()
     def _moments(self, images):
-        posterior = self._vae.encode(torch.stack(images).to(self._vae.device, self._vae.dtype)).latent_dist
+        pixels = torch.stack(images).to(self._vae.device, self._vae.dtype)
+        posterior = self._vae.encode(pixels).latent_dist
         mean, std = _normalise(self._vae.config, posterior.mean.float(), posterior.std.float())
         return mean.cpu(), std.cpu()
 
@@ -2678,32 +2578,36 @@ def _normalise(config, mean, std):
 # ---------------------------------------------------------------- captions
 
 
-def tokenize(tokenizers, captions):
+def tokenize(tokenizers: Sequence, captions: list[str]) -> torch.Tensor:
     """Token ids of both tokenizers, padded and cut to 77: [B, 2, 77]."""
     options = dict(padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return torch.stack([tokenizer(captions, **options).input_ids for tokenizer in tokenizers], dim=1)
 
 
-def encode_text(encoders, input_ids):
+def encode_text(encoders: Sequence, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """SDXL's text conditioning: ids [B, 2, 77] -> (prompt_embeds [B, 77, 768 + 1280], pooled [B, 1280]).
 
-    The penultimate hidden states of both encoders side by side; `pooled` is bigG's projected end-of-text (arXiv 2307.01952, sec. 2.1).
+    The penultimate hidden states of both encoders side by side; `pooled` is bigG's projected end-of-text
+    (arXiv 2307.01952, sec. 2.1).
     """
     outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(encoders, input_ids.unbind(1))]
     return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1].text_embeds
 
 
 class CaptionEncoder:
-    """Captions -> text conditioning, by the encoders on the device; where memory runs out, one at a time, then on the CPU."""
+    """Captions -> text conditioning, by the encoders on the device.
 
-    def __init__(self, model, host):
+    Where memory runs out, captions go through one at a time, then on the CPU.
+    """
+
+    def __init__(self, model: loading.Model, host: Host) -> None:
         ways = {"on the GPU": host, "they work on the CPU": host.on_cpu()}
         load = {way: functools.partial(loading.load_text_encoders, model, place) for way, place in ways.items()}
         self.tokenizers, self._encoders = zip(*StepDown("while loading the text encoders", load, host)())
         ways = {"together": self._together, "one at a time": self._one_by_one, "on the CPU": self._on_cpu}
         self._encode = StepDown("while encoding captions", ways, host)
 
-    def __call__(self, captions):
+    def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions -> (prompt_embeds [B, 77, 2048], pooled [B, 1280]) on the CPU."""
         return self._encode(captions)
 
@@ -2725,110 +2629,44 @@ class CaptionEncoder:
 
 # ============================================================================================== common/engine.py
 
-MODULES['common.engine'] = r'''
+MODULES['common/engine.py'] = r'''
 """One optimizer step, in one place: forward, loss, backward, all-reduce, overflow check, clipping, optimizer, EMA.
 
-Within the passes of a step nothing waits for the GPU; the host reads one small tensor per step, which is also the log line.
+Within the passes nothing waits for the GPU; the CPU reads one small vector per step, which is also the log line.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from common import memory, noise
-from common.adapters import without_dropout
-from common.device import free_memory
+from common.adapters import EMA, FlatParameters, without_dropout
+from common.device import Host, free_memory
+from common.engine_state import check_state, first_not_finite, load_optimizer_state, optimizer_state
 from common.graphs import Graphed
-
-GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
-
-
-class LossScale:
-    """Dynamic loss scaling for fp16: halved at an overflow, doubled after GROWTH_INTERVAL good steps; 1 for other dtypes."""
-
-    def __init__(self, dtype, device):
-        self.enabled = dtype == torch.float16
-        self.value = torch.full(
-            (), 2.0**12 if self.enabled else 1.0, device=device
-        )  # on the device: a CUDA graph reads it
-        self.good_steps = 0
-
-    def update(self, overflow):
-        if not self.enabled:
-            return
-        self.good_steps = 0 if overflow else self.good_steps + 1
-        if overflow:
-            self.value.mul_(0.5)
-        elif self.good_steps % GROWTH_INTERVAL == 0:
-            self.value.mul_(2.0)
-
-
-def lr_schedule(name, warmup_steps, total_steps, peak_lr, num_cycles=1, power=1.0):
-    """One of diffusers' schedules as a function: optimizer steps done -> factor of the peak learning rate. It has no state.
-
-    `num_cycles` counts the cosines of "cosine_with_restarts"; `power` is the exponent of "polynomial".
-    """
-    from diffusers.optimization import get_scheduler
-
-    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak_lr)  # "polynomial" ends at an absolute rate
-    lengths = dict(num_warmup_steps=warmup_steps, num_training_steps=total_steps)
-    return get_scheduler(name, unused, num_cycles=num_cycles, power=power, **lengths).lr_lambdas[0]
+from common.pass_plan import BlockRecompute
+from common.schedules import LossScale
+from common.step_numbers import StepNumbers, StepResult
 
 
 class PassOutOfMemory(Exception):
-    """A forward and backward pass needs more GPU memory than there is: on this process (`here`), or only on another one."""
+    """A pass needs more GPU memory than there is: on this process (`here`), or only on another one."""
 
     def __init__(self, here: bool) -> None:
         super().__init__("out of GPU memory in a pass")
         self.here = here
 
 
-class StepNumbers(NamedTuple):
-    """What one attempt at a step measures. On the device it is one fp32 vector, so that passes and processes add up in one operation.
-
-    `pack` and `unpack` alone know the order; a field that is not packed is 0.
-    """
-
-    loss: float  # as optimised
-    mse: float
-    mse_by_quarter: list  # sums over the examples of each quarter of the timesteps
-    count_by_quarter: list
-    stops: float  # processes that were asked to stop
-    out_of_memory: float  # processes whose passes did not fit
-    grad_norm: float
-    loss_scale: float
-
-    @classmethod
-    def pack(cls, device: torch.device, **fields: torch.Tensor | float) -> torch.Tensor:
-        parts = []
-        for name in cls._fields:
-            value = fields.get(name, 0.0)
-            size = noise.QUARTERS if name.endswith("_by_quarter") else 1
-            parts.append(value.view(size) if torch.is_tensor(value) else torch.full((size,), value, device=device))
-        return torch.cat(parts)
-
-    @classmethod
-    def unpack(cls, vector: torch.Tensor) -> "StepNumbers":
-        """Wait for the device and read a vector of `pack`."""
-        numbers = iter(vector.tolist())
-        quarter = lambda: [next(numbers) for _ in range(noise.QUARTERS)]  # noqa: E731
-        return cls(*(quarter() if name.endswith("_by_quarter") else next(numbers) for name in cls._fields))
-
-
 @dataclass(frozen=True)
-class StepResult:
-    """What one attempt at an optimizer step gave. `applied` is False when gradients overflowed or the loss was not finite."""
+class EngineSettings:
+    """What may be set about a step."""
 
-    loss: float
-    mse: float
-    mse_quarters: list  # mean mse by quarter of the timesteps, None where the step had none
-    grad_norm: float
-    loss_scale: float
-    lr: float
-    stop: bool  # some process was asked to stop
-    applied: bool
+    max_grad_norm: float  # 0: no clipping
+    min_snr_gamma: float | None = None  # None: plain MSE
+    seed: int = 0  # of the LoRA dropout masks, together with the step, the pass within it and the process
+    cuda_graph: bool = True  # replay passes instead of launching them, on a GPU
 
 
 class Engine:
@@ -2836,107 +2674,109 @@ class Engine:
 
     Args:
         text: maps a batch's fields to (prompt_embeds, pooled), see caching.CachedText.
-        schedule: noise.NoiseSchedule on the device.
-        lr_factor: optimizer steps done -> factor of the peak learning rate, see `lr_schedule`.
-        min_snr_gamma: None for plain MSE.
-        ema: adapters.EMA or None.
-        seed: of the LoRA dropout masks, together with the step, the pass within it and the process.
+        schedule: on the device.
+        lr_factor: optimizer steps done -> factor of the peak learning rate, see schedules.lr_schedule.
         dropout_seed: int64 scalar on the device, from which fused layers derive their masks.
-        cuda_graph: replay passes instead of launching them, on a GPU.
-        checkpointing: fit.BlockCheckpointing of the UNet, or None when it recomputes nothing.
+        ema: None where no average is kept.
+        recompute: of the UNet; None where it recomputes nothing.
     """
 
     def __init__(
         self,
-        unet,
-        text,
-        schedule,
-        flat,
-        optimizer,
-        lr_factor,
-        host,
-        max_grad_norm,
-        min_snr_gamma=None,
-        ema=None,
-        seed=0,
-        dropout_seed=None,
-        cuda_graph=True,
-        checkpointing=None,
-    ):
-        self.unet, self.text, self.schedule, self.flat, self.ema = unet, text, schedule, flat, ema
-        self.optimizer, self.lr_factor, self.host, self.checkpointing = optimizer, lr_factor, host, checkpointing
-        self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.max_grad_norm, self.min_snr_gamma, self.seed, self.dropout_seed = (
-            max_grad_norm,
-            min_snr_gamma,
-            seed,
-            dropout_seed,
-        )
-        self.loss_scale = LossScale(host.dtype, host.device)
+        *,
+        unet: torch.nn.Module,
+        text: Callable[[dict], tuple[torch.Tensor, torch.Tensor]],
+        schedule: noise.NoiseSchedule,
+        flat: FlatParameters,
+        optimizer: torch.optim.Optimizer,
+        lr_factor: Callable[[int], float],
+        host: Host,
+        dropout_seed: torch.Tensor,
+        ema: EMA | None,
+        recompute: BlockRecompute | None,
+        settings: EngineSettings,
+    ) -> None:
+        self.unet = unet
+        self.text = text
+        self.schedule = schedule
         self.num_timesteps = len(schedule.alphas_cumprod)
+        self.host = host
+        self.settings = settings
+
+        # What a step moves, and what moves it
+        self.flat = flat
+        self.ema = ema
+        self.optimizer = optimizer
+        self.peak_lrs = [group["lr"] for group in optimizer.param_groups]
+        self.lr_factor = lr_factor
+        self.loss_scale = LossScale(host.dtype, host.device)
+        self.dropout_seed = dropout_seed
+        self.recompute = recompute
+
+        # What is launched once and replayed; what is done where memory is short
+        graph = dict(device=host.device, enabled=settings.cuda_graph, say=host.say)
+        self.run_pass = Graphed(lambda fields: self.forward_backward(fields), **graph)
+        self.publish = Graphed(lambda _: flat.publish(), **graph, has_smaller=False)
         ways = {
             "as in training": self._summed_mse,
             "one image at a time": self._one_at_a_time,
             "no held-out loss": self._no_room,
         }
         self._validate = memory.StepDown("while validating", ways, host)
-        self.run_pass = Graphed(
-            lambda fields: self.forward_backward(fields), host.device, enabled=cuda_graph, say=host.say
-        )
-        self.publish = Graphed(
-            lambda _: flat.publish(), host.device, enabled=cuda_graph, say=host.say, has_smaller=False
-        )
 
-    def optimizer_state_bytes(self):
-        """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
-        return 2 * len(self.flat) * (1 if "8bit" in type(self.optimizer).__name__ else 4)
-
-    def predict(self, fields):
+    def predict(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the UNet on a batch's fields -> (prediction, target), both [B, C, h, w]."""
         z = fields["mean"].float() + fields["std"].float() * fields["posterior_eps"]
         x_t, target = self.schedule.noise(z, fields["eps"], fields["t"])
+
+        # A dropped caption is zeros, for SDXL base
         prompt_embeds, pooled = self.text(fields)
         keep = fields["keep_text"].to(prompt_embeds.dtype)
+        prompt_embeds = prompt_embeds * keep[:, None, None]
         added = {"text_embeds": pooled * keep[:, None], "time_ids": fields["time_ids"].to(self.host.dtype)}
-        x_t, prompt_embeds = x_t.to(self.host.dtype), prompt_embeds * keep[:, None, None]
+
+        x_t = x_t.to(self.host.dtype)
         return self.unet(x_t, fields["t"], prompt_embeds, added_cond_kwargs=added, return_dict=False)[0], target
 
-    def losses(self, fields):
-        """(loss as optimised, StepNumbers vector): the weighted loss of these examples, and their share of the step's numbers."""
+    def losses(self, fields: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted loss of these examples, as optimised; their share of the step's numbers, a StepNumbers vector)."""
         mse = noise.mse_per_sample(*self.predict(fields))
         weighted = mse * fields["weight"]
-        if self.min_snr_gamma is not None:
-            weighted = weighted * self.schedule.min_snr_weight(fields["t"], self.min_snr_gamma)
+        if self.settings.min_snr_gamma is not None:
+            weighted = weighted * self.schedule.min_snr_weight(fields["t"], self.settings.min_snr_gamma)
         loss = weighted.sum()
 
         # What the log line shows
-        mse, t = mse.detach(), fields["t"]
+        mse = mse.detach()
         numbers = StepNumbers.pack(
             mse.device,
             loss=loss.detach(),
             mse=(mse * fields["weight"]).sum(),
-            mse_by_quarter=noise.by_quarter(mse, t, self.num_timesteps),
-            count_by_quarter=noise.by_quarter(torch.ones_like(mse), t, self.num_timesteps),
+            mse_by_quarter=noise.by_quarter(mse, fields["t"], self.num_timesteps),
+            count_by_quarter=noise.by_quarter(torch.ones_like(mse), fields["t"], self.num_timesteps),
         )
         return loss, numbers
 
-    def forward_backward(self, fields):
+    def forward_backward(self, fields: dict[str, torch.Tensor]) -> torch.Tensor:
         """Add the gradients of these examples to the flat gradient -> StepNumbers vector on the device."""
         loss, numbers = self.losses(fields)
         (loss * self.loss_scale.value).backward()
         return numbers
 
-    def step(self, number, batches, stop=False, meanwhile=lambda: None):
+    def step(
+        self, number: int, batches: list, stop: bool = False, meanwhile: Callable[[], None] = lambda: None
+    ) -> StepResult:
         """One attempt at an optimizer step on this process's share of an effective batch.
 
         Args:
             number: optimizer steps done after this one, from 1.
             batches: batching.Batch list; their weights, over all processes, sum to 1.
             stop: this process was asked to stop; every process hears of it with the statistics.
-            meanwhile: called while the GPU works, before the host waits for it.
+            meanwhile: called while the GPU works, before the CPU waits for it.
         Raises:
             PassOutOfMemory: a pass does not fit on some process; nothing has moved.
         """
+        # The gradient of this process's share
         device = self.host.device
         total = self._passes(number, batches)
         here = total is None
@@ -2944,7 +2784,7 @@ class Engine:
         total = flags if here else total + flags
         meanwhile()
 
-        # Every process takes part in the sums, whether its passes fitted or not: the others would wait for it for ever
+        # Every process takes part in the sums, whether its passes fitted or not: the others would wait for ever
         self.host.sum(self.flat.grad)
         self.host.sum(total)
 
@@ -2958,7 +2798,7 @@ class Engine:
         return self._finish(number, numbers)
 
     def _passes(self, number, batches):
-        """The StepNumbers vector of all batches, with their gradients in the flat gradient; None, and no gradients, when one does not fit."""
+        """StepNumbers vector of all batches, and their gradient in `flat`; None, and zeros, if one does not fit."""
         try:
             total = 0
             for index, batch in enumerate(batches):
@@ -2968,37 +2808,38 @@ class Engine:
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
+
+        # Outside of the block above the failed pass's tensors are free
         self.run_pass.clear()
-        free_memory(self.host.device)  # outside of the block above the failed pass's tensors are free
+        free_memory(self.host.device)
         self.flat.grad.zero_()
         return None
 
     def _seed_dropout(self, number, index):
-        seed = noise.generator_for(self.seed, "dropout", number, index, self.host.rank).initial_seed() >> 1
+        identity = self.settings.seed, "dropout", number, index, self.host.rank
+        seed = noise.generator_for(*identity).initial_seed() >> 1
         torch.manual_seed(seed)  # for PEFT's own dropout
-        if self.dropout_seed is not None:
-            self.dropout_seed.fill_(seed)
+        self.dropout_seed.fill_(seed)
 
     def _finish(self, number, numbers):
         """Clip, update the parameters and the average -> StepResult; after an overflow only the loss scale moves."""
         applied = math.isfinite(numbers.grad_norm) and math.isfinite(numbers.loss)
         lr_factor = self.lr_factor(number - 1)
         if applied:
-            clip = min(1.0, self.max_grad_norm / (numbers.grad_norm + 1e-6)) if self.max_grad_norm else 1.0
-            self.flat.grad.mul_(clip / numbers.loss_scale)
+            self._clip(numbers)
             for group, peak in zip(self.optimizer.param_groups, self.peak_lrs):
                 group["lr"] = peak * lr_factor
             self._update()
             if self.ema is not None:
                 self.ema.update(number)
+
+        # Ready for the next attempt
         self.loss_scale.update(overflow=not applied)
         self.flat.grad.zero_()
         return StepResult(
             loss=numbers.loss,
             mse=numbers.mse,
-            mse_quarters=[
-                total / n if n else None for total, n in zip(numbers.mse_by_quarter, numbers.count_by_quarter)
-            ],
+            mse_quarters=numbers.mse_quarters(),
             grad_norm=numbers.grad_norm,
             loss_scale=numbers.loss_scale,
             lr=self.peak_lrs[0] * lr_factor,
@@ -3006,15 +2847,26 @@ class Engine:
             applied=applied,
         )
 
+    def _clip(self, numbers):
+        """Take the loss scale off the gradient, and what its norm has beyond the limit."""
+        limit = self.settings.max_grad_norm
+        clip = min(1.0, limit / (numbers.grad_norm + 1e-6)) if limit else 1.0
+        self.flat.grad.mul_(clip / numbers.loss_scale)
+
     def _update(self):
-        """Step the optimizer. Its first step makes its state: the graphs make room for it, as it could not be repeated half done."""
+        """Step the optimizer.
+
+        Its first step makes its state: the graphs make room for it, as it could not be repeated half done.
+        """
         if not self.optimizer.state:
             self.run_pass.clear()
         self.optimizer.step()
         self.publish({})
 
+    # ---------------------------------------------------------------- held-out loss
+
     @torch.no_grad()
-    def validate(self, make_batches, micro_batch):
+    def validate(self, make_batches: Callable[[int], Iterable], micro_batch: int) -> float | None:
         """Mean unweighted mse over the examples of `make_batches(micro_batch)`, on every process; without dropout.
 
         Where memory runs out, the graphs of the passes are dropped and the examples go through one at a time.
@@ -3041,11 +2893,123 @@ class Engine:
             mse = noise.mse_per_sample(*self.predict(fields))
             totals += torch.stack([mse.sum(), torch.tensor(float(len(batch)), device=mse.device)])
         return totals
+
+    # ---------------------------------------------------------------- state
+
+    def optimizer_state_bytes(self) -> int:
+        """What the optimizer will keep on the device: two moments, of 1 byte each with 8-bit state, else 4."""
+        return 2 * len(self.flat) * (1 if "8bit" in type(self.optimizer).__name__ else 4)
+
+    def state(self) -> dict[str, object]:
+        """What training moves and what it belongs to: {name: tensor, not copied, or a value that JSON can hold}."""
+        average = {} if self.ema is None else {"ema": self.ema.average}
+        return {
+            "layout": self.flat.layout,
+            "optimizer_class": type(self.optimizer).__name__,
+            "flat": self.flat.data,
+            **average,
+            **optimizer_state(self.optimizer, self.flat),
+            "loss_scale": self.loss_scale.state(),
+        }
+
+    def load_state(self, state: dict[str, object]) -> None:
+        """Go on from a `state`, whose tensors may lie on the CPU. What is refused leaves the engine as it was.
+
+        Raises:
+            UserError: the state of another adapter or optimizer.
+            ValueError, KeyError, TypeError, AttributeError: not the whole state of an engine, or not finite.
+        """
+        check_state(state, self.state())
+        self.flat.data.copy_(state["flat"])
+        self.flat.publish()
+        if self.ema is not None:
+            self.ema.average.copy_(state["ema"])
+        load_optimizer_state(self.optimizer, self.flat, state)
+        self.loss_scale.load_state(state["loss_scale"])
+
+    def not_finite(self) -> str | None:
+        """The first tensor of the state that holds a NaN or an infinity, by its name; None where all is finite."""
+        return first_not_finite(self.state())
+'''
+
+# ======================================================================================== common/engine_state.py
+
+MODULES['common/engine_state.py'] = r'''
+"""The state of an engine, {name: tensor or plain value}: the optimizer's part of it, and what is refused as none."""
+
+import math
+
+import torch
+
+from common.adapters import FlatParameters
+from common.command_line import UserError
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, object]:
+    """{"optimizer.GROUP.KEY": tensor} of the flat groups, and "optimizer": {the same: number} of what is no tensor."""
+    tensors, numbers = {}, {}
+    for i, group in enumerate(flat.groups):
+        for key, value in optimizer.state[group["params"][0]].items():
+            kind = tensors if torch.is_tensor(value) else numbers
+            kind[f"optimizer.{i}.{key}"] = value
+    return {**tensors, "optimizer": numbers}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters, state: dict[str, object]) -> None:
+    """Put the optimizer where `optimizer_state` was taken; its tensors are copied to where the optimizer needs them."""
+    tensors = {name: value for name, value in state.items() if name.startswith("optimizer.")}
+    for name, value in {**tensors, **state["optimizer"]}.items():
+        _, group, key = name.split(".", 2)
+        parameter = flat.groups[int(group)]["params"][0]
+        # torch keeps AdamW's step count on the CPU unless the optimizer is fused
+        on_cpu = key == "step" and not optimizer.defaults.get("fused")
+        device = torch.device("cpu") if on_cpu else flat.data.device
+        optimizer.state[parameter][key] = value.to(device, copy=True) if torch.is_tensor(value) else value
+
+
+def first_not_finite(state: dict[str, object]) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity; None where all is finite."""
+    tensors = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # Both show in the extremes, which take one pass and no memory
+    return next((name for name, tensor in floats.items() if not torch.stack(tensor.aminmax()).isfinite().all()), None)
+
+
+def check_state(state: dict[str, object], own: dict[str, object]) -> None:
+    """Refuse what an engine whose state is `own` cannot go on from.
+
+    Raises:
+        UserError: the state of another adapter or optimizer.
+        ValueError, KeyError, TypeError, AttributeError: not the whole state of an engine, or not finite.
+    """
+    numbers = [state["loss_scale"]["value"], state["loss_scale"]["good_steps"]]
+    if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers):
+        raise ValueError(f"{numbers} for loss scale and good steps")
+    if what := first_not_finite(state):
+        raise ValueError(f"{what} holds NaN or infinity")
+    if absent := {"optimizer_class", "optimizer", "flat"} - state.keys():
+        raise ValueError(f"no {min(absent)} in it")
+
+    # Whole, but of another run
+    layout = [(name, tuple(shape)) for name, shape in state["layout"]]  # JSON has lists
+    if layout != own["layout"]:
+        raise UserError(
+            f"its adapter has {_size(layout)}, this one {_size(own['layout'])}; resume with the same script, base"
+            " model, --lora_rank, --lora_target_modules, --strategy and --train_text_encoder"
+        )
+    if state["optimizer_class"] != own["optimizer_class"]:
+        raise UserError(f"made with {state['optimizer_class']}; resume with the same --use_8bit_adam")
+    if ("ema" in state) != ("ema" in own):
+        raise UserError(f"made {'with' if 'ema' in state else 'without'} --use_ema; resume the same way")
+
+
+def _size(layout):
+    return f"{sum(math.prod(shape) for _, shape in layout):,} numbers in {len(layout)} weights"
 '''
 
 # =============================================================================================== common/files.py
 
-MODULES['common.files'] = r'''
+MODULES['common/files.py'] = r'''
 """Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
 
 import contextlib
@@ -3222,216 +3186,9 @@ def _hash_of_metadata(metadata: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
 '''
 
-# ================================================================================================= common/fit.py
-
-MODULES['common.fit'] = r'''
-"""How much goes through a pass: measured on this card, with these images, instead of guessed; and remembered.
-
-Recomputing activations in the backward pass (checkpointing, arXiv 1604.06174) trades up to a third more work for most of the
-memory, block by block; a larger pass uses the GPU better. `measured` times what fits and takes the fastest.
-"""
-
-import contextlib
-import json
-import math
-import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Optional
-
-import torch
-from torch.utils.checkpoint import checkpoint
-
-from common import memory
-from common.device import GIB
-from common.files import write_json
-
-VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
-SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
-LARGEST_PASS = 8
-TIMED_CANDIDATES = 3
-
-
-class BlockCheckpointing:
-    """The checkpoint function of a UNet: recomputes every block in the backward pass, except those in `kept`.
-
-    Args:
-        preserve_rng_state: needed by layers whose dropout draws from the device's generator.
-    """
-
-    def __init__(self, preserve_rng_state=False):
-        self.preserve_rng_state = preserve_rng_state
-        self.kept = set()
-        self.sizes = None  # a dict while blocks are measured: block -> bytes that it would keep
-
-    def __call__(self, block, *args):
-        if self.sizes is not None:
-            before = torch.cuda.memory_allocated()
-            output = block(*args)
-            self.sizes[block] = torch.cuda.memory_allocated() - before
-            del output
-        if block in self.kept:
-            return block(*args)
-        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
-
-
-@dataclass
-class Fit:
-    """How a run cuts its effective batch: `micro_batch` images a pass, and what is recomputed (None: nothing)."""
-
-    micro_batch: int
-    checkpointing: Optional[BlockCheckpointing] = None
-    remembered: Optional[Path] = None  # the file that holds it for later runs
-
-    def step_down(self):
-        """The next smaller plan after an out-of-memory, which no later run starts with; False when there is none."""
-        if self.remembered:
-            self.remembered.unlink(missing_ok=True)
-        if self.checkpointing and self.checkpointing.kept:
-            self.checkpointing.kept = set()
-        elif self.micro_batch > 1:
-            self.micro_batch = -(-self.micro_batch // 2)
-        else:
-            return False
-        return True
-
-
-def smallest_pass_too_large(checkpointing: BlockCheckpointing | None) -> memory.OutOfMemory:
-    """The one line for a card that has no room for one image a pass."""
-    if checkpointing is None:
-        return memory.OutOfMemory("with one image a pass", f"add --gradient_checkpointing, or {memory.ADVICE}")
-    return memory.OutOfMemory("with one image a pass and every block recomputed")
-
-
-def measured(engine, make_batches, share, checkpointing, budget_gib, remembered):
-    """The fastest Fit within `budget_gib` of GPU memory for `share` images a step on this process.
-
-    Args:
-        engine: ready to train; gradients are zero again afterwards.
-        make_batches: micro_batch -> the batches of one step.
-        checkpointing: BlockCheckpointing of the UNet, or None where nothing may be recomputed.
-        remembered: Path of the file that keeps the result for runs like this one; what it holds is not measured again.
-    Returns:
-        (Fit, the line that says what was chosen).
-    """
-    with contextlib.suppress(
-        OSError, ValueError, KeyError, TypeError, AttributeError
-    ):  # there is none, or it is damaged or of another UNet
-        micro_batch, kept, line = _read_plan(remembered, engine.unet)
-        if checkpointing:
-            checkpointing.kept = kept
-        return Fit(micro_batch, checkpointing, remembered), f"{line} (as an earlier run measured, {remembered})"
-    fit, line, seconds = _measure(engine, make_batches, share, checkpointing, budget_gib)
-    if math.isfinite(seconds):
-        kept = [name for name, module in engine.unet.named_modules() if checkpointing and module in checkpointing.kept]
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_json(remembered, {"micro_batch": fit.micro_batch, "kept": kept, "line": line})
-    return replace(fit, remembered=remembered), line
-
-
-def _read_plan(remembered, unet):
-    """(images a pass, blocks that are not recomputed, the line that says it) of a plan's file; an error where it cannot be such a plan."""
-    plan = json.loads(remembered.read_text())
-    micro_batch, line = plan["micro_batch"], plan["line"]
-    if not (isinstance(micro_batch, int) and 1 <= micro_batch <= LARGEST_PASS and isinstance(line, str)):
-        raise ValueError(f"{remembered}: {micro_batch} images a pass")
-    return micro_batch, {unet.get_submodule(name) for name in plan["kept"] if name}, line
-
-
-def _measure(engine, make_batches, share, checkpointing, budget_gib):
-    """(Fit, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
-    engine.host.say(
-        "measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards"
-    )
-    base, lowest, sizes = _probe(engine, make_batches(1)[0], checkpointing)
-    room = (budget_gib - SPARE_GIB) * GIB - base
-
-    # Time the largest passes that may fit, and take the fastest
-    candidates = [
-        n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0 and (n * lowest <= room or n == 1)
-    ]
-    timed = []
-    for size in candidates[-TIMED_CANDIDATES:]:
-        seconds, kept = _timed(engine, make_batches, checkpointing, size, sizes, (room - size * lowest) / size)
-        timed.append((seconds, size, kept))
-    seconds, size, kept = min(timed, key=lambda row: row[0])
-    if checkpointing:
-        checkpointing.kept = kept
-
-    # What to say of it
-    used_gib = (base + size * (lowest + sum(sizes[block] for block in kept))) / GIB
-    passes = share // size
-    speed = f"{seconds:.3f} s/img" if math.isfinite(seconds) else "the least there is"
-    line = (
-        f"plan: {size} image{'s'[: size > 1]} in {passes} pass{'es' if passes > 1 else ''}, {len(sizes) - len(kept)} of {len(sizes)} blocks"
-        f" recomputed, {speed}, about {used_gib:.1f} of {budget_gib:.1f} GiB"
-    )
-    return Fit(size, checkpointing), line, seconds
-
-
-def _timed(engine, make_batches, checkpointing, size, sizes, room):
-    """(seconds per image, blocks kept) of passes of `size` images. The room is an estimate: where it is too much, half of it, then none."""
-    for part in (1.0, 0.5, 0.0):
-        kept = _blocks_to_keep(sizes, part * room)
-        seconds = _seconds_per_image(engine, make_batches, checkpointing, size, kept)
-        if math.isfinite(seconds) or not kept:
-            break
-    return seconds, kept
-
-
-def _probe(engine, batch, checkpointing):
-    """One pass of one image -> bytes before it, optimizer state included; peak bytes above that; {block: bytes it would keep}."""
-    base = torch.cuda.memory_allocated() + engine.optimizer_state_bytes()
-    before = torch.cuda.memory_allocated()
-    if checkpointing:
-        checkpointing.sizes = {}
-    engine.host.start_new_peak()
-    try:
-        engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
-    except RuntimeError as error:
-        if memory.ran_out(error):
-            raise smallest_pass_too_large(checkpointing) from None
-        raise
-    lowest, sizes = torch.cuda.max_memory_allocated() - before, {}
-    if checkpointing:
-        sizes, checkpointing.sizes = checkpointing.sizes, None
-    engine.flat.grad.zero_()
-    return base, lowest, sizes
-
-
-def _blocks_to_keep(sizes, room):
-    """As many blocks as keep their activations in `room` bytes; the last first, as theirs are needed for the shortest time."""
-    kept = set()
-    for block, size in reversed(sizes.items()):
-        if size <= room:
-            kept.add(block)
-            room -= size
-    return kept
-
-
-def _seconds_per_image(engine, make_batches, checkpointing, size, kept):
-    """Time one pass as it will be run; infinite when it does not fit after all."""
-    if checkpointing:
-        checkpointing.kept = kept
-    tensors, seconds = make_batches(size)[0].tensors, math.inf
-    try:
-        for _ in range(4):  # as it is, captured, replayed twice
-            started = time.perf_counter()
-            engine.run_pass(tensors)
-            torch.cuda.synchronize()
-            seconds = (time.perf_counter() - started) / size
-    except RuntimeError as error:
-        if not memory.ran_out(error):
-            raise
-        seconds = math.inf
-    engine.run_pass.clear()
-    engine.flat.grad.zero_()
-    return seconds
-'''
-
 # =============================================================================================== common/flags.py
 
-MODULES['common.flags'] = r'''
+MODULES['common/flags.py'] = r'''
 """The flags of the scripts, as documented dataclasses; `check()` refuses what cannot work.
 
 Nothing here imports torch: a wrong value is answered at once.
@@ -3442,6 +3199,7 @@ import importlib.util
 import math
 import netrc
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -3713,8 +3471,12 @@ def check_writable(name, place):
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
     if not nearest.is_dir():
         raise UserError(f"--{name} {place}: {nearest} is a file; name a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--{name} {place}: no right to write in {nearest}; name another folder")
+    try:  # rights alone do not tell: a disk may be read-only, and /proc takes no folders
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"--{name} {place}: no right to write in {nearest} ({error.strerror}); name another folder"
+        ) from None
 
 
 def _of_the_demo(place):
@@ -3807,7 +3569,7 @@ def find_data_dir(name):
 
 # ============================================================================================= common/formats.py
 
-MODULES['common.formats'] = r'''
+MODULES['common/formats.py'] = r'''
 """Adapter files that load elsewhere: diffusers' format, kohya's (ComfyUI, A1111, Forge), PEFT's. `adapter_loading` reads them."""
 
 import copy
@@ -3977,7 +3739,7 @@ def _as_lora(change, rank):
 
 # ============================================================================================= common/framing.py
 
-MODULES['common.framing'] = r'''
+MODULES['common/framing.py'] = r'''
 """A Sample -> Framing (how its picture is resized and cropped) -> time_ids, which SDXL is told, and pixels."""
 
 from dataclasses import dataclass
@@ -4081,7 +3843,7 @@ def _cut(image, framing):
 
 # =============================================================================================== common/fused.py
 
-MODULES['common.fused'] = r'''
+MODULES['common/fused.py'] = r'''
 """LoRA and DoRA linear layers as one autograd function over a frozen fp16 or NF4 weight.
 
 PEFT keeps the parameters, their names and the configuration; only the forward pass of its layers is replaced. What that saves
@@ -4240,7 +4002,7 @@ def _adopt_kernels(layers, say):
 
 # ========================================================================================== common/fused_unet.py
 
-MODULES['common.fused_unet'] = r'''
+MODULES['common/fused_unet.py'] = r'''
 """SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
 
 On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
@@ -4404,13 +4166,14 @@ def unfuse_unet(unet):
 
 # ============================================================================================== common/graphs.py
 
-MODULES['common.graphs'] = r'''
+MODULES['common/graphs.py'] = r'''
 """CUDA graphs: the thousands of kernels of a pass are launched from Python once, and replayed with one call afterwards.
 
 On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 small kernels, not by the GPU.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -4426,8 +4189,8 @@ def _parallel_streams(device):
     return [torch.cuda.Stream(device) for _ in range(8)]
 
 
-def side_by_side(functions, device):
-    """Call functions that are independent of each other; on a GPU, eight of the small kernels that they launch run at a time."""
+def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
+    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
     streams = _parallel_streams(device) if device.type == "cuda" and functions else []
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -4443,24 +4206,41 @@ def side_by_side(functions, device):
 class Graphed:
     """A function of named tensors, captured once per set of shapes.
 
-    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it is
-    replayed. All graphs of one `pool` share their memory, so only one result may be in use at a time.
+    The first call with new shapes runs the function as it is, which also warms it up; the second captures it; then it
+    is replayed. The graphs share their memory, so only one result may be in use at a time.
 
     Args:
-        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must stay in
-            place. What it writes in place (gradients) is written by every call exactly once.
+        function: dict of tensors -> tensor. It must not wait for the GPU, and what it reads besides its argument must
+            stay in place. What it writes in place (gradients) is written by every call exactly once.
         say: prints the line that explains a fallback.
-        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants to hear of it;
-            otherwise the function is launched from Python from then on.
+        has_smaller: whether the caller has something smaller to do when memory runs out during the capture, and wants
+            to hear of it; otherwise the function is launched from Python from then on.
     """
 
-    def __init__(self, function, device, pool=None, enabled=True, say=print, has_smaller=True):
-        self.function, self.device, self.pool, self.say, self.has_smaller = function, device, pool, say, has_smaller
+    def __init__(
+        self,
+        function: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        device: torch.device,
+        *,
+        enabled: bool = True,
+        say: Callable[[str], None] = print,
+        has_smaller: bool = True,
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.say = say
+        self.has_smaller = has_smaller
         self.enabled = enabled and device.type == "cuda"
-        self._seen, self._graphs = set(), {}
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None
 
-    def __call__(self, tensors):
-        """Copy `tensors` to the device without waiting, run the function on them, return its result (valid until the next call)."""
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Copy `tensors` to the device without waiting, and run the function on them.
+
+        Returns:
+            its result, valid until the next call.
+        """
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors.items())
         if not self.enabled or shapes not in self._seen:
             self._seen.add(shapes)
@@ -4473,9 +4253,11 @@ class Graphed:
         graph.replay()
         return result
 
-    def clear(self):
+    def clear(self) -> None:
         """Give the graphs' memory back; the next calls capture them again."""
-        self._seen, self._graphs, self.pool = set(), {}, None  # a pool does not outlive its last graph
+        self._seen = set()
+        self._graphs = {}
+        self._pool = None  # a pool does not outlive its last graph
         if self.enabled:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -4483,7 +4265,7 @@ class Graphed:
     def _warm_up(self, tensors):
         if not self.enabled:
             return self.function(tensors)
-        # cuBLAS and autograd set themselves up per stream; capture is not allowed to, so they do it here, beside the main stream
+        # cuBLAS and autograd set themselves up per stream. A capture may not: they do it here, beside the main stream.
         side = _side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -4494,25 +4276,28 @@ class Graphed:
     def _capture(self, shapes, tensors):
         inputs = {name: tensor.to(self.device, copy=True) for name, tensor in tensors.items()}  # replays write to them
         graph = torch.cuda.CUDAGraph()
+
         try:
-            # The outer context restores the stream, which a capture that fails at its end does not. The stream is torch's own, not
-            # the warm-up's: there the graph would go on using a cuBLAS workspace that is not in its pool.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self.pool):
+            # The outer context restores the stream, which a capture that fails at its end does not. The stream is
+            # torch's own, not the warm-up's: there the graph would go on using a cuBLAS workspace outside of its pool.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
                 result = self.function(inputs)
         except RuntimeError as error:
-            if self.has_smaller and "out of memory" in str(error).lower():  # not every library raises torch's own class
+            # Not every library raises torch's own class
+            if self.has_smaller and "out of memory" in str(error).lower():
                 raise torch.OutOfMemoryError(str(error)) from error
             self.enabled = False
             self.say(f"no CUDA graph, launching from Python: {str(error).splitlines()[0]}")
             return False
-        self.pool = self.pool or graph.pool()
+
+        self._pool = self._pool or graph.pool()
         self._graphs[shapes] = graph, inputs, result
         return True
 '''
 
 # ================================================================================================= common/hub.py
 
-MODULES['common.hub'] = r'''
+MODULES['common/hub.py'] = r'''
 """Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
 
 import json
@@ -4729,7 +4514,7 @@ def _weights_of(part, files, variant, repo_id):
 
 # ============================================================================================= common/hub_ids.py
 
-MODULES['common.hub_ids'] = r'''
+MODULES['common/hub_ids.py'] = r'''
 """What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
 
 import os
@@ -4783,7 +4568,7 @@ def _id_in(address: str) -> str | None:
 
 # ======================================================================================== common/kernel_check.py
 
-MODULES['common.kernel_check'] = r'''
+MODULES['common/kernel_check.py'] = r'''
 """Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
 
 Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
@@ -4958,7 +4743,7 @@ ATTEMPTS = {
 
 # ============================================================================================= common/kernels.py
 
-MODULES['common.kernels'] = r'''
+MODULES['common/kernels.py'] = r'''
 """Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
 The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
@@ -5168,7 +4953,7 @@ def update_gain(w, A, B, m, scale, gain, b):
 
 # ============================================================================================== common/launch.py
 
-MODULES['common.launch'] = r'''
+MODULES['common/launch.py'] = r'''
 """How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
 
 import json
@@ -5230,7 +5015,7 @@ def _launcher():
 
 # ======================================================================================= common/layer_reading.py
 
-MODULES['common.layer_reading'] = r'''
+MODULES['common/layer_reading.py'] = r'''
 """Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> weights under PEFT's names."""
 
 import json
@@ -5394,7 +5179,7 @@ def lora_arguments(weights: dict, alphas: dict) -> dict:
 
 # ============================================================================================= common/loading.py
 
-MODULES['common.loading'] = r'''
+MODULES['common/loading.py'] = r'''
 """A model's name -> its files (Model) -> its parts on the device: noise schedule, VAE, text encoders, UNet.
 
 Whatever the user names (hub id, folder, single file) becomes one diffusers folder first. There is never a second copy
@@ -5646,37 +5431,28 @@ def zero_unconditional(model: Model) -> bool:
 
 # =============================================================================================== common/loops.py
 
-MODULES['common.loops'] = r'''
+MODULES['common/loops.py'] = r'''
 """Steps, from the first or from a checkpoint, to the last: validation, checkpoints, early stop, time limit, signals."""
 
 import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Optional
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from common import checkpoint, device, run_folder
+from common import device
+from common.batching import Batch, Examples
 from common.command_line import UserError
-from common.engine import PassOutOfMemory
-from common.fit import smallest_pass_too_large
+from common.engine import Engine, PassOutOfMemory
+from common.pass_plan import PassPlan, smallest_pass_too_large
+from common.report import Report
+from common.results import Results
+from common.run_length import RunLength
+from common.step_numbers import StepResult
+from common.stopping import StopRequest
 
 NON_FINITE_LIMIT = 3  # batches in a row without a finite loss, before the run gives up
 SMALLEST_SCALE = 2.0**-10
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, how much at a time, and what happens on the way. Steps are optimizer steps."""
-
-    output_dir: Path
-    total_steps: int
-    effective_batch: int
-    checkpointing_steps: int
-    checkpoints_total_limit: Optional[int]
-    validation_steps: int
-    early_stopping_patience: Optional[int] = None
-    ends_s: float = math.inf  # on the monotonic clock: by then everything must be saved
 
 
 @dataclass
@@ -5690,216 +5466,227 @@ class Progress:
     validations_without_gain: int = 0
 
 
-def total_steps(max_train_steps, num_train_epochs, num_samples, effective_batch):
-    """Optimizer steps of a run: `max_train_steps` wins; otherwise as many as cover the epochs. Windows run across epoch ends."""
-    return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
+@dataclass(frozen=True)
+class Run:
+    """What the loop works on."""
+
+    engine: Engine
+    examples: Examples
+    held_out: Examples | None
+    length: RunLength
+    plan: PassPlan  # stepped down when a pass does not fit the memory
+    progress: Progress  # moves with every step
+    results: Results
+    report: Report  # closed at the end
+    stopping: StopRequest  # listening
 
 
-def train(engine, examples, held_out, plan, fit, report, progress, draw_samples, save_weights, stopping):
-    """Run to the end of the plan, or until a signal, the time limit or early stopping ends it; returns (progress, why it ended).
+def train(run: Run) -> str:
+    """Run to the last step, or until a signal, the time limit or early stopping ends it; returns why it ended.
 
-    Args:
-        examples, held_out: batching.Examples; held_out may be None.
-        fit: fit.Fit, how a step is cut into passes; stepped down when one does not fit the memory.
-        draw_samples: step -> None, draws the validation images; None when there are none to draw.
-        save_weights: step -> None, writes the adapter files of a checkpointed step.
-        report: report.Report, closed at the end.
-        stopping: stopping.StopRequest, listening.
     Raises:
-        UserError: the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the memory (both after a checkpoint).
+        UserError: the run has diverged, the loss is not finite NON_FINITE_LIMIT times in a row, or no plan fits the
+            memory (the latter two after a checkpoint).
     """
-    host, non_finite = engine.host, 0
-    ended = (
-        "early stopping" if _out_of_patience(plan, progress) else "finished"
-    )  # a run that had stopped early stays so
-    fetch = _Prefetch(
-        lambda number: examples.effective_batch(number, plan.effective_batch, fit.micro_batch, host.rank, host.world)
-    )
-    save = _Saver(engine, plan, save_weights, progress.step)
-    with contextlib.closing(report):
-        while progress.step < plan.total_steps and ended == "finished":
-            step_started = time.monotonic()
-            # the flag of a process travels with its next step, so that all of them stop after the same one
-            stopping.doing = (
-                f"finishing step {progress.step + 1}{' or the next' if host.world > 1 else ''}, then saving"
-            )
-
+    length, progress, stopping = run.length, run.progress, run.stopping
+    attempts = _Attempts(run)
+    ended = "early stopping" if _is_out_of_patience(run) else None  # a run that had stopped early stays so
+    with contextlib.closing(run.report):
+        while progress.step < length.total_steps and not ended:
             # One optimizer step
-            batches = fetch(progress.batches)
-            try:
-                result = engine.step(
-                    progress.step + 1, batches, stopping.reason is not None, lambda: fetch.prepare(progress.batches + 1)
-                )
-            except PassOutOfMemory as error:
-                fetch.forget()
-                if not _step_down(fit, error.here, host, report):
-                    save(progress)
-                    raise smallest_pass_too_large(fit.checkpointing) from None
+            started_s = time.monotonic()
+            result = attempts.step()
+            if result is None:
                 continue
-            if not result.applied:
-                skipped = _skip_batch(engine, result, report)
-                progress.batches += skipped
-                non_finite = non_finite + 1 if skipped else 0
-                if non_finite == NON_FINITE_LIMIT:
-                    save(progress)
-                    raise UserError(_non_finite_message(examples, progress, plan))
-                continue
-            non_finite = 0
-            progress.step, progress.batches = progress.step + 1, progress.batches + 1
 
             # What it measured
-            row = _row(result, progress, plan, len(examples), time.monotonic() - step_started, engine)
-            validates = progress.step % plan.validation_steps == 0 or progress.step == plan.total_steps
-            if validates and held_out is not None:
-                row |= _validate(engine, held_out, fit.micro_batch, progress)
-            report.log(row)
+            row = _row(run, result, time.monotonic() - started_s)
+            validates = progress.step % length.validation_steps == 0 or progress.step == length.total_steps
+            if validates and run.held_out is not None:
+                row |= _validate(run)
+            run.report.log(row)
 
-            # Saved first, then drawn: pictures need memory that training does not
-            if validates and draw_samples is not None:
-                save(progress)
-                draw_samples(progress.step)
-            stopping.longest_step_s = max(stopping.longest_step_s, time.monotonic() - step_started)
+            # Saved first, then rendered: pictures need memory that training does not
+            if validates and run.results.has_pictures:
+                _save(run)
+                run.results.render(progress.step)
+            stopping.step_took(time.monotonic() - started_s)
 
             # Whether to go on
-            asked = result.stop or (host.world == 1 and stopping.reason is not None)
-            if asked and progress.step < plan.total_steps:
-                ended = stopping.reason or "stopped by another process"
-            elif _out_of_patience(plan, progress):
-                ended = "early stopping"
-            elif plan.checkpointing_steps and progress.step % plan.checkpointing_steps == 0:
-                stopping.longest_save_s = max(stopping.longest_save_s, save(progress))
-        save(progress)
-    return progress, ended
+            ended = _reason_to_end(run, result)
+            if not ended and length.checkpointing_steps and progress.step % length.checkpointing_steps == 0:
+                stopping.save_took(_save(run))
+        _save(run)
+    return ended or "finished"
 
 
-def _out_of_patience(plan, progress):
-    return (
-        plan.early_stopping_patience is not None and progress.validations_without_gain >= plan.early_stopping_patience
-    )
+# ---------------------------------------------------------------- one step
+
+
+class _Attempts:
+    """Attempts at the next step of a run, until one is applied."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._batches = _Prefetch(self._make_batches)
+        self._non_finite = 0  # batches skipped in a row
+
+    def step(self) -> StepResult | None:
+        """One attempt; None where nothing was applied, and the next attempt is smaller, or goes to the next batch.
+
+        Raises:
+            UserError: see `train`.
+        """
+        progress, host, stopping = self.run.progress, self.run.engine.host, self.run.stopping
+        # The flag of a process travels with its next step, so that all of them stop after the same one
+        or_next = " or the next" if host.world > 1 else ""
+        stopping.doing = f"finishing step {progress.step + 1}{or_next}, then saving"
+
+        # Forward, backward, update; meanwhile the next batches
+        batches = self._batches(progress.batches)
+        make_next = lambda: self._batches.prepare(progress.batches + 1)  # noqa: E731
+        try:
+            result = self.run.engine.step(progress.step + 1, batches, stopping.reason is not None, make_next)
+        except PassOutOfMemory as error:
+            self._batches.forget()
+            self._step_down(error.here)
+            return None
+
+        # Whether it counts
+        if not result.applied:
+            self._after_not_finite(result)
+            return None
+        self._non_finite = 0
+        progress.step += 1
+        progress.batches += 1
+        return result
+
+    def _make_batches(self, number) -> list[Batch]:
+        run, host = self.run, self.run.engine.host
+        size = run.length.effective_batch
+        return run.examples.effective_batch(number, size, run.plan.micro_batch, host.rank, host.world)
+
+    def _step_down(self, here):
+        """After a pass that did not fit on some process: the next smaller plan where it did not."""
+        plan, host = self.run.plan, self.run.engine.host
+        has_smaller = plan.step_down() if here else True
+        if not all(host.gather([has_smaller])):
+            _save(self.run)
+            raise smallest_pass_too_large(plan.recompute) from None
+        if here:
+            all_recomputed = plan.recompute and not plan.recompute.kept
+            recomputed = "every block recomputed" if all_recomputed else "as before otherwise"
+            self.run.report.say(
+                f"out of GPU memory: the step is repeated with {plan.micro_batch} images a pass, {recomputed}"
+            )
+
+    def _after_not_finite(self, result):
+        """Skip the batch; a mere overflow of gradients is tried again at half the scale."""
+        scale, report = self.run.engine.loss_scale, self.run.report
+        if math.isfinite(result.loss) and scale.enabled and result.loss_scale > SMALLEST_SCALE:
+            report.say(
+                f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
+            )
+            self._non_finite = 0
+            return
+        report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
+        self.run.progress.batches += 1
+        self._non_finite += 1
+        if self._non_finite == NON_FINITE_LIMIT:
+            _save(self.run)
+            raise UserError(_non_finite_message(self.run))
 
 
 class _Prefetch:
     """The result of `make(number)`, made ahead of time when `prepare` is given a chance."""
 
-    def __init__(self, make):
-        self._make, self._number, self._made = make, None, None
+    def __init__(self, make: Callable[[int], list]) -> None:
+        self._make = make
+        self._number = None
+        self._made = None
 
-    def prepare(self, number):
+    def prepare(self, number: int) -> None:
         if number != self._number:
-            self._number, self._made = number, self._make(number)
+            self._number = number
+            self._made = self._make(number)
 
-    def forget(self):
+    def forget(self) -> None:
         self._number = None
 
-    def __call__(self, number):
+    def __call__(self, number: int) -> list:
         self.prepare(number)
         return self._made
 
 
-class _Saver:
-    """Writes the adapter file and a checkpoint of a step, unless that step's are there already; returns the seconds it took.
-
-    Raises:
-        UserError: the run has diverged; what is not finite is not saved, so the newest checkpoint is one to go on from.
-    """
-
-    def __init__(self, engine, plan, save_weights, step):
-        self._engine, self._plan, self._save_weights, self._saved = engine, plan, save_weights, step
-
-    def __call__(self, progress):
-        started = time.monotonic()
-        if what := checkpoint.not_finite(self._engine):
-            raise UserError(_diverged_message(what, progress, self._plan))
-        if self._engine.host.is_main and progress.step != self._saved:
-            self._save_weights(
-                progress.step
-            )  # first: from the checkpoint on, a killed run would not come back to write it
-            limit = self._plan.checkpoints_total_limit
-            checkpoint.save_checkpoint(self._plan.output_dir, progress.step, self._engine, asdict(progress), limit)
-        self._saved = progress.step
-        self._engine.host.barrier()
-        return time.monotonic() - started
-
-
-def _step_down(fit, here, host, report):
-    """After a pass that did not fit on some process: the next smaller plan where it did not; False when one of them has none."""
-    has_smaller = fit.step_down() if here else True
-    if not all(host.gather([has_smaller])):
-        return False
-    if here:
-        recomputed = (
-            "every block recomputed" if fit.checkpointing and not fit.checkpointing.kept else "as before otherwise"
-        )
-        report.say(f"out of GPU memory: the step is repeated with {fit.micro_batch} images a pass, {recomputed}")
-    return True
-
-
-def _skip_batch(engine, result, report):
-    """After a step that was not applied: whether to drop its batch. A mere gradient overflow is tried again at half the scale."""
-    if math.isfinite(result.loss) and engine.loss_scale.enabled and result.loss_scale > SMALLEST_SCALE:
-        report.say(
-            f"gradients overflowed in fp16 at loss scale {result.loss_scale:g}: the step is repeated at half of it"
-        )
-        return False
-    report.say(f"loss {result.loss}, gradient norm {result.grad_norm}: the batch is skipped")
-    return True
-
-
-def _non_finite_message(examples, progress, plan):
-    first = (progress.batches - NON_FINITE_LIMIT) * plan.effective_batch
-    names = dict.fromkeys(examples.name_at(i) for i in range(first, progress.batches * plan.effective_batch))
+def _non_finite_message(run):
+    size, last = run.length.effective_batch, run.progress.batches
+    positions = range((last - NON_FINITE_LIMIT) * size, last * size)
+    names = dict.fromkeys(run.examples.name_at(position) for position in positions)
+    saved = "; a checkpoint was saved" if run.progress.step else ""
     return (
-        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these images,"
-        f" lower --learning_rate, or use --mixed_precision no{'; a checkpoint was saved' if progress.step else ''}"
+        f"the loss was not finite in {NON_FINITE_LIMIT} batches in a row, made of {', '.join(names)}; look at these"
+        f" images, lower --learning_rate, or use --mixed_precision no{saved}"
     )
 
 
-def _diverged_message(what, progress, plan):
-    """The weights themselves are at fault, whatever images the last batches held."""
-    saved = run_folder.find_checkpoints(plan.output_dir)
-    cure = (
-        f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}" if saved else "start again"
-    )
-    return (
-        f"the training has diverged: after step {progress.step} its own numbers ({what}) hold NaN or infinity; nothing was saved of them."
-        f" Lower --learning_rate, or use --mixed_precision no; {cure}"
-    )
+# ---------------------------------------------------------------- after it
 
 
-def _row(result, progress, plan, num_samples, seconds, engine):
+def _row(run, result, seconds):
     """One line of metrics.jsonl."""
+    progress, size = run.progress, run.length.effective_batch
     return dict(
         step=progress.step,
-        epoch=round(progress.batches * plan.effective_batch / num_samples, 4),
+        epoch=round(progress.batches * size / len(run.examples), 4),
         loss=result.loss,
         mse=result.mse,
         **{f"mse_t{i}": value for i, value in enumerate(result.mse_quarters)},
         lr=result.lr,
         grad_norm=result.grad_norm,
         loss_scale=result.loss_scale,
-        s_per_img=seconds / plan.effective_batch,
-        peak_gib=engine.host.peak_gib(),
+        s_per_img=seconds / size,
+        peak_gib=run.engine.host.peak_gib(),
         seconds=round(device.seconds_since_start(), 2),
     )
 
 
-def _validate(engine, held_out, micro_batch, progress):
-    """What a validation adds to the row of metrics; `progress` counts how long there was no gain."""
-    loss = engine.validate(
-        lambda size: held_out.validation_batches(size, engine.host.rank, engine.host.world),
-        micro_batch,
-    )
+def _validate(run):
+    """What a validation adds to the row of metrics; the progress counts how long there was no gain."""
+    progress, host = run.progress, run.engine.host
+    make_batches = lambda size: run.held_out.validation_batches(size, host.rank, host.world)  # noqa: E731
+    loss = run.engine.validate(make_batches, run.plan.micro_batch)
     if loss is None:  # there was no memory for it, which has been said
         return {}
     gained = loss < progress.best_val_loss
     progress.best_val_loss = min(loss, progress.best_val_loss)
     progress.validations_without_gain = 0 if gained else progress.validations_without_gain + 1
     return {"val_loss": loss}
+
+
+def _save(run):
+    """Save the step, unless it is saved already, and plot what led to it; returns the seconds it took."""
+    started_s = time.monotonic()
+    run.results.save_step(run.progress)
+    run.report.plot()
+    return time.monotonic() - started_s
+
+
+def _reason_to_end(run, result):
+    """Why no further step is taken; None where the run goes on, or is at its last step."""
+    asked = result.stop or (run.engine.host.world == 1 and run.stopping.reason is not None)
+    if asked and run.progress.step < run.length.total_steps:
+        return run.stopping.reason or "stopped by another process"
+    return "early stopping" if _is_out_of_patience(run) else None
+
+
+def _is_out_of_patience(run):
+    patience = run.length.early_stopping_patience
+    return patience is not None and run.progress.validations_without_gain >= patience
 '''
 
 # ============================================================================================= common/lycoris.py
 
-MODULES['common.lycoris'] = r'''
+MODULES['common/lycoris.py'] = r'''
 """What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
 
 The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
@@ -6033,7 +5820,7 @@ KINDS = frozenset().union(*_ALGORITHMS)
 
 # ============================================================================================== common/memory.py
 
-MODULES['common.memory'] = r'''
+MODULES['common/memory.py'] = r'''
 """Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
 
 from collections.abc import Callable
@@ -6045,7 +5832,10 @@ from common.command_line import UserError
 
 ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
 # All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
-ADVICE = "end what else is on this GPU, lower --resolution, or use --quantize nf4; --resume_from_checkpoint latest takes all of these"
+ADVICE = (
+    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
+    " --resume_from_checkpoint latest takes all of these"
+)
 
 
 class OutOfMemory(UserError):
@@ -6072,7 +5862,9 @@ class StepDown:
     """
 
     def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
-        self.doing, self.ways, self.host = doing, list(ways.items()), host
+        self.doing = doing
+        self.ways = list(ways.items())
+        self.host = host
 
     def __call__(self, *arguments):
         """Return what the first way gives that does not run out of memory.
@@ -6095,7 +5887,7 @@ class StepDown:
 
 # ====================================================================================== common/metadata_files.py
 
-MODULES['common.metadata_files'] = r'''
+MODULES['common/metadata_files.py'] = r'''
 """metadata.jsonl and metadata.csv -> rows, strictly: what could be read in two ways is refused by line and cure."""
 
 import csv
@@ -6205,7 +5997,7 @@ def _check_fields(path, number, fields, columns, delimiter):
 
 # ========================================================================================== common/model_kind.py
 
-MODULES['common.model_kind'] = r'''
+MODULES['common/model_kind.py'] = r'''
 """A model's configuration files and the flags -> Kind: is it SDXL, what does its UNet predict, on which noise schedule.
 
 The flags speak where the files are silent.
@@ -6451,8 +6243,8 @@ def scheduler_of(config: dict, kind: Kind) -> dict:
 
 # =============================================================================================== common/noise.py
 
-MODULES['common.noise'] = r'''
-"""What noise does to a latent, and what the loss makes of it. Pure functions of tensors; the draws belong to the samples.
+MODULES['common/noise.py'] = r'''
+"""What noise does to a latent, and what the loss makes of it: pure functions of tensors.
 
 Notation: z latent, eps noise, a = alphas_cumprod[t], snr = a / (1 - a). Shapes: [B, C, H, W] unless said otherwise.
 """
@@ -6477,13 +6269,20 @@ class Draws:
     eps: torch.Tensor  # [C, H, W], offset noise included
 
 
-def generator_for(*identity):
+def generator_for(*identity) -> torch.Generator:
     """A CPU generator that depends on `identity` alone: the same draws in any batch, any process, beside any device."""
     digest = hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset_strength=0.0):
+def draw(
+    generator: torch.Generator,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    flip_share: float = 0.0,
+    drop_share: float = 0.0,
+    offset_strength: float = 0.0,
+) -> Draws:
     """Draw everything for one example whose latent has `shape` = (C, H, W).
 
     Every number is drawn whether it is used or not, so that switching one option on leaves the other draws alone.
@@ -6495,7 +6294,13 @@ def draw(generator, shape, num_timesteps, flip_share=0.0, drop_share=0.0, offset
     posterior_eps = torch.randn(shape, generator=generator)
     eps = torch.randn(shape, generator=generator)
     offset = torch.randn((shape[0], 1, 1), generator=generator)
-    return Draws(flip < flip_share, drop < drop_share, timestep, posterior_eps, eps + offset_strength * offset)
+    return Draws(
+        flip=flip < flip_share,
+        drop_caption=drop < drop_share,
+        timestep=timestep,
+        posterior_eps=posterior_eps,
+        eps=eps + offset_strength * offset,
+    )
 
 
 @dataclass(frozen=True)
@@ -6505,16 +6310,24 @@ class NoiseSchedule:
     alphas_cumprod: torch.Tensor
     prediction_type: str  # "epsilon" or "v_prediction"
 
-    def noise(self, z, eps, t):
-        """x_t and the UNet's target: x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4);
-        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D). `t` is [B], the rest [B, C, H, W]."""
+    def noise(self, z: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_t, the UNet's target), both [B, C, H, W], for timesteps `t` [B].
+
+        x_t = sqrt(a) z + sqrt(1 - a) eps (arXiv 2006.11239, eq. 4); the target is eps, or
+        v = sqrt(a) eps - sqrt(1 - a) z (arXiv 2202.00512, app. D).
+        """
         a = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = a.sqrt() * z + (1 - a).sqrt() * eps
-        return x_t, eps if self.prediction_type == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * z
+        if self.prediction_type == "epsilon":
+            return x_t, eps
+        return x_t, a.sqrt() * eps - (1 - a).sqrt() * z
 
-    def min_snr_weight(self, t, gamma):
-        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4): min(snr, g) / snr for epsilon prediction,
-        min(snr, g) / (snr + 1) for v prediction. Noisy steps (snr <= g) keep weight 1; snr = 0 gives 1, not 0 / 0."""
+    def min_snr_weight(self, t: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Loss weights [B] of Min-SNR-gamma (arXiv 2303.09556, sec. 3.4).
+
+        min(snr, g) / snr for epsilon prediction, min(snr, g) / (snr + 1) for v prediction. For epsilon, noisy steps
+        (snr <= g) keep weight 1, with snr = 0 too, where it would be 0 / 0.
+        """
         a = self.alphas_cumprod[t]
         snr = a / (1 - a)
         if self.prediction_type == "epsilon":
@@ -6522,21 +6335,20 @@ class NoiseSchedule:
         return snr.clamp(max=gamma) / (snr + 1)
 
 
-def mse_per_sample(prediction, target):
+def mse_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each example in fp32: [B, C, H, W] twice -> [B]."""
     return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 
-def by_quarter(values, t, num_timesteps):
+def by_quarter(values: torch.Tensor, t: torch.Tensor, num_timesteps: int) -> torch.Tensor:
     """Sum `values` [B] into the quarter of the schedule that their timestep `t` [B] lies in -> [QUARTERS]."""
-    return torch.zeros(QUARTERS, dtype=values.dtype, device=values.device).index_add_(
-        0, t * QUARTERS // num_timesteps, values
-    )
+    sums = torch.zeros(QUARTERS, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, t * QUARTERS // num_timesteps, values)
 '''
 
 # ======================================================================================== common/norm_kernels.py
 
-MODULES['common.norm_kernels'] = r'''
+MODULES['common/norm_kernels.py'] = r'''
 """Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
 
 GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
@@ -6867,7 +6679,7 @@ add_bias = _AddBias.apply
 
 # ========================================================================================== common/operations.py
 
-MODULES['common.operations'] = r'''
+MODULES['common/operations.py'] = r'''
 """What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
 
 Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
@@ -7009,7 +6821,7 @@ EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
 
 # ========================================================================================= common/other_tools.py
 
-MODULES['common.other_tools'] = r'''
+MODULES['common/other_tools.py'] = r'''
 """What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
 
 OTHER_NAMES = {
@@ -7065,7 +6877,7 @@ def our_name(theirs: str, known: set[str]) -> str | None:
 
 # ============================================================================================ common/packages.py
 
-MODULES['common.packages'] = r'''
+MODULES['common/packages.py'] = r'''
 """The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
 
 import importlib.util
@@ -7145,7 +6957,7 @@ def require_parser() -> None:
 
 # =============================================================================================== common/pairs.py
 
-MODULES['common.pairs'] = r'''
+MODULES['common/pairs.py'] = r'''
 """Pair: a picture that was found and its caption, before either is read; and the words for files with faults."""
 
 from collections.abc import Callable, Iterable
@@ -7200,9 +7012,293 @@ def fault(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 '''
 
+# =========================================================================================== common/pass_plan.py
+
+MODULES['common/pass_plan.py'] = r'''
+"""How much goes through a pass: measured on this card, with these images, instead of guessed; and remembered.
+
+Recomputing activations in the backward pass (arXiv 1604.06174) trades up to a third more work for most of the memory,
+block by block; a larger pass uses the GPU better. `choose` times what fits and takes the fastest.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from common import caching, device, kernel_check, memory
+from common.device import GIB
+from common.files import write_json
+
+VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
+SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
+LARGEST_PASS = 8
+TIMED_CANDIDATES = 3
+NOT_A_PLAN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # absent, damaged, or of another UNet
+
+
+class BlockRecompute:
+    """What diffusers calls with every block of a UNet: recomputes it in the backward pass, unless it is in `kept`.
+
+    Args:
+        preserve_rng_state: needed by layers whose dropout draws from the device's generator.
+    """
+
+    def __init__(self, preserve_rng_state: bool = False) -> None:
+        self.preserve_rng_state = preserve_rng_state
+        self.kept = set()
+        self.sizes = None  # a dict while blocks are measured: block -> bytes that it would keep
+
+    def __call__(self, block: torch.nn.Module, *args):
+        if self.sizes is not None:
+            before = torch.cuda.memory_allocated()
+            output = block(*args)
+            self.sizes[block] = torch.cuda.memory_allocated() - before
+            del output
+        if block in self.kept:
+            return block(*args)
+        return recomputed(block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state)
+
+
+@dataclass
+class PassPlan:
+    """How a step is cut into passes: `micro_batch` images each, and what is recomputed (None: nothing)."""
+
+    micro_batch: int
+    recompute: BlockRecompute | None = None
+    remembered: Path | None = None  # the file that holds it for later runs
+
+    def step_down(self) -> bool:
+        """Take the next smaller plan, and let no later run start with this one; False when there is none."""
+        if self.remembered:
+            self.remembered.unlink(missing_ok=True)
+        if self.recompute and self.recompute.kept:
+            self.recompute.kept = set()
+        elif self.micro_batch > 1:
+            self.micro_batch = -(-self.micro_batch // 2)
+        else:
+            return False
+        return True
+
+
+def smallest_pass_too_large(recompute: BlockRecompute | None) -> memory.OutOfMemory:
+    """The one line for a card that has no room for one image a pass."""
+    if recompute is None:
+        return memory.OutOfMemory("with one image a pass", f"add --gradient_checkpointing, or {memory.ADVICE}")
+    return memory.OutOfMemory("with one image a pass and every block recomputed")
+
+
+# ---------------------------------------------------------------- chosen for a run
+
+
+def choose(flags, engine, data) -> PassPlan:
+    """On a GPU the plan that is fastest by measurement, unless --no_auto_fit; else --train_batch_size images a pass.
+
+    Args:
+        engine: ready to train; gradients are zero again afterwards.
+        data: assembly.Data.
+    """
+    host = engine.host
+    if host.device.type != "cuda" or not flags.auto_fit:
+        return PassPlan(flags.train_batch_size, engine.recompute)
+
+    # Anew, as encoding may have left less; in eighths, as what is free differs by some MiB from run to run
+    budget_gib = int(8 * device.limit_memory(host.device, flags.max_vram_gb)) / 8
+    effective_batch = data.length.effective_batch
+    share = len(range(host.rank, effective_batch, host.world))  # if uneven, the first processes have one more
+
+    def make_batches(micro_batch):
+        return data.examples.effective_batch(0, effective_batch, micro_batch, host.rank, host.world)
+
+    # Measured, or read from where a run like this one has left it
+    shape = make_batches(1)[0].tensors["mean"].shape
+    gpu = torch.cuda.get_device_name(), torch.backends.cuda.flash_sdp_enabled(), budget_gib, host.rank
+    remembered = Path(flags.cache_dir) / "plans" / f"{plan_key(flags, gpu, share, shape, len(engine.flat))}.json"
+    plan, line = recall_or_measure(engine, make_batches, share=share, budget_gib=budget_gib, remembered=remembered)
+    host.say(line)
+    return plan
+
+
+# Flags on which memory and time of a pass depend, beside the images' shape and the number of trainable parameters.
+_CHANGES_A_PASS = (
+    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank"
+    " lora_target_modules lora_backend lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam"
+    " use_ema enable_xformers_memory_efficient_attention"
+).split()
+
+
+def plan_key(flags, *measured_with) -> str:
+    """What a remembered plan belongs to: the flags and versions that change a pass, and what it was measured with."""
+    versions = VERSION, version("torch"), version("diffusers"), kernel_check.refused()
+    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
+
+
+def recall_or_measure(
+    engine, make_batches: Callable[[int], list], *, share: int, budget_gib: float, remembered: Path
+) -> tuple[PassPlan, str]:
+    """The fastest plan within `budget_gib` of GPU memory for `share` images a step on this process.
+
+    Args:
+        make_batches: micro_batch -> the batches of one step.
+        remembered: the file that keeps the result for runs like this one; what it holds is not measured again.
+    Returns:
+        (PassPlan, the line that says what was chosen).
+    """
+    with contextlib.suppress(*NOT_A_PLAN):
+        micro_batch, kept, line = _read_plan(remembered, engine.unet)
+        if engine.recompute:
+            engine.recompute.kept = kept
+        plan = PassPlan(micro_batch, engine.recompute, remembered)
+        return plan, f"{line} (as an earlier run measured, {remembered})"
+
+    plan, line, seconds = _measure(engine, make_batches, share, budget_gib)
+    if math.isfinite(seconds):
+        _write_plan(remembered, plan, line, engine.unet)
+    return replace(plan, remembered=remembered), line
+
+
+def _read_plan(remembered, unet):
+    """(images a pass, blocks that are not recomputed, the line that says it); raises one of NOT_A_PLAN."""
+    plan = json.loads(remembered.read_text())
+    micro_batch, line = plan["micro_batch"], plan["line"]
+    if not (isinstance(micro_batch, int) and 1 <= micro_batch <= LARGEST_PASS and isinstance(line, str)):
+        raise ValueError(f"{remembered}: {micro_batch} images a pass")
+    return micro_batch, {unet.get_submodule(name) for name in plan["kept"] if name}, line
+
+
+def _write_plan(remembered, plan, line, unet):
+    kept = plan.recompute.kept if plan.recompute else ()
+    names = [name for name, module in unet.named_modules() if module in kept]
+    remembered.parent.mkdir(parents=True, exist_ok=True)
+    write_json(remembered, {"micro_batch": plan.micro_batch, "kept": names, "line": line})
+
+
+# ---------------------------------------------------------------- measured
+
+
+class Trial(NamedTuple):
+    """A plan that was timed."""
+
+    seconds: float  # per image; infinite when it does not fit
+    micro_batch: int
+    kept: set  # blocks that are not recomputed
+
+
+def _measure(engine, make_batches, share, budget_gib):
+    """(PassPlan, the line that says it, seconds per image: infinite when nothing that was tried fits)."""
+    engine.host.say(
+        "measuring how many images fit a pass: about 10 s on a fast card, up to a minute on a T4; remembered afterwards"
+    )
+    base, lowest, sizes = _probe(engine, make_batches(1)[0])
+    room = (budget_gib - SPARE_GIB) * GIB - base
+
+    # Time the largest passes that may fit, and take the fastest
+    divisors = [n for n in range(1, min(share, LARGEST_PASS) + 1) if share % n == 0]
+    candidates = [n for n in divisors if n * lowest <= room or n == 1]
+    trials = []
+    for micro_batch in candidates[-TIMED_CANDIDATES:]:
+        spare = (room - micro_batch * lowest) / micro_batch
+        trials.append(_try(engine, make_batches, micro_batch=micro_batch, sizes=sizes, room=spare))
+    best = min(trials, key=lambda trial: trial.seconds)
+    if engine.recompute:
+        engine.recompute.kept = best.kept
+
+    # What to say of it
+    used_gib = (base + best.micro_batch * (lowest + sum(sizes[block] for block in best.kept))) / GIB
+    passes = share // best.micro_batch
+    cut = f"{best.micro_batch} image{'s'[: best.micro_batch > 1]} in {passes} pass{'es' if passes > 1 else ''}"
+    blocks = f"{len(sizes) - len(best.kept)} of {len(sizes)} blocks recomputed"
+    speed = f"{best.seconds:.3f} s/img" if math.isfinite(best.seconds) else "the least there is"
+    line = f"plan: {cut}, {blocks}, {speed}, about {used_gib:.1f} of {budget_gib:.1f} GiB"
+    return PassPlan(best.micro_batch, engine.recompute), line, best.seconds
+
+
+def _try(engine, make_batches, *, micro_batch, sizes, room) -> Trial:
+    """Time passes of one size. The room in bytes an image is an estimate: if too much, half of it, then none."""
+    for part in (1.0, 0.5, 0.0):
+        kept = _blocks_to_keep(sizes, part * room)
+        seconds = _seconds_per_image(engine, make_batches, micro_batch, kept)
+        if math.isfinite(seconds) or not kept:
+            break
+    return Trial(seconds, micro_batch, kept)
+
+
+def _probe(engine, batch):
+    """One pass of one image, every block recomputed.
+
+    Returns:
+        (bytes before it, optimizer state included; peak bytes above those; {block: bytes it would keep}).
+    """
+    before = torch.cuda.memory_allocated()
+    base = before + engine.optimizer_state_bytes()
+    if engine.recompute:
+        engine.recompute.sizes = {}
+
+    # The pass, with its peak
+    engine.host.start_new_peak()
+    try:
+        engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
+    except RuntimeError as error:
+        if memory.ran_out(error):
+            raise smallest_pass_too_large(engine.recompute) from None
+        raise
+    lowest = torch.cuda.max_memory_allocated() - before
+    engine.flat.grad.zero_()
+
+    # The sizes of the blocks, where some can be recomputed
+    sizes = {}
+    if engine.recompute:
+        sizes = engine.recompute.sizes
+        engine.recompute.sizes = None
+    return base, lowest, sizes
+
+
+def _blocks_to_keep(sizes, room):
+    """As many blocks as keep their activations in `room` bytes; the last first: their activations live shortest."""
+    kept = set()
+    for block, size in reversed(sizes.items()):
+        if size <= room:
+            kept.add(block)
+            room -= size
+    return kept
+
+
+def _seconds_per_image(engine, make_batches, micro_batch, kept):
+    """Time one pass as it will be run; infinite when it does not fit after all."""
+    if engine.recompute:
+        engine.recompute.kept = kept
+    tensors = make_batches(micro_batch)[0].tensors
+    seconds = math.inf
+
+    # Launched as it is, captured, replayed twice: the last one counts
+    try:
+        for _ in range(4):
+            started_s = time.perf_counter()
+            engine.run_pass(tensors)
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - started_s) / micro_batch
+    except RuntimeError as error:
+        if not memory.ran_out(error):
+            raise
+        seconds = math.inf
+
+    # As if nothing had been run
+    engine.run_pass.clear()
+    engine.flat.grad.zero_()
+    return seconds
+'''
+
 # ======================================================================================== common/peft_reading.py
 
-MODULES['common.peft_reading'] = r'''
+MODULES['common/peft_reading.py'] = r'''
 """A PEFT folder -> weights under PEFT's names, for the part of the model that they belong to."""
 
 import json
@@ -7263,7 +7359,7 @@ def _named_as_in(encoder, weights):
 
 # ============================================================================================== common/places.py
 
-MODULES['common.places'] = r'''
+MODULES['common/places.py'] = r'''
 """Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
 
 import os
@@ -7273,11 +7369,12 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/
 
 # ========================================================================================== common/prediction.py
 
-MODULES['common.prediction'] = r'''
+MODULES['common/prediction.py'] = r'''
 """What the frozen UNet predicts, measured before it is trained: epsilon or v, by its error on a few cached samples.
 
-The two targets, eps and v = sqrt(a) eps - sqrt(1 - a) z, differ most where noise is strong (a small): there v is nearly -z, of which a
-UNet for epsilon knows nothing. There a UNet for v, in turn, has little of eps in its output. Four forward passes of one image decide.
+The two targets, eps and v = sqrt(a) eps - sqrt(1 - a) z, differ most where noise is strong (a small). There v is nearly
+-z, of which a UNet for epsilon knows nothing; a UNet for v, in turn, has little of eps in its output. Four forward
+passes of one image decide.
 """
 
 from dataclasses import replace
@@ -7286,21 +7383,25 @@ import torch
 
 from common import noise
 from common.adapters import without_dropout
+from common.batching import Examples
 from common.command_line import UserError
+from common.engine import Engine
 from common.model_kind import EPSILON, V_PREDICTION
 
 LEVELS = (0.1, 0.06, 0.03, 0.015)  # alphas_cumprod of the passes: timesteps 680 to 890 of SDXL's 1000
-# A target is predicted when its error is below that share of its own mean square (an untrained UNet: 1 and more for both targets) ...
+# A target is predicted when its error, as a share of its own mean square, is below PREDICTED, and below CLEARLY times
+# that of the other target. An untrained UNet has 1 and more for both.
 PREDICTED = 0.85
-CLEARLY = 0.7  # ... and below that share of the other target's
+CLEARLY = 0.7
 
 
 @torch.no_grad()
-def relative_errors(engine, examples):
+def relative_errors(engine: Engine, examples: Examples) -> dict[str, float]:
     """{prediction type: squared error of the UNet against that target, as a share of the target's own mean square}."""
     schedules = {kind: replace(engine.schedule, prediction_type=kind) for kind in (EPSILON, V_PREDICTION)}
     timesteps = [int((engine.schedule.alphas_cumprod - level).abs().argmin()) for level in LEVELS]
-    errors, squares = dict.fromkeys(schedules, 0.0), dict.fromkeys(schedules, 0.0)
+    errors = dict.fromkeys(schedules, 0.0)
+    squares = dict.fromkeys(schedules, 0.0)
     with without_dropout([engine.unet, *engine.text.encoders]):
         for batch in examples.probes(timesteps):
             fields = {name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()}
@@ -7313,11 +7414,14 @@ def relative_errors(engine, examples):
     return {kind: errors[kind] / squares[kind] for kind in schedules}
 
 
-def check(engine, data):
+def check(engine: Engine, data) -> None:
     """Compare what the model's files or the flags say with what its UNet does, before the first step.
 
-    A UNet that was not trained yet, or one in between, passes. A mark of v-prediction in the model's own files is nobody's default, so
-    there a disagreement is said and training goes on.
+    A UNet that was not trained yet, or one in between, passes. A mark of v-prediction in the model's own files is
+    nobody's default: there a disagreement is said, and training goes on.
+
+    Args:
+        data: assembly.Data.
     Raises:
         UserError: the UNet clearly predicts the other target.
     """
@@ -7326,9 +7430,12 @@ def check(engine, data):
     errors = relative_errors(engine, data.examples)
     if not (errors[other] < PREDICTED and errors[other] < CLEARLY * errors[kind.prediction_type]):
         return
+
+    # What was said against what was measured
+    said = kind.prediction_type
     measured = (
-        f"--pretrained_model_name_or_path {data.model.name}: is said to predict {kind.prediction_type} (by {kind.said_by}), but its error is"
-        f" {errors[other]:.2f} for {other} and {errors[kind.prediction_type]:.2f} for {kind.prediction_type} (untrained: 1)"
+        f"--pretrained_model_name_or_path {data.model.name}: is said to predict {said} (by {kind.said_by}), but its"
+        f" error is {errors[other]:.2f} for {other} and {errors[said]:.2f} for {said} (untrained: 1)"
     )
     if kind.prediction_type == V_PREDICTION and not kind.said_by.startswith("--prediction_type"):
         engine.host.say(f"warning: {measured}; if that mark is wrong, correct it: what is trained would be of no use")
@@ -7338,7 +7445,7 @@ def check(engine, data):
 
 # ============================================================================================== common/report.py
 
-MODULES['common.report'] = r'''
+MODULES['common/report.py'] = r'''
 """What a run shows: one progress bar, metrics.jsonl, a tracker, training.png, and grids of labelled images."""
 
 import importlib
@@ -7496,9 +7603,217 @@ def save_png(path, image, text):
         image.save(partial, format="PNG", pnginfo=info)
 '''
 
+# ============================================================================================= common/results.py
+
+MODULES['common/results.py'] = r'''
+"""What a run writes beside its log: adapter files, checkpoints, validation pictures; elsewhere if the folder fails."""
+
+import contextlib
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from common import caching, checkpoint, device, dora, formats, memory, report, run_folder, sampling, weights
+from common.command_line import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+LICENSE_NOTE = (
+    "a derivative of base_model, under its licence (SDXL base 1.0: CreativeML Open RAIL++-M); the images have theirs"
+)
+
+
+def recipe_of(flags, data) -> dict:
+    """What config.json and every adapter file say about how they were made."""
+    latents = data.examples.latents
+    examples = [(sample.key, sample.caption) for sample in latents.samples for _ in range(sample.repeats)]
+    return {
+        "flags": asdict(flags),
+        "base_model": data.model.name,
+        "revision": flags.revision,
+        "license_note": LICENSE_NOTE,
+        "vae": str(data.model.vae),
+        "prediction_type": data.model.kind.prediction_type,
+        "zero_terminal_snr": data.model.kind.zero_terminal_snr,
+        "data": {"images": len(latents), "fingerprint": caching.content_key(examples)},
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+class Results:
+    """The files of one run in its output folder, written by the main process.
+
+    Args:
+        recipe: see `recipe_of`.
+        saved_step: the step whose files are there already: that of the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, flags, engine, data, recipe: dict, saved_step: int = 0) -> None:
+        self.flags = flags
+        self.engine = engine
+        self.host = engine.host
+        self.data = data
+        self.recipe = recipe
+        self.output_dir = Path(flags.output_dir)
+        self._saved_step = saved_step
+
+    @property
+    def name(self) -> str:
+        return self.output_dir.resolve().name
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether `render` has a prompt to render."""
+        return bool(self.flags.validation_prompt)
+
+    # ---------------------------------------------------------------- on the way
+
+    def save_step(self, progress) -> None:
+        """Write the adapter file and a checkpoint of a step, unless they are there already.
+
+        Raises:
+            UserError: the run has diverged; what is not finite is not saved, so the newest checkpoint is one to go on
+                from.
+        """
+        if what := self.engine.not_finite():
+            raise UserError(self._diverged(what, progress.step))
+        step = progress.step
+        if self.host.is_main and step != self._saved_step:
+            # The adapter file first: from the checkpoint on, a killed run would not come back to write it
+            self._save_adapter(self.output_dir / f"pytorch_lora_weights_{step:06d}.safetensors")
+            limit = self.flags.checkpoints_total_limit
+            checkpoint.save_checkpoint(self.output_dir, step, self.engine, asdict(progress), limit)
+        self._saved_step = step
+        self.host.barrier()
+
+    def _diverged(self, what, step):
+        """The weights themselves are at fault, whatever images the last batches held."""
+        saved = run_folder.find_checkpoints(self.output_dir)
+        cure = "start again"
+        if saved:
+            cure = f"--resume_from_checkpoint latest goes on from step {run_folder.step_of(saved[-1])}"
+        return (
+            f"the training has diverged: after step {step} its own numbers ({what}) hold NaN or infinity;"
+            f" nothing was saved of them. Lower --learning_rate, or use --mixed_precision no; {cure}"
+        )
+
+    def render(self, step: int) -> None:
+        """samples/STEP_I.png for every --validation_prompt, with the average if there is one.
+
+        Where memory runs out there are none, which is said.
+        """
+        if not self.host.is_main:
+            return
+        self.engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
+        try:
+            images = self._pictures()
+        except (RuntimeError, memory.OutOfMemory) as error:
+            if not memory.ran_out(error):
+                raise
+            self.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
+            images = []
+
+        # Outside of the block above what did not fit is free
+        device.free_memory(self.host.device)
+        folder = self.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            image.save(folder / f"{step:06d}_{i}.png")
+
+    def _pictures(self):
+        average = self.engine.ema
+        with average.applied() if average else contextlib.nullcontext():
+            return sampling.draw_while_training(
+                unet=self.engine.unet,
+                text=self.data.text,
+                model=self.data.model,
+                host=self.host,
+                prompts=self.flags.validation_prompt,
+                resolution=self.flags.resolution,
+                seed=self.flags.seed,
+            )
+
+    # ---------------------------------------------------------------- at the end
+
+    def write(self) -> None:
+        """The adapter in every format asked for, and its average."""
+        if self.host.is_main:
+            self._write_adapter(self.output_dir)
+            if self.engine.ema is not None:
+                with self.engine.ema.applied():
+                    self._write_adapter(self.output_dir / "ema_unet", ending="_ema")
+            if self.flags.save_peft:
+                formats.save_peft(self.output_dir / "peft", **self._adapters())
+        self.host.barrier()
+
+    def _write_adapter(self, folder, ending=""):
+        self._save_adapter(folder / formats.WEIGHTS)
+        self.save_kohya(ending)
+
+    def _save_adapter(self, path):
+        formats.save_adapter(path, **self._adapters())
+
+    def save_kohya(self, ending: str = "", **options) -> float:
+        """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+        unet_files = weights.weight_files(self.data.model.folder / "unet", self.data.model.variant)
+        weight_of = dora.frozen_weights(self.engine.unet, unet_files)
+        path = self.output_dir / "kohya" / f"{self.name}{ending}.safetensors"
+        return formats.save_kohya(path, **self._adapters(), weight_of=weight_of, **options)
+
+    def _adapters(self):
+        return dict(unet=self.engine.unet, recipe=self.recipe, text_encoders=self.data.trained_encoders)
+
+    def summary(self, progress, ended: str, total_steps: int) -> dict:
+        """Say how the run went and what reads its files -> what a trainer's main returns."""
+        on_device = f"{self.host.peak_gib():.2f} GiB on the {self.host.device.type}"
+        peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
+        where = f"everything is in {self.output_dir}"
+        self.host.say(f"{ended} after step {progress.step} of {total_steps}; {peaks}; {where}")
+        kohya = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
+        self.host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; {kohya}")
+
+        # The last line of metrics.jsonl speaks for the run
+        rows = report.read_metrics(self.output_dir / "metrics.jsonl")
+        return {
+            "output_dir": str(self.output_dir),
+            "step": progress.step,
+            "ended": ended,
+            "weights": str(self.output_dir / formats.WEIGHTS),
+            "metrics": rows[-1] if rows else None,
+        }
+
+    # ---------------------------------------------------------------- when the folder fails
+
+    def rescue(self, progress, error: OSError) -> UserError:
+        """Save to the local disk, as a file cannot be read or written (a Drive that was unmounted, say).
+
+        Returns:
+            the error that says where.
+        """
+        place = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
+        self._save_adapter(place / formats.WEIGHTS)
+        checkpoint.save_checkpoint(place, progress.step, self.engine, asdict(progress), None)
+        what = " ".join(str(error).split())  # diffusers' errors have several lines
+        return UserError(
+            f"the run ended on a file error ({what}): perhaps --output_dir {self.output_dir} is full or gone, or a file"
+            f" of the model is; adapter and checkpoint of step {progress.step} are in {place}: go on with --output_dir"
+            f" elsewhere --resume_from_checkpoint {run_folder.find_checkpoints(place)[-1]}"
+        )
+
+
+def _readers(unet):
+    """The tools that read a kohya file of this adapter."""
+    if not unet.peft_config["default"].use_dora:
+        return "ComfyUI, Forge, A1111 and kohya's scripts"
+    return (
+        "ComfyUI and Forge only (A1111 and kohya's scripts draw a DoRA wrong and do not say so:"
+        " --export_dora_as_lora RANK)"
+    )
+'''
+
 # ============================================================================================ common/resuming.py
 
-MODULES['common.resuming'] = r'''
+MODULES['common/resuming.py'] = r'''
 """Where a run starts: at the beginning, or exactly where a checkpoint was made."""
 
 from pathlib import Path
@@ -7520,7 +7835,7 @@ _FREE_TO_CHANGE = {
 }
 
 
-def resume(flags, engine, recipe, plan):
+def resume(flags, engine, recipe, length):
     """The Progress to start from; what differs from the run's beginning is said, what cannot go on is refused.
 
     Raises:
@@ -7530,7 +7845,7 @@ def resume(flags, engine, recipe, plan):
     if not found:
         if flags.resume_from_checkpoint:
             host.say(f"no checkpoint in {flags.output_dir} yet: starting at the beginning")
-        return loops.Progress(effective_batch=plan.effective_batch)
+        return loops.Progress(effective_batch=length.effective_batch)
     newest = max([*run_folder.find_checkpoints(flags.output_dir), found[0]], key=run_folder.step_of)
     if run_folder.step_of(newest) > run_folder.step_of(found[0]):
         raise UserError(
@@ -7538,9 +7853,9 @@ def resume(flags, engine, recipe, plan):
             " resume with 'latest', move the newer ones away, or name another --output_dir"
         )
     folder, progress = _load_newest(found, engine)
-    if progress.effective_batch != plan.effective_batch:
+    if progress.effective_batch != length.effective_batch:
         raise UserError(
-            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {plan.effective_batch}"
+            f"--resume_from_checkpoint: the run has {progress.effective_batch} images a step, now there are {length.effective_batch}"
             " (--train_batch_size x --gradient_accumulation_steps); resume with the same product"
         )
     _set_aside(found[: found.index(folder)], Path(flags.output_dir), host)
@@ -7578,7 +7893,7 @@ def _set_aside(damaged, output_dir, host):
 
 # ========================================================================================== common/run_folder.py
 
-MODULES['common.run_folder'] = r'''
+MODULES['common/run_folder.py'] = r'''
 """An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
 
 Nothing here imports torch: a folder that cannot be used is refused at once.
@@ -7713,9 +8028,67 @@ def _of_earlier_versions(name: str) -> list[Path]:
     )
 '''
 
+# ========================================================================================== common/run_length.py
+
+MODULES['common/run_length.py'] = r'''
+"""How long a run takes, in optimizer steps, and how many images a step has on however many processes."""
+
+import math
+from dataclasses import dataclass
+
+from common.device import Host
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run takes, and after how many steps what happens. Steps are optimizer steps."""
+
+    total_steps: int
+    effective_batch: int
+    checkpointing_steps: int
+    validation_steps: int
+    early_stopping_patience: int | None = None
+    ends_s: float = math.inf  # on the monotonic clock: by then everything must be saved
+
+
+def run_length(flags, host: Host, num_examples: int) -> RunLength:
+    """The same on however many processes: they share out the images of a step, of which each has at least one."""
+    effective_batch = max(flags.train_batch_size * flags.gradient_accumulation_steps, host.world)
+    return RunLength(
+        total_steps=total_steps(flags.max_train_steps, flags.num_train_epochs, num_examples, effective_batch),
+        effective_batch=effective_batch,
+        checkpointing_steps=flags.checkpointing_steps,
+        validation_steps=flags.validation_steps,
+        early_stopping_patience=flags.early_stopping_patience,
+        ends_s=host.started_s + 60 * (flags.max_train_minutes or math.inf),
+    )
+
+
+def total_steps(max_train_steps: int | None, num_train_epochs: int, num_samples: int, effective_batch: int) -> int:
+    """Optimizer steps of a run: `max_train_steps`, or as many as cover the epochs. Windows run across epoch ends."""
+    return max_train_steps or math.ceil(num_train_epochs * num_samples / effective_batch)
+
+
+def uneven_shares(flags, world: int, effective_batch: int) -> str | None:
+    """What is done where the images of a step cannot be shared out evenly; None where they can."""
+    asked = flags.train_batch_size * flags.gradient_accumulation_steps
+    if asked < world:
+        return (
+            f"note: {asked} images a step cannot be shared by {world} processes: each takes one, so the effective"
+            f" batch is {world}"
+        )
+    least, larger = divmod(effective_batch, world)
+    if not larger:
+        return None
+    return (
+        f"note: {effective_batch} images a step cannot be shared evenly by {world} processes: {larger} of them take"
+        f" {least + 1}, the others {least}; the effective batch stays {effective_batch}"
+    )
+'''
+
 # ============================================================================================ common/sampling.py
 
-MODULES['common.sampling'] = r'''
+MODULES['common/sampling.py'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
@@ -7873,10 +8246,10 @@ class Sampler:
     """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
 
     Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
-    Use: `Sampler(...)`, `load` for each adapter, `place`, then `draw`.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
     """
 
-    def __init__(self, model, host, scheduler, memory, img2img=False, cuda_graph=True):
+    def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
         import diffusers
 
         self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
@@ -7943,8 +8316,8 @@ class Sampler:
             del self.pipeline.unet.forward
             self._graph = None
 
-    def draw(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are drawn again.
+    def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
 
         Args:
             adapters: [(name, scale)] to be active together; none is the base model.
@@ -7954,9 +8327,9 @@ class Sampler:
         """
         if len(seeds) > self._most_images:
             parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
-            return [image for part in parts for image in self.draw(adapters, prompt, part, settings, on_step)]
+            return [image for part in parts for image in self.render(adapters, prompt, part, settings, on_step)]
         try:
-            return self._draw(adapters, prompt, seeds, settings, on_step)
+            return self._render(adapters, prompt, seeds, settings, on_step)
         except RuntimeError as error:
             if not memory.ran_out(error):
                 raise
@@ -7971,11 +8344,11 @@ class Sampler:
         if len(seeds) > 1:
             self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
             self._most_images = len(seeds) // 2  # of later prompts too
-            return self.draw(adapters, prompt, seeds, settings, on_step)
+            return self.render(adapters, prompt, seeds, settings, on_step)
         self._step_down(settings)
-        return self.draw(adapters, prompt, seeds, settings, on_step)
+        return self.render(adapters, prompt, seeds, settings, on_step)
 
-    def _draw(self, adapters, prompt, seeds, settings, on_step):
+    def _render(self, adapters, prompt, seeds, settings, on_step):
         def after_step(pipeline, step, t, tensors):
             on_step(len(seeds))
             return tensors
@@ -8027,7 +8400,7 @@ class Sampler:
 
 # ========================================================================================== common/schedulers.py
 
-MODULES['common.schedulers'] = r'''
+MODULES['common/schedulers.py'] = r'''
 """The name in --scheduler -> a sampler of diffusers. Nothing here imports torch, so that flags can list the names."""
 
 from __future__ import annotations
@@ -8067,9 +8440,61 @@ def default_guidance_rescale(kind: Kind) -> float:
     return 0.7 if kind.zero_terminal_snr else 0.0
 '''
 
+# =========================================================================================== common/schedules.py
+
+MODULES['common/schedules.py'] = r'''
+"""What changes with the step: the learning rate, which is a function of it, and the loss scale, which remembers."""
+
+from collections.abc import Callable
+
+import torch
+
+GROWTH_INTERVAL = 2000  # steps without an overflow before the loss scale doubles
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16: halved at an overflow, doubled after GROWTH_INTERVAL good steps; else always 1."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.enabled = dtype == torch.float16
+        start = 2.0**12 if self.enabled else 1.0
+        self.value = torch.full((), start, device=device)  # on the device: a CUDA graph reads it
+        self.good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value.mul_(0.5)
+        elif self.good_steps % GROWTH_INTERVAL == 0:
+            self.value.mul_(2.0)
+
+    def state(self) -> dict[str, float]:
+        return {"value": self.value.item(), "good_steps": self.good_steps}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        self.value.fill_(state["value"])
+        self.good_steps = state["good_steps"]
+
+
+def lr_schedule(
+    name: str, *, warmup_steps: int, total_steps: int, peak_lr: float, num_cycles: int = 1, power: float = 1.0
+) -> Callable[[int], float]:
+    """One of diffusers' schedules as a function without state: steps done -> factor of the peak learning rate.
+
+    `num_cycles` counts the cosines of "cosine_with_restarts"; `power` is the exponent of "polynomial".
+    """
+    from diffusers.optimization import get_scheduler
+
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak_lr)  # "polynomial" ends at an absolute rate
+    lengths = dict(num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    return get_scheduler(name, unused, num_cycles=num_cycles, power=power, **lengths).lr_lambdas[0]
+'''
+
 # ========================================================================================= common/single_file.py
 
-MODULES['common.single_file'] = r'''
+MODULES['common/single_file.py'] = r'''
 """A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
 
 RAM holds one part at a time. diffusers converts the names; the result is checked against the architecture.
@@ -8250,7 +8675,7 @@ def _shards(tensors):
 
 # ============================================================================================= common/sources.py
 
-MODULES['common.sources'] = r'''
+MODULES['common/sources.py'] = r'''
 """--train_data_dir or --dataset_name -> Pairs: folders with metadata or .txt captions here, tables in tables.py.
 
 Whatever is left out, or taken in without being meant to be, is counted and named in one line.
@@ -8422,9 +8847,73 @@ def _repeats(folder, pictures, say):
     return [times.get(name, 1) for name in tops]
 '''
 
+# ======================================================================================== common/step_numbers.py
+
+MODULES['common/step_numbers.py'] = r'''
+"""What a step measures, and how it travels: one vector on the device, then one line of metrics."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from common import noise
+
+
+class StepNumbers(NamedTuple):
+    """What one attempt at a step measures.
+
+    On the device it is one fp32 vector, so that passes and processes add up in one operation. `pack` and `unpack`
+    alone know the order; a field that is not packed is 0.
+    """
+
+    loss: float  # as optimised
+    mse: float
+    mse_by_quarter: list  # sums over the examples of each quarter of the timesteps
+    count_by_quarter: list
+    stops: float  # processes that were asked to stop
+    out_of_memory: float  # processes whose passes did not fit
+    grad_norm: float
+    loss_scale: float
+
+    @classmethod
+    def pack(cls, device: torch.device, **fields: torch.Tensor | float) -> torch.Tensor:
+        parts = []
+        for name in cls._fields:
+            value = fields.get(name, 0.0)
+            size = noise.QUARTERS if name.endswith("_by_quarter") else 1
+            parts.append(value.view(size) if torch.is_tensor(value) else torch.full((size,), value, device=device))
+        return torch.cat(parts)
+
+    @classmethod
+    def unpack(cls, vector: torch.Tensor) -> "StepNumbers":
+        """Wait for the device and read a vector of `pack`."""
+        numbers = iter(vector.tolist())
+        quarter = lambda: [next(numbers) for _ in range(noise.QUARTERS)]  # noqa: E731
+        return cls(*(quarter() if name.endswith("_by_quarter") else next(numbers) for name in cls._fields))
+
+    def mse_quarters(self) -> list[float | None]:
+        """Mean mse by quarter of the timesteps, None where the step had none."""
+        return [total / n if n else None for total, n in zip(self.mse_by_quarter, self.count_by_quarter)]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one attempt at an optimizer step gave. It is not `applied` when gradients or loss were not finite."""
+
+    loss: float
+    mse: float
+    mse_quarters: list[float | None]
+    grad_norm: float
+    loss_scale: float
+    lr: float
+    stop: bool  # some process was asked to stop
+    applied: bool
+'''
+
 # ============================================================================================ common/stopping.py
 
-MODULES['common.stopping'] = r'''
+MODULES['common/stopping.py'] = r'''
 """How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
 
 import contextlib
@@ -8486,7 +8975,9 @@ def _imports(frame):
 
 def _say(line):
     """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
-    if launch.rank() == 0:
+    if launch.rank() != 0:
+        return
+    with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
         os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
 
 
@@ -8500,7 +8991,7 @@ class StopRequest:
     """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
 
     The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop keeps `longest_step_s`, `longest_save_s` and `doing` up to date.
+    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
 
     Args:
         ends_s: on the monotonic clock; by then everything must be saved.
@@ -8508,12 +8999,18 @@ class StopRequest:
 
     def __init__(self, ends_s=math.inf):
         self._signal, self._ends_s = None, ends_s
-        self.longest_step_s, self.longest_save_s = 0.0, 0.0
+        self._longest_step_s, self._longest_save_s = 0.0, 0.0
         self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    def step_took(self, seconds: float) -> None:
+        self._longest_step_s = max(self._longest_step_s, seconds)
+
+    def save_took(self, seconds: float) -> None:
+        self._longest_save_s = max(self._longest_save_s, seconds)
 
     @property
     def reason(self):
-        ending_s = 2 * self.longest_step_s + 3 * self.longest_save_s
+        ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
         return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
 
     @contextlib.contextmanager
@@ -8560,7 +9057,7 @@ class StopRequest:
 
 # =============================================================================================== common/store.py
 
-MODULES['common.store'] = r'''
+MODULES['common/store.py'] = r'''
 """What was computed once, under the key of what it was computed from: pairs of tensors in files that any number of processes share."""
 
 import uuid
@@ -8644,7 +9141,7 @@ def _keys_in(shard):
 
 # ============================================================================================== common/tables.py
 
-MODULES['common.tables'] = r'''
+MODULES['common/tables.py'] = r'''
 """A table that `datasets` reads -> Pairs: a hub data set, a save_to_disk folder, parquet or arrow files.
 
 Pictures stay encoded bytes, memory-mapped by `datasets`, which is imported where a table is read.
@@ -8779,7 +9276,7 @@ def _read(data, column, folder, index):
 
 # ============================================================================================= common/weights.py
 
-MODULES['common.weights'] = r'''
+MODULES['common/weights.py'] = r'''
 """A part's configuration and safetensors files -> the module, filled: UNet, VAE and text encoders go the same way.
 
 The part is built without memory, checked against its files and filled from them. `fill` is strict: a weight that is
@@ -8963,13 +9460,13 @@ def _chunks(file, names):
 
 # ============================================================================================== demo/__init__.py
 
-MODULES['demo'] = r'''
+MODULES['demo/__init__.py'] = r'''
 """What `--demo` runs on: a tiny SDXL and a small drawn image set, made on the spot."""
 '''
 
 # ================================================================================================= demo/build.py
 
-MODULES['demo.build'] = r'''
+MODULES['demo/build.py'] = r'''
 """The tiny demo: an SDXL with random weights and a drawn, captioned image set, made in about a second and without a network."""
 
 import json
@@ -9265,7 +9762,7 @@ def demo_assets(root: Path) -> tuple[Path, Path]:
 
 # ============================================================================================== demo/settings.py
 
-MODULES['demo.settings'] = r'''
+MODULES['demo/settings.py'] = r'''
 """What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts), or not
 wanted (tests), the tiny random SDXL and the images of demo/build.py.
 """
@@ -9327,7 +9824,7 @@ def demo_settings(root: Path) -> dict:
     )
 '''
 
-# ======================================================================================== how the texts above become modules
+# ============================================================================= how the texts above become modules
 
 
 class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
@@ -9338,16 +9835,16 @@ class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return f"{path}/__init__.py" if self.is_package(name) else f"{path}.py"
 
     def is_package(self, name):
-        return any(other.startswith(f"{name}.") for other in MODULES)
+        return name.replace(".", "/") + "/__init__.py" in MODULES
 
     def get_source(self, name):
-        return MODULES[name].removeprefix("\n")
+        return MODULES[self._path(name)].removeprefix("\n")
 
     def get_code(self, name):
         return self.source_to_code(self.get_source(name), os.path.join(_HERE, self._path(name)))
 
     def find_spec(self, name, path=None, target=None):
-        if name not in MODULES:
+        if self._path(name) not in MODULES:
             return None
         spec = importlib.util.spec_from_loader(name, self, origin=os.path.join(_HERE, self._path(name)))
         spec.has_location = True

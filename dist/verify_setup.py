@@ -17,7 +17,7 @@ MODULES = {}
 
 # ============================================================================================ common/__init__.py
 
-MODULES['common'] = r'''
+MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, one module per arrow.
 
 image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
@@ -53,7 +53,7 @@ sys.modules["torchao"] = None
 
 # ============================================================================================ common/attached.py
 
-MODULES['common.attached'] = r'''
+MODULES['common/attached.py'] = r'''
 """What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
 
 import os
@@ -105,7 +105,7 @@ def _holds_captions(files: list[str]) -> bool:
 
 # =============================================================================================== common/cards.py
 
-MODULES['common.cards'] = r'''
+MODULES['common/cards.py'] = r'''
 """A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
@@ -137,7 +137,7 @@ def _runs(kind, built, capability):
 
 # ============================================================================================= common/machine.py
 
-MODULES['common.machine'] = r'''
+MODULES['common/machine.py'] = r'''
 """This machine -> Facts: host, packages, memory, disks, GPUs, and what of the hub is within reach.
 
 Needs nothing but Python, so that it can be asked before anything is installed. Torch and bitsandbytes are imported to
@@ -415,7 +415,7 @@ def matmul_rate(torch: ModuleType) -> float:
 
 # ============================================================================================ common/packages.py
 
-MODULES['common.packages'] = r'''
+MODULES['common/packages.py'] = r'''
 """The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
 
 import importlib.util
@@ -495,7 +495,7 @@ def require_parser() -> None:
 
 # ============================================================================================== common/places.py
 
-MODULES['common.places'] = r'''
+MODULES['common/places.py'] = r'''
 """Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
 
 import os
@@ -505,7 +505,7 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/
 
 # ============================================================================================= common/verdict.py
 
-MODULES['common.verdict'] = r'''
+MODULES['common/verdict.py'] = r'''
 """machine.Facts -> Verdict: which script suits the machine, how long it takes there, what stands in the way.
 
 What the trainers' defaults need was measured on an H100 (docs/benchmarks.json). A test compares the figures here with
@@ -733,7 +733,7 @@ def dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 '''
 
-# ======================================================================================== how the texts above become modules
+# ============================================================================= how the texts above become modules
 
 
 class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
@@ -744,16 +744,16 @@ class _Texts(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return f"{path}/__init__.py" if self.is_package(name) else f"{path}.py"
 
     def is_package(self, name):
-        return any(other.startswith(f"{name}.") for other in MODULES)
+        return name.replace(".", "/") + "/__init__.py" in MODULES
 
     def get_source(self, name):
-        return MODULES[name].removeprefix("\n")
+        return MODULES[self._path(name)].removeprefix("\n")
 
     def get_code(self, name):
         return self.source_to_code(self.get_source(name), os.path.join(_HERE, self._path(name)))
 
     def find_spec(self, name, path=None, target=None):
-        if name not in MODULES:
+        if self._path(name) not in MODULES:
             return None
         spec = importlib.util.spec_from_loader(name, self, origin=os.path.join(_HERE, self._path(name)))
         spec.has_location = True
