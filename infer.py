@@ -109,7 +109,7 @@ def main(argv=None):
     hub.check(flags)
 
     from common import adapter_reading, device, loading, sampling
-    from demo.build import demo_assets
+    from common.tiny import demo_assets
 
     if flags.demo:
         demo_assets(DEMO_ROOT)
@@ -316,7 +316,7 @@ def draw(flags, sampler, columns, settings):
     """Every prompt and seed in every column -> records for the manifest; each image is on disk as soon as it is drawn."""
     from tqdm import tqdm
 
-    from demo.settings import demo_settings
+    from common.demo_settings import demo_settings
 
     prompts = list(dict.fromkeys(flags.prompt)) or (
         demo_settings(DEMO_ROOT)["prompts"] if flags.demo else REFERENCE_PROMPTS

@@ -41,7 +41,7 @@ from common import (
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
-from demo.build import demo_assets
+from common.tiny import demo_assets
 
 
 @dataclass(frozen=True)

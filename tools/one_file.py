@@ -108,7 +108,7 @@ def imports_of(source: str) -> Iterator[str]:
 
 def path_of(name: str) -> Path | None:
     """Where the repository keeps a module, relative to its root; None for everybody else's, and for names inside of a module."""
-    if name.partition(".")[0] not in ("common", "demo"):
+    if name.partition(".")[0] != "common":
         return None
     path = Path(*name.split("."))
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if (ROOT / file).exists()), None)
