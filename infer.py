@@ -91,7 +91,7 @@ def main(argv=None):
 
     from common import adapter_reading, device, loading, sampling
     from common.columns import make_columns
-    from demo.build import demo_assets
+    from common.tiny import demo_assets
 
     # What is given: files and an image to start from
     if flags.demo:
@@ -188,7 +188,7 @@ def render(flags, sampler, columns, settings):
 
 def prompts_of(flags):
     """Each of --prompt once, or the demo's own, or the reference prompts."""
-    from demo.settings import demo_settings
+    from common.demo_settings import demo_settings
 
     if flags.prompt:
         return list(dict.fromkeys(flags.prompt))

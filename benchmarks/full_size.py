@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common import tiny, tiny_pictures
 from common.command_line import UserError, run
 from common.flags import check_writable
-from demo import build
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(
@@ -78,7 +78,7 @@ def write_model(folder: Path) -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = build.sdxl(FULL, PHOTOS.values(), "meta")
+    pipeline = tiny.sdxl(FULL, PHOTOS.values(), "meta")
     torch.manual_seed(0)
     for name, expected in PARAMETERS.items():
         model = getattr(pipeline, name).half()
@@ -126,7 +126,7 @@ def pictures():
         yield Image.open(file), text
     rng = random.Random(0)
     while True:
-        yield build.draw_character(rng, 1080, 1080)
+        yield tiny_pictures.render_character(rng, 1080, 1080)
 
 
 def write_images(folder: Path, count: int) -> None:

@@ -36,7 +36,7 @@ from common.device import Host
 from common.engine import Engine, EngineSettings
 from common.run_length import RunLength, run_length, uneven_shares
 from common.schedules import lr_schedule
-from demo.build import demo_assets
+from common.tiny import demo_assets
 
 
 @dataclass(frozen=True)

@@ -189,9 +189,9 @@ def parse(cls, argv=None):
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the flags' own metadata."""
+    """What `--demo` changes: see common/demo_settings.py, and the flags' own metadata."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.settings import demo_settings
+    from common.demo_settings import demo_settings
 
     fields = {field.name: field for field in dataclasses.fields(cls)}
     own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}

@@ -1,1 +1,4 @@
-"""What `--demo` runs on: a tiny SDXL and a small drawn image set, made on the spot."""
+"""The making of the trained demo: a procedural world, the models that learn from it (assets/), and the score of an adapter.
+
+`--demo` needs nothing of this at run time but the files in assets/; without them it makes those of common/tiny.py.
+"""

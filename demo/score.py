@@ -64,7 +64,7 @@ def check(flags):
     Raises:
         UserError: no adapter, or the trained demo model is not there.
     """
-    from demo.settings import is_tiny
+    from common.demo_settings import is_tiny
 
     if not flags.lora or not Path(flags.lora).exists():
         raise UserError(f"--lora {flags.lora}: no such file or folder; train one with train_opt.py --demo")
@@ -79,7 +79,7 @@ def check(flags):
 
 def held_out(count):
     """The first `count` rows of the held-out drawings: file_name, text and the attributes in it."""
-    from demo.settings import ASSETS
+    from common.demo_settings import ASSETS
 
     return [json.loads(line) for line in (ASSETS / "held_out" / "metadata.jsonl").read_text().splitlines()][:count]
 
@@ -113,8 +113,8 @@ def score(pictures, rows):
     import numpy as np
     import torch
 
+    from common.demo_settings import ASSETS
     from demo import small
-    from demo.settings import ASSETS
 
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
     read = small.load_judge(ASSETS / "judge.safetensors").read(pixels)

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from demo import build, painting, settings, world
+from common import demo_settings, tiny
+from demo import painting, world
 
 LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off a picture
 COUNTS = [len(values) for values in LABELS.values()]
@@ -66,14 +67,14 @@ def text_ids(tokenizer) -> dict:
 
 def pipeline(size: int):
     """StableDiffusionXLPipeline for pictures of `size` px: SDXL's topology at WIDTHS, untrained."""
-    first, second = build.tokenizers(words())
+    first, second = tiny.tokenizers(words())
     own = dict(
         unet=dict(sample_size=size // 8),
         vae=dict(sample_size=size),
         text_encoder=text_ids(first),
         text_encoder_2=text_ids(second),
     )
-    pipe = build.sdxl({part: WIDTHS[part] | own[part] for part in WIDTHS}, ["a"], "cpu")
+    pipe = tiny.sdxl({part: WIDTHS[part] | own[part] for part in WIDTHS}, ["a"], "cpu")
     pipe.register_modules(tokenizer=first, tokenizer_2=second)
     return pipe
 
@@ -190,10 +191,10 @@ def load_judge(path: Path) -> Judge:
 
 
 def clip_scores(pictures, captions: list[str]) -> list[float]:
-    """100 x cosine of each PIL image with its caption, by the small CLIP in settings.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
+    """100 x cosine of each PIL image with its caption, by the small CLIP in demo_settings.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    folder = settings.ASSETS / "clip"
+    folder = demo_settings.ASSETS / "clip"
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     texts = CLIPTokenizer.from_pretrained(folder)(captions, padding=True, return_tensors="pt")
     pixels = CLIPImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values

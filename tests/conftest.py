@@ -126,7 +126,7 @@ def assemble(tmp_path_factory):
 def demo():
     """(model folder, data folder) of the demo."""
     from common import command_line
-    from demo.build import demo_assets
+    from common.tiny import demo_assets
 
     model, data = demo_assets(Path(command_line.CACHE_DIR) / "demo")
     return SimpleNamespace(model=model, data=data)

@@ -38,7 +38,8 @@ def test_help_is_the_scripts_own_and_needs_no_torch(script, root, tmp_path, answ
 def test_every_module_is_in_it_as_it_stands_in_the_repository(script, root):
     text = bundle.bundle(script)
     names = one_file.modules_of((root / f"{script}.py").read_text())
-    assert {"common", "common.flags", "common.loading", "demo.build"} <= set(names) and "demo.world" not in names
+    assert {"common", "common.flags", "common.loading", "common.tiny"} <= set(names)
+    assert not any(name.partition(".")[0] == "demo" for name in names)
     assert all((root / one_file.path_of(name)).read_text() in text for name in names)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.demo_settings import ASSETS
 from demo import painting, score, small, world
-from demo.settings import ASSETS
 
 ROWS = score.held_out(32)
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import infer
 from common import formats
-from demo.settings import TINY_DEMO
+from common.demo_settings import TINY_DEMO
 
 PROMPT, OTHER = TINY_DEMO["prompts"][:2]
 SCRIPTS = {"train_sdxl": 0.0, "train_opt": 0.0, "train_qlora": 0.1, "train_dora": 0.1}  # lora_dropout, by default

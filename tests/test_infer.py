@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 import infer
 from common import chosen_adapters, columns, device, grids, loading, report, sampling
 from common.command_line import UserError, parse
-from demo.settings import TINY_DEMO
+from common.demo_settings import TINY_DEMO
 
 PROMPTS, STEPS = TINY_DEMO["prompts"], 3
 PROMPT = PROMPTS[0]

@@ -10,11 +10,10 @@ from peft import LoraConfig, inject_adapter_in_model
 
 import train_qlora
 from benchmarks import full_size
-from common import adapters, fused
+from common import adapters, fused, tiny
 from common.command_line import UserError
 from common.flags import ATTENTION_PROJECTIONS
 from common.operations import seeded_dropout
-from demo import build
 
 METHODS = {
     "LoRA": ("train_sdxl", []),
@@ -32,7 +31,7 @@ NO_DROPOUT = ["--lora_dropout", 0]
 @pytest.fixture(scope="module")
 def sdxl():
     """SDXL base without memory, everything frozen."""
-    pipeline = build.sdxl(full_size.FULL, full_size.PHOTOS.values(), "meta")
+    pipeline = tiny.sdxl(full_size.FULL, full_size.PHOTOS.values(), "meta")
     for name, expected in full_size.PARAMETERS.items():
         assert adapters.count(getattr(pipeline, name).requires_grad_(False)) == expected
     return pipeline

@@ -126,7 +126,7 @@ def fused_sdxl():
     """(UNet, text encoders) of full size on the meta device; the UNet computes by its kernels."""
     from benchmarks.full_size import FULL
     from common import device, fused_unet, kernel_check, operations
-    from demo.build import sdxl
+    from common.tiny import sdxl
 
     device.quieten_libraries()
     pipeline = sdxl(FULL, ["a picture"], "meta")

@@ -174,7 +174,7 @@ def modules_cell(scripts: list[str]) -> str:
 def script_cell(script: str) -> str:
     """A script as it stands, but for one line that brings its modules."""
     doc, body = split_docstring(source_of(script))
-    return f"%%writefile {script}.py\n# @title {script}.py\n{doc}\n\nimport {MODULES_FILE}  # noqa: F401  (common/ and demo/)\n{body}"
+    return f"%%writefile {script}.py\n# @title {script}.py\n{doc}\n\nimport {MODULES_FILE}  # noqa: F401  (common/)\n{body}"
 
 
 def markdown(text: str) -> dict:

@@ -11,7 +11,7 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("common", "demo")  # whose modules go into a bundle
+PACKAGES = ("common",)  # whose modules go into a bundle
 IMPORTS = "import importlib.abc\nimport importlib.util\nimport os\nimport sys"
 
 LOADER = '''

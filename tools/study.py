@@ -193,8 +193,8 @@ def train(training):
 
 def score(folder):
     """What a run of the demo's trained model has learnt and kept: {"style": share, "attributes": share}; nothing for the random one."""
+    from common.demo_settings import is_tiny
     from demo import score as demo_score
-    from demo.settings import is_tiny
 
     if is_tiny():
         return {}
@@ -310,7 +310,7 @@ def conclusion(study, demo):
             if rows
             else []
         )
-    from demo.settings import is_tiny
+    from common.demo_settings import is_tiny
 
     random_model = (
         "The demo model's weights are random here: this shows that the comparison works, not which method is better."

@@ -1,12 +1,16 @@
-"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts), or not
-wanted (tests), the tiny random SDXL and the images of demo/build.py.
+"""What `--demo` means.
+
+It trains the small SDXL on the ink drawings in demo/assets. Where those are absent
+(one-file scripts) or not wanted (tests), the tiny random SDXL of common/tiny.py and its images take their place.
 """
 
 import os
 from pathlib import Path
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
+import common
+
+ASSETS = Path(common.__file__).resolve().parents[1] / "demo" / "assets"
+# The small UNet has attention at 8 x 8 and 4 x 4 latents only: its adapter takes in the other linear layers there too.
 SMALL_DEMO = dict(
     resolution=128,
     train_batch_size=8,
@@ -23,7 +27,8 @@ SMALL_DEMO = dict(
     guidance_scale=5.0,
     prompts=[
         "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
-        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
+        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono "
+        "in front of a night sky",
         "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
     ],
 )
@@ -41,19 +46,19 @@ TINY_DEMO = dict(
         "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
     ],
 )
-VERSION = 2  # part of the folder names: raise it when anything in demo/build.py changes what is built
+# Part of the folder names: raise it when common/tiny.py or common/tiny_pictures.py builds something else.
+VERSION = 2
 
 
 def is_tiny() -> bool:
-    """Whether the random model stands in for the trained one: its files are absent, or TINY_DEMO=1 asks for it, as the tests do."""
+    """Whether the random model stands in for the trained one: that is absent, or TINY_DEMO=1 is set, as in tests."""
     return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
 
 
 def demo_settings(root: Path) -> dict:
-    """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
-    model, data = (
-        (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    )
-    return dict(
-        pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO)
-    )
+    """What --demo sets, by flag; the tiny model and its images belong under `root`, and may not be there yet."""
+    if is_tiny():
+        model, data, own = root / f"model-v{VERSION}", root / f"data-v{VERSION}", TINY_DEMO
+    else:
+        model, data, own = ASSETS / "model", ASSETS / "data", SMALL_DEMO
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **own)
