@@ -11,6 +11,11 @@ COMFYUI_PREFIXES = {
 }
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
 
+# Kinds of a layer's tensors: kohya's names of the pair, which LyCORIS shares, and PEFT's of DoRA's magnitude.
+DOWN = "lora_down.weight"
+UP = "lora_up.weight"
+MAGNITUDE = "lora_magnitude_vector"
+
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
 _OLD_PROJECTIONS = {
     ".q_proj": ".to_q",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common import formats, layer_reading, peft_reading
+from common import diffusers_format, layer_reading, peft_format
 from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
 from common.files import read_safetensors
@@ -43,14 +43,14 @@ def _weights_in(folder):
     of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
     if folder.name.startswith("checkpoint-") and of_step.exists():
         return of_step  # a checkpoint itself holds what training needs, and no adapter file
-    for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
+    for name in (diffusers_format.WEIGHTS, peft_format.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
     if pickles := sorted(folder.glob("*.bin")):
         return pickles[0]
     steps = sorted(folder.glob("*.safetensors"))
     hint = f"; name one of its files, e.g. {steps[-1].name}" if steps else ""
-    raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
+    raise UserError(f"--lora {folder}: neither {diffusers_format.WEIGHTS} nor {peft_format.PEFT_WEIGHTS} in it{hint}")
 
 
 def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
@@ -70,8 +70,8 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
     if not tensors:
         raise UserError(f"--lora {file}: holds text embeddings and no layers; it is no adapter")
 
-    if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
-        weights, configs = peft_reading.read_peft(file, modules)
+    if all(key.startswith(peft_format.PEFT_PREFIX) for key in tensors):
+        weights, configs = peft_format.read_peft(file, modules)
     else:
         weights, configs = layer_reading.read_layers(file, tensors, metadata, modules)
     check_values(file, weights)

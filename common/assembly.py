@@ -21,16 +21,18 @@ from common import (
     checkpoint,
     dataset,
     device,
+    diffusers_format,
     dora,
     files,
     fit,
-    formats,
     fused,
     fused_unet,
     kernel_check,
+    kohya,
     loading,
     loops,
     memory,
+    peft_format,
     prediction,
     report,
     resuming,
@@ -188,7 +190,7 @@ def _train(flags, engine, data):
     log = report.Report(output_dir, plan.total_steps, progress.step, flags.report_to, asdict(flags), host.is_main)
     draw = functools.partial(_draw_samples, flags, engine, data) if flags.validation_prompt else None
     save_adapter = functools.partial(
-        formats.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data)
+        diffusers_format.save_adapter, unet=engine.unet, recipe=recipe, text_encoders=_trained_encoders(flags, data)
     )
     request = stopping.StopRequest(plan.ends_s)
 
@@ -206,31 +208,33 @@ def _train(flags, engine, data):
             if host.is_main:
                 _write_results(output_dir, engine.ema, save_adapter, functools.partial(save_kohya, flags, engine, data))
                 if flags.save_peft:
-                    formats.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
+                    peft_format.save_peft(output_dir / "peft", engine.unet, recipe, _trained_encoders(flags, data))
             host.barrier()
     except OSError as error:
         raise _rescued(engine, output_dir, progress, save_adapter, error) from None
     peaks = f"peak {host.peak_gib():.2f} GiB on the {host.device.type}, {device.peak_ram_gib():.2f} GiB of RAM"
     host.say(f"{ended} after step {progress.step} of {plan.total_steps}; {peaks}; everything is in {output_dir}")
     name = output_dir.resolve().name
-    host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}")
+    host.say(
+        f"{diffusers_format.WEIGHTS}: for diffusers and infer.py; kohya/{name}.safetensors: for {_readers(engine.unet)}"
+    )
     rows = report.read_metrics(output_dir / "metrics.jsonl")
     return {
         "output_dir": str(output_dir),
         "step": progress.step,
         "ended": ended,
-        "weights": str(output_dir / formats.WEIGHTS),
+        "weights": str(output_dir / diffusers_format.WEIGHTS),
         "metrics": rows[-1] if rows else None,  # the last line of metrics.jsonl
     }
 
 
 def save_kohya(flags, engine, data, ending="", **options):
-    """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+    """Write kohya/NAME`ending`.safetensors, with the options and the result of kohya.save_kohya."""
     output_dir = Path(flags.output_dir)
     unet_files = weights.weight_files(data.model.folder / "unet", data.model.variant)
     weight_of = dora.frozen_weights(engine.unet, unet_files)
     path = output_dir / "kohya" / f"{output_dir.resolve().name}{ending}.safetensors"
-    return formats.save_kohya(
+    return kohya.save_kohya(
         path, engine.unet, _recipe(flags, data), _trained_encoders(flags, data), weight_of=weight_of, **options
     )
 
@@ -267,7 +271,7 @@ def _uneven_shares(flags, world, effective_batch):
 def _rescued(engine, output_dir, progress, save_adapter, error):
     """A file cannot be read or written (a Drive that was unmounted, say): save to the local disk -> the UserError that says where."""
     place = Path(tempfile.mkdtemp(prefix=f"{output_dir.resolve().name}-"))
-    save_adapter(place / formats.WEIGHTS)
+    save_adapter(place / diffusers_format.WEIGHTS)
     checkpoint.save_checkpoint(place, progress.step, engine, asdict(progress), None)
     what = " ".join(str(error).split())  # diffusers' errors have several lines
     return UserError(
@@ -372,9 +376,9 @@ def _draw_samples(flags, engine, data, step):
 
 
 def _write_results(output_dir, ema, save_adapter, save_kohya):
-    save_adapter(output_dir / formats.WEIGHTS)
+    save_adapter(output_dir / diffusers_format.WEIGHTS)
     save_kohya()
     if ema is not None:
         with ema.applied():
-            save_adapter(output_dir / "ema_unet" / formats.WEIGHTS)
+            save_adapter(output_dir / "ema_unet" / diffusers_format.WEIGHTS)
             save_kohya(ending="_ema")
