@@ -1,4 +1,4 @@
-"""Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
+"""Adapter files of every format -> weights under PEFT's names: `find_adapter` resolves a path, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
 """
@@ -14,10 +14,12 @@ from common.command_line import UserError
 from common.files import read_safetensors
 
 
-def find_adapter(place):
+def find_adapter(place: str | Path) -> Path:
     """What `--lora place` means -> Path of a readable .safetensors file.
 
-    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or a PEFT folder.
+    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or
+    a PEFT folder.
+
     Raises:
         UserError: nothing there, a pickle, a damaged file.
     """
@@ -27,6 +29,8 @@ def find_adapter(place):
         raise UserError(f"--lora {path}: no such file or folder")
     if file.suffix != ".safetensors":
         raise UserError(f"--lora {file}: only .safetensors files are read; pickles (.bin, .pt, .ckpt) can run code")
+
+    # it can be opened, and holds tensors
     try:
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
@@ -54,7 +58,9 @@ def _weights_in(folder):
 
 
 def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
-    """Read an adapter file, of whatever format, for a model's `modules` {component: module}; `say` is told what is left out.
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+
+    `say` is told what is left out.
 
     Returns:
         ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).

@@ -1,11 +1,11 @@
-"""diffusers' adapter file, written and read: LAYER.lora.down.weight and .up.weight, with PEFT's settings in the metadata."""
+"""diffusers' adapter file, written and read: LAYER.lora.down.weight and .up.weight, PEFT's settings in the metadata."""
 
 import json
 from pathlib import Path
 
 import torch
 
-from common.adapter_checks import drawing_config
+from common.adapter_checks import rendering_config
 from common.adapter_names import COMPONENTS, portable
 from common.command_line import UserError
 from common.files import write_safetensors
@@ -51,7 +51,7 @@ def read_settings(file: Path, metadata: dict) -> dict:
         raise UserError(f"--lora {file}: its {ADAPTER_METADATA} cannot be read; the file is damaged") from None
     components = {component for component, _, _ in fields}
     parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
-    return {component: drawing_config(file, ADAPTER_METADATA, part) for component, part in parts.items()}
+    return {component: rendering_config(file, ADAPTER_METADATA, part) for component, part in parts.items()}
 
 
 def _settings(config):

@@ -1,7 +1,7 @@
 """A layer in kohya's format, which ComfyUI, A1111 and Forge read: written as LoRA or DoRA, read with all of LyCORIS.
 
-The format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha` and, for
-DoRA, `dora_scale` [N, 1] of a weight [N, K]. Layers are named by the original SDXL layout with underscores.
+The format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha` and,
+for DoRA, `dora_scale` [N, 1] of a weight [N, K]. Layers are named by the original SDXL layout with underscores.
 """
 
 import json
@@ -75,7 +75,7 @@ def _by_layer(module):
 
 
 def _as_lora(change, rank):
-    """The best LoRA of `rank` for a weight's change -> (up, down, squared norms of what it leaves out and of all [2])."""
+    """The best LoRA of `rank` for a change -> (up, down, squared norms of what it leaves out and of all [2])."""
     up, down = dora.low_rank(change.flatten(1), rank)
     left_out = (change.flatten(1) - up @ down).square().sum()
     kernel = change.shape[2:]
@@ -97,6 +97,8 @@ def _metadata(config, recipe, dora_rank, share):
         "ss_v_parameterization": str(velocity),
         "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
     }
+
+    # DoRA, and what has become of it
     if dora_rank:
         metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
     elif config.use_dora:

@@ -1,4 +1,4 @@
-"""PEFT's adapter folder, written and read: adapter_model.safetensors under PEFT's names, adapter_config.json beside it."""
+"""PEFT's adapter folder, written and read: adapter_model.safetensors and adapter_config.json beside it."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from common.adapter_checks import drawing_config, misfitting_keys
+from common.adapter_checks import misfitting_keys, rendering_config
 from common.adapter_names import COMPONENTS
 from common.command_line import UserError
 from common.files import read_safetensors, write_safetensors
@@ -21,7 +21,8 @@ def save_peft(
 ) -> None:
     """Write the UNet's adapter into `folder`, those of text encoders into its text_encoder and text_encoder_2.
 
-    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it back.
+    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it
+    back.
     """
     from peft import get_peft_model_state_dict
 
@@ -71,7 +72,7 @@ def _config(file):
         raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
     if (kind := described.get("peft_type")) != "LORA":
         raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
-    return drawing_config(file, PEFT_CONFIG, described)
+    return rendering_config(file, PEFT_CONFIG, described)
 
 
 def _component(modules, weights):
