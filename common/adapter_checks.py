@@ -1,4 +1,4 @@
-"""What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
+"""What an adapter file must hold: layers of this model, whole pairs, finite values, a configuration that PEFT knows."""
 
 import dataclasses
 import math
@@ -24,12 +24,13 @@ def adaptable_layers(module: torch.nn.Module) -> dict:
 def misfit(file: Path, keys: list, total: int) -> UserError:
     """The refusal of a file with keys that belong to no layer of this model."""
     return UserError(
-        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; "
+        "an adapter of another kind or model?"
     )
 
 
 def check_weights(file: Path, module: torch.nn.Module, weights: dict) -> None:
-    """Refuse PEFT keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
+    """Refuse PEFT keys whose layer `module` does not have, of a wrong shape, or without their other half."""
     if misfits := misfitting_keys(module, weights):
         raise misfit(file, misfits, len(weights))
 
@@ -55,42 +56,48 @@ def check_values(file: Path, weights: dict) -> None:
     """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
     tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(
-            f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read"
-        )
+        dtype = tensors[whole[0]].dtype
+        raise UserError(f"--lora {file}: {len(whole)} tensors hold {dtype}, e.g. {whole[0]}; only floats are read")
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(
-            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged"
+            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; "
+            "the training that wrote it diverged"
         )
-    halves = {key: tensor.any() for key, tensor in tensors.items()}
-    if not any(
-        changes and halves.get(key.replace("lora_A", "lora_B"), True)
-        for key, changes in halves.items()
-        if "lora_B" not in key
-    ):
+
+    # a pair changes something when neither half is zero, a magnitude when it is not
+    nonzero = {key: tensor.any() for key, tensor in tensors.items()}
+    firsts = [key for key in tensors if "lora_B" not in key]
+    if not any(nonzero[key] and nonzero.get(key.replace("lora_A", "lora_B"), True) for key in firsts):
         raise UserError(
-            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?"
+            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; "
+            "was it trained?"
         )
 
 
-def drawing_config(file: Path, source: str, described: dict) -> dict:
-    """What a file says of its adapter -> LoraConfig arguments with which it is drawn: without the dropout of its training.
+def rendering_config(file: Path, source: str, described: dict) -> dict:
+    """What a file says of its adapter -> LoraConfig arguments for rendering: without the dropout of its training.
 
     What a newer PEFT has added is left out where it is switched off, and refused where it is not.
+
     Args:
         source: where in the file it stands, for messages.
     """
     from peft import LoraConfig
 
+    # what only a newer PEFT knows
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     if newer := sorted(name for name, value in described.items() if name not in known and value):
         raise UserError(
-            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; pip install -U peft"
+            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; "
+            "pip install -U peft"
         )
+
+    # what means something else here
     init = described.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise UserError(
-            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; convert it to LoRA with PEFT"
+            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; "
+            "convert it to LoRA with PEFT"
         )
     numbers = {name: described.get(name, 1) for name in ("r", "lora_alpha")} | (described.get("alpha_pattern") or {})
     for name, value in numbers.items():

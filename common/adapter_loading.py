@@ -1,19 +1,28 @@
 """Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.adapter_names import COMPONENTS
 from common.adapter_reading import read_adapter
+
+if TYPE_CHECKING:  # slow to import
+    from diffusers import StableDiffusionXLPipeline
 from common.command_line import UserError
 
 
-def load_adapter(pipeline, file, name, *, say=print):
-    """Load an adapter file into a StableDiffusionXLPipeline as the adapter `name`; its scale is 1 until set_adapters is called.
+def load_adapter(
+    pipeline: "StableDiffusionXLPipeline", file: Path, name: str, *, say: Callable[[str], None] = print
+) -> None:
+    """Load an adapter file as the adapter `name` of a pipeline; its scale is 1 until set_adapters is called.
 
-    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval mode
-    afterwards. `say` is told what is left out.
+    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval
+    mode afterwards. `say` is told what is left out.
+
     Raises:
         UserError: what read_adapter refuses, and keys that the loaders did not use.
     """
@@ -41,7 +50,7 @@ def _load_into(module, component, name, weights, config):
 
 
 def _check_loaded(file, module, name, weights):
-    """diffusers and PEFT only warn about what they leave out, and draw it at random."""
+    """diffusers and PEFT only warn about what they leave out, and initialise it at random."""
     from peft import get_peft_model_state_dict
 
     # PEFT's default for embedding layers would ask the hub about the base model that the adapter names

@@ -1,4 +1,4 @@
-"""What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
+"""Names of SDXL's layers in adapter files: those of diffusers, the original layout, kohya, LyCORIS and ComfyUI."""
 
 import re
 
@@ -10,6 +10,11 @@ COMFYUI_PREFIXES = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
 }
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
+
+# Kinds of a layer's tensors: kohya's names of the pair, which LyCORIS shares, and PEFT's of DoRA's magnitude.
+DOWN = "lora_down.weight"
+UP = "lora_up.weight"
+MAGNITUDE = "lora_magnitude_vector"
 
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
 _OLD_PROJECTIONS = {
@@ -41,21 +46,23 @@ def _spellings(component, layer, layers_per_block):
                 yield f"{component}.{name.removesuffix(now)}{before}"
 
 
-def portable(component, name):
+def portable(component: str, name: str) -> str:
     """A name as every tool knows it: transformers 5 dropped `text_model.` from those in CLIPTextModel."""
     return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
 
 
-def kohya_key(component, layer, layers_per_block):
+def kohya_key(component: str, layer: str, layers_per_block: int) -> str:
     """Name of a layer in a kohya file: prefix, then its shared name with underscores for dots."""
     return KOHYA_PREFIXES[component] + shared_name(component, layer, layers_per_block).replace(".", "_")
 
 
-def shared_name(component, layer, layers_per_block):
-    """The name that tools outside of diffusers share: in the UNet's original layout, or the text encoder's portable one."""
+def shared_name(component: str, layer: str, layers_per_block: int) -> str:
+    """The name that tools outside of diffusers share: of the UNet's original layout, or the encoder's portable one."""
     return original_name(layer, layers_per_block) if component == "unet" else portable(component, layer)
 
 
+_IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_PARTS = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -72,30 +79,30 @@ _IN_RESNET = {
 }
 
 
-def original_name(name, layers_per_block):
+def original_name(name: str, layers_per_block: int) -> str:
     """Module name in diffusers' UNet -> in the original one.
 
-    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered through.
-    Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
-    upsampler.
+    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered
+    through. Within one, 0 is the residual part (or the downsampler), 1 the attention, 2 the upsampler, which in SDXL
+    comes only after attention.
     """
-    found = re.fullmatch(
-        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
-    )
+    found = _IN_BLOCK.fullmatch(name)
     if not found:
         return _OUTSIDE_BLOCKS.get(name, name)
-    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
+    side, level, kind, index, rest = found.groups()
+    level = int(level or 0)
+    index = int(index)
+    if kind == "resnets":
+        rest = _IN_RESNET.get(rest, rest)
+    elif kind == "downsamplers":
+        rest = "op"
+
+    # the middle block, then those of the levels
     if side == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
     if kind.endswith("samplers"):
         index = layers_per_block  # they close their level
     first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[
-        kind
-    ]  # SDXL upsamples only after attention
-    return (
-        f"input_blocks.{1 + first + index}.{part}.{rest}"
-        if side == "down"
-        else f"output_blocks.{first + index}.{part}.{rest}"
-    )
+    if side == "down":
+        return f"input_blocks.{1 + first + index}.{_PARTS[kind]}.{rest}"
+    return f"output_blocks.{first + index}.{_PARTS[kind]}.{rest}"

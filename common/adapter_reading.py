@@ -1,4 +1,4 @@
-"""Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
+"""Adapter files of every format -> weights under PEFT's names: `find_adapter` resolves a path, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
 """
@@ -8,16 +8,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common import formats, layer_reading, peft_reading
+from common import diffusers_format, layer_reading, peft_format
 from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
 from common.files import read_safetensors
 
 
-def find_adapter(place):
+def find_adapter(place: str | Path) -> Path:
     """What `--lora place` means -> Path of a readable .safetensors file.
 
-    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or a PEFT folder.
+    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or
+    a PEFT folder.
+
     Raises:
         UserError: nothing there, a pickle, a damaged file.
     """
@@ -27,6 +29,8 @@ def find_adapter(place):
         raise UserError(f"--lora {path}: no such file or folder")
     if file.suffix != ".safetensors":
         raise UserError(f"--lora {file}: only .safetensors files are read; pickles (.bin, .pt, .ckpt) can run code")
+
+    # it can be opened, and holds tensors
     try:
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
@@ -43,18 +47,20 @@ def _weights_in(folder):
     of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
     if folder.name.startswith("checkpoint-") and of_step.exists():
         return of_step  # a checkpoint itself holds what training needs, and no adapter file
-    for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
+    for name in (diffusers_format.WEIGHTS, peft_format.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
     if pickles := sorted(folder.glob("*.bin")):
         return pickles[0]
     steps = sorted(folder.glob("*.safetensors"))
     hint = f"; name one of its files, e.g. {steps[-1].name}" if steps else ""
-    raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
+    raise UserError(f"--lora {folder}: neither {diffusers_format.WEIGHTS} nor {peft_format.PEFT_WEIGHTS} in it{hint}")
 
 
 def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
-    """Read an adapter file, of whatever format, for a model's `modules` {component: module}; `say` is told what is left out.
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+
+    `say` is told what is left out.
 
     Returns:
         ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).
@@ -70,8 +76,8 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
     if not tensors:
         raise UserError(f"--lora {file}: holds text embeddings and no layers; it is no adapter")
 
-    if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
-        weights, configs = peft_reading.read_peft(file, modules)
+    if all(key.startswith(peft_format.PEFT_PREFIX) for key in tensors):
+        weights, configs = peft_format.read_peft(file, modules)
     else:
         weights, configs = layer_reading.read_layers(file, tensors, metadata, modules)
     check_values(file, weights)

@@ -1,7 +1,8 @@
 """DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
 
 DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
-reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers draw m on that too.
+reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers use m with it
+too.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,8 @@ DORA_NORM = "dora_norm"
 METADATA = {
     DORA_NORM: "base",
     "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
-    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula (comfy/weight_adapter/base.py, weight_decompose); Forge",
+    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula "
+    "(comfy/weight_adapter/base.py, weight_decompose); Forge",
     "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
 }
 
@@ -62,18 +64,19 @@ def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young); of equal size, for fp16's sake.
+    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young).
 
-    From the eigenvectors of the smaller Gram matrix, in fp64: R of them are needed, and nothing of the other side.
+    U and D are of equal size, for fp16's sake. From the eigenvectors of the smaller Gram matrix, in fp64: R of them
+    are needed, and nothing of the other side.
     """
     if len(matrix) > matrix.shape[1]:
         up, down = low_rank(matrix.t(), rank)
         return down.t(), up.t()
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
     rank = min(rank, len(values))
-    smallest = (1e-12 * values[-1]).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )  # what is nothing but rounding is not blown up
+
+    # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)
     roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
     vectors = vectors[:, -rank:]
     return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()

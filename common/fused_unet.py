@@ -1,11 +1,13 @@
 """SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
 
-On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
-sequence of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
-backward pass, a normalisation only its input.
+On a GPU images stay in channels-last order: cuDNN's fp16 convolutions compute in it, and in it an image is a sequence
+of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
+backward pass, a normalisation only its input. Images are [B, C, H, W], sequences [B, S, C], the time embedding [B,
+D].
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +21,48 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, conv, bias):
-        ctx.conv, ctx.shape = conv, x.shape
+        ctx.conv = conv
+        ctx.shape = x.shape
         return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
 
     @staticmethod
     def backward(ctx, dy):
-        conv, sizes = (
-            ctx.conv,
-            zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size),
-        )
+        conv = ctx.conv
+        sizes = zip(ctx.shape[2:], dy.shape[2:], conv.stride, conv.padding, conv.kernel_size)
         left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
-        # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
-        return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
+
+        # not torch.nn.grad.conv2d_input: without an input it takes the order of memory for NCHW, and copies dy twice
+        geometry = dict(stride=conv.stride, padding=conv.padding, output_padding=left_over)
+        return F.conv_transpose2d(dy, conv.weight, **geometry), None, None
 
 
-def convolution(conv, x):
+def convolution(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Conv2d."""
     return _convolve(x, conv, conv.bias)
 
 
 def _convolve(x, conv, bias=None):
     if x.is_cuda:
         return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
-    return F.conv2d(
-        x, conv.weight, bias, conv.stride, conv.padding
-    )  # memory is not what a CPU lacks, and this is faster
+    # memory is not what a CPU lacks, and this is faster
+    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
 
 
-def resnet_block(block, x, temb):
+def resnet_block(block: torch.nn.Module, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
     """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
     h = _convolve(group_norm(x, block.norm1, silu=True), block.conv1)
     h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
-    h, bias = _convolve(h, block.conv2), block.conv2.bias
+    h = _convolve(h, block.conv2)
+    bias = block.conv2.bias
     if block.conv_shortcut is not None:
-        x, bias = _convolve(x, block.conv_shortcut), bias + block.conv_shortcut.bias
+        x = _convolve(x, block.conv_shortcut)
+        bias = bias + block.conv_shortcut.bias
     return add_bias(x, h, bias)
 
 
-def transformer(model, x, encoder_hidden_states=None, **unused):
+def transformer(
+    model: torch.nn.Module, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **unused
+) -> tuple[torch.Tensor]:
     """Transformer2DModel: an image as a sequence, its blocks, and back."""
     batch, channels, height, width = x.shape
     h = group_norm(x, model.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -68,7 +75,14 @@ def transformer(model, x, encoder_hidden_states=None, **unused):
     return (model.proj_out(h).view(batch, height, width, channels).permute(0, 3, 1, 2) + x,)
 
 
-def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unused, **unused_too):
+def transformer_block(
+    block: torch.nn.Module,
+    h: torch.Tensor,
+    no_mask: None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    *unused,
+    **unused_too,
+) -> torch.Tensor:
     """BasicTransformerBlock: self-attention, cross-attention, feed-forward."""
     h, n = add_norm(h, None, block.norm1)
     h, n = add_norm(h, block.attn1(n), block.norm2)
@@ -76,7 +90,9 @@ def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unuse
     return h + block.ff(n)
 
 
-def attention(attn, x, encoder_hidden_states=None, **unused):
+def attention(
+    attn: torch.nn.Module, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **unused
+) -> torch.Tensor:
     """An attention processor: x [B, S, C], and what is attended to, [B, T, D] -> [B, S, C]."""
     context = x if encoder_hidden_states is None else encoder_hidden_states
     projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
@@ -84,12 +100,12 @@ def attention(attn, x, encoder_hidden_states=None, **unused):
     return attn.to_out[0](heads.transpose(1, 2).flatten(2))
 
 
-def gated_activation(module, x):
+def gated_activation(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """GEGLU."""
     return geglu(module.proj(x))
 
 
-def normalisation(norm, x):
+def normalisation(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """GroupNorm outside of the blocks above."""
     return group_norm(x, norm)
 
@@ -97,42 +113,47 @@ def normalisation(norm, x):
 def _is_plain(block):
     """The resnet block of SDXL, none of its many relatives, and no adapter on its convolutions."""
     convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
+    options = block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p
     return (
         all(type(conv) is torch.nn.Conv2d for conv in convolutions)
-        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p)
-        == ("default", False, 1.0, 0.0)
+        and options == ("default", False, 1.0, 0.0)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.upsample is None
         and block.downsample is None
     )
 
 
+def _is_plain_convolution(conv):
+    return conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+
+
+def _is_plain_transformer_block(block):
+    return block.norm_type == "layer_norm" and block.pos_embed is None
+
+
 @functools.cache
-def forwards():
-    """{class: (forward pass, whether it knows a module of this class)}; by class, as PEFT's Conv2d has the name of torch's."""
+def forwards() -> dict[type, tuple[Callable, Callable]]:
+    """{class: (forward pass, whether it computes a module of this class)}.
+
+    By class and not by name: PEFT's Conv2d has the name of torch's.
+    """
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return {
-        torch.nn.Conv2d: (
-            convolution,
-            lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1),
-        ),
+        torch.nn.Conv2d: (convolution, _is_plain_convolution),
         torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
         ResnetBlock2D: (resnet_block, _is_plain),
         Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
-        BasicTransformerBlock: (
-            transformer_block,
-            lambda block: block.norm_type == "layer_norm" and block.pos_embed is None,
-        ),
+        BasicTransformerBlock: (transformer_block, _is_plain_transformer_block),
         GEGLU: (gated_activation, lambda module: True),
     }
 
 
-def fuse_unet(unet, device, say=print):
-    """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
+def fuse_unet(unet: torch.nn.Module, device: torch.device, say: Callable[[str], None] = print) -> None:
+    """Replace the forward passes of a frozen UNet2DConditionModel by those above, where they compute the same.
 
     Args:
         device: where it will compute.
@@ -142,8 +163,8 @@ def fuse_unet(unet, device, say=print):
 
     adopt_kernels(OF_THE_UNET, device, dtype=unet.conv_in.weight.dtype, say=say)
     for module in list(unet.modules()):
-        forward, known = forwards().get(type(module), (None, None))
-        if forward and known(module):
+        forward, computes = forwards().get(type(module), (None, None))
+        if forward and computes(module):
             module.forward = functools.partial(forward, module)
         if type(getattr(module, "processor", None)) is AttnProcessor2_0:
             module.processor = attention
@@ -152,7 +173,7 @@ def fuse_unet(unet, device, say=print):
             module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
 
 
-def unfuse_unet(unet):
+def unfuse_unet(unet: torch.nn.Module) -> None:
     """Give every layer its own forward pass back: hooks on single layers do not see what the fused passes read."""
     for module in unet.modules():
         if getattr(module.__dict__.get("forward"), "func", None) in [forward for forward, _ in forwards().values()]:

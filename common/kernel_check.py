@@ -1,7 +1,7 @@
 """Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
 
-Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
-compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
+Triton no longer supports every card that PyTorch does, and some machines have no C compiler or no Triton. A kernel that
+cannot be compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,10 +19,12 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 def adopt_kernels(
     wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
 ) -> None:
-    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
+    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why.
+
+    On a CPU it does nothing.
 
     Args:
-        wanted: the operations of the layers that will compute; what was tried before in this process is not tried again.
+        wanted: the operations of the layers that will compute. What this process tried before is not tried again.
         dtype: of the frozen weights.
         rank: of the adapter.
     """
@@ -54,15 +56,16 @@ def refused() -> list[str]:
     return [operation.__name__ for operation in operations.EVERY_OPERATION if any(operation.faults.values())]
 
 
-def kernel_of(operation):
+def kernel_of(operation: Operation) -> Callable:
     """The GPU's form of an operation.
 
     Raises:
         ImportError: there is no Triton.
     """
-    from common import kernels, norm_kernels
+    from common import group_norm_kernels, kernels, residual_kernels
 
-    return {**vars(kernels), **vars(norm_kernels)}[operation.__name__]
+    modules = kernels, group_norm_kernels, residual_kernels
+    return next(vars(module)[operation.__name__] for module in modules if operation.__name__ in vars(module))
 
 
 def _fault(operation, device, dtype, rank):
@@ -102,11 +105,12 @@ class _Inputs:
         return norm
 
 
-# ---------------------------------------------------------------- one small launch of each, of shapes that SDXL has too
+# One small launch of each, of shapes that SDXL has too: (form, source of inputs, rank) -> what is compared.
 
 
 def _attempt_dropout(form, new, rank):
-    x, y = new(64, 640), new(64, 640)
+    x = new(64, 640)
+    y = new(64, 640)
     seed = torch.tensor(7, device=x.device)
     return form(x, 0.1, seed, 3), form(x, 0.1, seed, 3, add_to=y, alpha=0.5)
 
@@ -121,7 +125,8 @@ def _attempt_geglu(form, new, rank):
 def _attempt_gain_backward(form, new, rank):
     dy, y, bias = new(512, 640), new(512, 640), new(640)
     gain, m, dm = (new(640, dtype=torch.float32) for _ in range(3))
-    return form(dy, y, bias, gain, m, dm), form(dy, y, None, gain, m, dm), dm
+    per_column = dict(gain=gain, m=m, dm=dm)
+    return form(dy, y, bias=bias, **per_column), form(dy, y, bias=None, **per_column), dm
 
 
 def _attempt_scale_rows(form, new, rank):
@@ -131,14 +136,14 @@ def _attempt_scale_rows(form, new, rank):
 def _attempt_update_gain(form, new, rank):
     w, b = new(640, 640), new(640, rank)
     A, B, m, gain = (new(*shape, dtype=torch.float32) for shape in ((rank, 640), (640, rank), (640,), (640,)))
-    form(w, A, B, m, 0.5, gain, b)
+    form(w, A, B, m=m, scale=0.5, gain=gain, b=b)
     return gain, b
 
 
 def _attempt_group_norm(form, new, rank):
     x, shift = new(2, 320, 32, 32).requires_grad_(), new(2, 320).requires_grad_()
     norm = new.weights_of(torch.nn.GroupNorm(32, 320))
-    y, z = form(x, norm, True, shift), form(x, norm)
+    y, z = form(x, norm, silu=True, shift=shift), form(x, norm)
     torch.autograd.backward([y, z], [new(*x.shape), new(*x.shape)])
     return y, z, x.grad, shift.grad
 

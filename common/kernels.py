@@ -1,7 +1,8 @@
 """Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
-The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
-compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is masked.
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says
+what they compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is
+masked.
 """
 
 import functools
@@ -19,7 +20,8 @@ BLOCK = 1024
 def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """out = alpha / (1 - p) x where a hash of seed, salt and place says keep, else 0; plus add_to.
 
-    x, add_to, out: [n]; seed: int64 scalar. The integer hash is one of https://github.com/skeeto/hash-prospector.
+    x, add_to, out: [n]; seed: int64 scalar; salt, n, p, alpha: numbers.
+    The integer hash is one of https://github.com/skeeto/hash-prospector.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
@@ -35,7 +37,10 @@ def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, 
 
 @triton.jit
 def _load_halves(h, width, BLOCK: tl.constexpr):
-    """Of this program's part of a row: column offsets, mask, value and gate in fp32. h: [rows, 2 width]."""
+    """Of this program's part of a row: column offsets, mask, value and gate in fp32.
+
+    h: [rows, 2 width].
+    """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     start = h + tl.program_id(0).to(tl.int64) * 2 * width
@@ -46,7 +51,10 @@ def _load_halves(h, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
-    """out = value gelu(gate). h = [value, gate]: [rows, 2 width]; out: [rows, width]."""
+    """out = value gelu(gate), with gelu(x) = x cdf(x) of the normal distribution (arXiv 1606.08415, eq. 1).
+
+    h = [value, gate]: [rows, 2 width]; out: [rows, width].
+    """
     column, mask, value, gate = _load_halves(h, width, BLOCK)
     cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
     tl.store(out + tl.program_id(0).to(tl.int64) * width + column, value * gate * cdf, mask=mask)
@@ -54,7 +62,10 @@ def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
-    """dh = dy [gelu(gate), value gelu'(gate)]. dy: [rows, width]; h, dh: [rows, 2 width]."""
+    """dh = dy [gelu(gate), value gelu'(gate)], with gelu'(x) = cdf(x) + x density(x).
+
+    dy: [rows, width]; h, dh: [rows, 2 width].
+    """
     column, mask, value, gate = _load_halves(h, width, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     d = tl.load(dy + row * width + column, mask=mask).to(tl.float32)
@@ -70,11 +81,13 @@ def _gain_backward_kernel(
     dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m.
+    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m (arXiv 2402.09353, section 4.3).
 
-    dy, y, scaled: [rows, columns]; bias, and fp32 gain, m, dm: [columns].
-    partial: fp32 [tiles of rows, columns], the sums of every tile; arrived: int32 [tiles of columns], 0 before and after.
+    dy, y, scaled: [rows, columns]; bias: [columns]; gain, m, dm: fp32 [columns].
+    partial: fp32 [tiles of rows, columns], the sums of every tile.
+    arrived: int32 [tiles of columns], 0 before and after.
     """
+    # one tile
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column < columns
@@ -88,7 +101,8 @@ def _gain_backward_kernel(
     tl.store(scaled + offsets, d * g[None, :], mask=mask)
     tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=column_mask)
 
-    # The atomic addition publishes what every thread of the program has stored; the last program for these columns adds all up.
+    # The atomic addition publishes what every thread of the program has stored.
+    # The last program for these columns adds up all tiles.
     tl.debug_barrier()
     if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:
         sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
@@ -103,7 +117,10 @@ def _gain_backward_kernel(
 
 @triton.jit
 def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
-    """out = diag(gain) w, one row a program. w, out: [rows, columns]; gain: fp32 [rows]."""
+    """out = diag(gain) w, one row a program.
+
+    w, out: [rows, columns]; gain: fp32 [rows].
+    """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < columns
@@ -117,8 +134,10 @@ def _gain_kernel(
 ):  # fmt: skip
     """gain = m / the norms of the rows of w + scale B A; b = diag(gain) B. A group of rows a program, tile by tile.
 
-    w: [rows, columns]; fp32 A: [rank, columns], B: [rows, rank], m, gain: [rows]; b: [rows, rank].
+    w: [rows, columns]; A: fp32 [rank, columns]; B: fp32 [rows, rank].
+    m, gain: fp32 [rows]; b: [rows, rank]. DoRA's m / n: arXiv 2402.09353, eq. 5.
     """
+    # B, of all columns of this program's rows
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
     j = tl.arange(0, RANK)
@@ -126,6 +145,8 @@ def _gain_kernel(
     b_offsets = row[:, None] * rank + j[None, :]
     b_mask = row_mask[:, None] & j_mask[None, :]
     of_b = tl.load(B + b_offsets, mask=b_mask, other=0.0)
+
+    # squares of w + scale B A; tf32x3 is as exact as fp32, and before sm_80 it is fp32
     squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -134,19 +155,31 @@ def _gain_kernel(
         w_mask = row_mask[:, None] & column_mask[None, :]
         of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=a_mask, other=0.0)
         of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=w_mask, other=0.0).to(tl.float32)
-        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
+        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")
         squares += value * value
+
+    # the gain, and B with it
     g = tl.load(m + row, mask=row_mask, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
     tl.store(gain + row, g, mask=row_mask)
     tl.store(b + b_offsets, of_b * g[:, None], mask=b_mask)
 
 
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+def seeded_dropout(
+    x: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    salt: int,
+    *,
+    add_to: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
     x = x.contiguous()
     n = x.numel()
     out = torch.empty_like(x) if add_to is None else add_to
     grid = (triton.cdiv(n, BLOCK),)
-    _dropout_kernel[grid](x, out, out, seed, spread_salt(salt), n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
+    _dropout_kernel[grid](
+        x, out, out, seed, spread_salt(salt), n=n, p=p, alpha=alpha, ADD=add_to is not None, BLOCK=BLOCK
+    )
     return out
 
 
@@ -165,7 +198,8 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (h,) = ctx.saved_tensors
-        dy, dh = dy.contiguous(), torch.empty_like(h)
+        dy = dy.contiguous()
+        dh = torch.empty_like(h)
         width = dy.shape[-1]
         _geglu_backward_kernel[(dy.numel() // width, triton.cdiv(width, BLOCK))](dy, h, dh, width, BLOCK=BLOCK)
         return dh
@@ -174,16 +208,23 @@ class _Geglu(torch.autograd.Function):
 geglu = _Geglu.apply
 
 
-def gain_backward(dy, y, bias, gain, m, dm):
+def gain_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor,
+    m: torch.Tensor,
+    dm: torch.Tensor,
+) -> torch.Tensor:
     rows, columns = dy.shape
     scaled = torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
+    sums = dict(partial=partial, arrived=_arrivals(dy.device), dm=dm)
+    sizes = dict(rows=rows, columns=columns, BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
     bias_or_any = dy if bias is None else bias
-    _gain_backward_kernel[grid](
-        dy, y, bias_or_any, gain, m, scaled, partial, _arrivals(dy.device), dm, rows, columns, **sizes
-    )  # fmt: skip
+    _gain_backward_kernel[grid](dy, y, bias=bias_or_any, gain=gain, m=m, scaled=scaled, **sums, **sizes)
     return scaled
 
 
@@ -193,13 +234,24 @@ def _arrivals(device):
     return torch.zeros(4096, device=device, dtype=torch.int32)
 
 
-def scale_rows(w, gain):
+def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(w)
     _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
     return out
 
 
-def update_gain(w, A, B, m, scale, gain, b):
-    rank = max(16, triton.next_power_of_2(len(A)))
-    tile = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank))  # of A it fits the shared memory of any card
-    _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **tile, num_warps=4)
+def update_gain(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    m: torch.Tensor,
+    scale: float,
+    gain: torch.Tensor,
+    b: torch.Tensor,
+) -> None:
+    rows, columns = w.shape
+    padded = max(16, triton.next_power_of_2(len(A)))
+    sizes = dict(rows=rows, columns=columns, rank=len(A))
+    tile = dict(RANK=padded, ROWS=16, COLUMNS=max(16, 4096 // padded))  # of A it fits the shared memory of any card
+    _gain_kernel[(triton.cdiv(rows, 16),)](w, A, B, m=m, gain=gain, b=b, scale=scale, **sizes, **tile, num_warps=4)

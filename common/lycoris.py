@@ -1,8 +1,9 @@
 """What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
 
-The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
-a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard products
-of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R, and loads, scales, mixes and merges as one.
+The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K],
+for a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard
+products of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R: it loads, scales, mixes and
+merges as one.
 """
 
 from typing import NamedTuple
@@ -44,8 +45,9 @@ def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
 
 
 def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
-    """Any change [N, K] as a pair: itself, and an identity on its shorter side; in the dtype and on the device of `weight`.
+    """Any change [N, K] as a pair: itself, and an identity on its shorter side.
 
+    In the dtype and on the device of `weight`.
     `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
     """
     size = min(change.shape)
@@ -68,7 +70,7 @@ def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> t
     return (merged * gains - weight).flatten(1)
 
 
-# ---------------------------------------------------------------- {kind: tensor} -> ((U, D), rank that divides alpha)
+# One function per algorithm: {kind: tensor} -> ((U, D), rank that divides alpha).
 
 
 def _lora(t):
@@ -89,7 +91,7 @@ def _loha(t):
 
 
 def _lokr(t):
-    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks the second's divides it, as in ComfyUI."""
+    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks w2's divides it, as in ComfyUI."""
     up1, down1 = _factor(t, "lokr_w1")
     up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
     rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)

@@ -1,9 +1,11 @@
-"""Adapters fused into the model that they were loaded beside, and that model written as a diffusers folder of its own."""
+"""Adapters fused into the model that they were loaded beside, and that model written as a new diffusers folder."""
 
 import json
 import os
 import shutil
 from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
@@ -11,18 +13,22 @@ from common.command_line import UserError
 from common.files import write_json
 from common.model_kind import SCHEDULER
 
+if TYPE_CHECKING:  # slow to import
+    from diffusers import StableDiffusionXLPipeline
+
+    from common.loading import Model
+
 SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
-COPIED = (
-    "scheduler",
-    "tokenizer",
-    "tokenizer_2",
-)  # byte for byte: saved again, tokenizers lose files that other tools read
+# byte for byte: saved again, tokenizers lose files that other tools read
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")
 
 
-def merge(pipeline, adapters, model, place, record):
-    """Fuse adapters into a StableDiffusionXLPipeline, layer by layer in place, and write it to a new folder, whole or not at all.
+def merge(
+    pipeline: "StableDiffusionXLPipeline", adapters: list[tuple[str, float]], model: "Model", place: Path, record: dict
+) -> None:
+    """Fuse adapters into a pipeline, layer by layer in place, and write it to a new folder, whole or not at all.
 
-    The folder draws what `set_adapters` draws at the same scales, for several LoRA and DoRA adapters together too.
+    The folder renders what `set_adapters` renders at the same scales, for several LoRA and DoRA adapters together too.
 
     Args:
         adapters: [(name in the pipeline, scale)].
@@ -47,7 +53,8 @@ def merge(pipeline, adapters, model, place, record):
 def _check_room(pipeline, place):
     tensors = chain.from_iterable(getattr(pipeline, name).parameters() for name in SAVED)
     disk = next(folder for folder in place.absolute().parents if folder.is_dir())
-    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(disk).free
+    needed = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(disk).free
     if needed > free:
         raise UserError(
             f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk"
@@ -71,9 +78,8 @@ def _write(pipeline, model, folder, record):
     for name in COPIED:
         shutil.copytree(model.folder / name, folder / name)
     shutil.copy(model.folder / "model_index.json", folder)
-    if (
-        json.loads((folder / SCHEDULER).read_text()) != model.scheduler
-    ):  # what the model is was said by a flag, or by its single file
+    # a flag, or the model's single file, may have said what the scheduler is
+    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:
         write_json(folder / SCHEDULER, model.scheduler)
     write_json(folder / "merge.json", record)
     for file in folder.rglob("*.safetensors"):

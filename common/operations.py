@@ -1,10 +1,13 @@
-"""What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
+"""Operations that kernels compute in fewer passes over memory: seeded dropout, GEGLU, DoRA's gains, normalisations.
 
-Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
-take its place on a GPU once kernel_check.py has found that they compute the same there.
+Every operation has two forms. The plain one below computes anywhere. The kernels of the same name in kernels.py,
+group_norm_kernels.py and residual_kernels.py take its place on a GPU, once kernel_check.py has found that they
+compute the same there.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +17,33 @@ class Operation:
     """A function whose first argument says where it computes.
 
     Attributes:
-        plain: its form in PyTorch; on a GPU it neither waits nor draws random numbers, so that a CUDA graph can hold it.
+        plain: its form in PyTorch. On a GPU it neither waits nor draws random numbers: a CUDA graph can hold it.
         on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
         faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
     """
 
-    def __init__(self, plain):
+    def __init__(self, plain: Callable) -> None:
         functools.update_wrapper(self, plain)
         self.plain = self.on_gpu = plain
         self.faults = {}
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
 
 
 @Operation
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
-    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+def seeded_dropout(
+    x: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    salt: int,
+    *,
+    add_to: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """d(x): each element zeroed with probability p, the others divided by 1 - p.
 
+    d is a linear function of x and its own transpose.
     Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
 
     Args:
@@ -46,9 +58,9 @@ def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
 
 
 def _uniform(count, seed, salt):
-    """fp32 [count] in [0, 1): a hash of seed, salt and place, see https://github.com/skeeto/hash-prospector.
+    """fp32 [count] in [0, 1): a hash of seed, salt and position, see https://github.com/skeeto/hash-prospector.
 
-    It computes with 32 unsigned bits, of which PyTorch has few operations: these are the lower ones of int64, which wraps.
+    The hash is one of unsigned 32-bit integers, for which PyTorch has few operations: these are the low bits of int64.
     """
     bits_32 = 0xFFFFFFFF
     bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
@@ -57,23 +69,32 @@ def _uniform(count, seed, salt):
     return ((bits ^ bits >> 15) >> 8).float() / 2**24
 
 
-def spread_salt(salt):
+def spread_salt(salt: int) -> int:
     """31 bits that differ widely between neighbouring layers."""
     return salt * 0x5EBCA6B % 2**31
 
 
 @Operation
-def geglu(h):
+def geglu(h: torch.Tensor) -> torch.Tensor:
     """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
     value, gate = h.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 @Operation
-def gain_backward(dy, y, bias, gain, m, dm):
-    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+def gain_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor,
+    m: torch.Tensor,
+    dm: torch.Tensor,
+) -> torch.Tensor:
+    """diag(gain) dy in dy's dtype, the gradient before the gain; dm += sum over rows of dy (y - bias) / m, in place.
 
-    One call at a time: the kernels of all calls count in the same place.
+    dm is the gradient of the magnitude m (arXiv 2402.09353, section 4.3).
+    One call at a time: the kernels of all calls share their counters.
 
     Args:
         dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
@@ -84,29 +105,44 @@ def gain_backward(dy, y, bias, gain, m, dm):
 
 
 @Operation
-def scale_rows(w, gain):
+def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
     return (w * gain[:, None]).to(w.dtype)
 
 
-def row_norms(w, A, B, scale):
+def row_norms(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
 
-    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    By n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
     """
     w = w.float()
     return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
 
 
 @Operation
-def update_gain(w, A, B, m, scale, gain, b):
-    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, of which the kernel forms w + scale B A tile by tile."""
+def update_gain(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    m: torch.Tensor,
+    scale: float,
+    gain: torch.Tensor,
+    b: torch.Tensor,
+) -> None:
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms` (arXiv 2402.09353, eq. 5).
+
+    Args:
+        w: [N, K]; A: fp32 [r, K]; B: fp32 [N, r]; m, gain: fp32 [N]; b: [N, r] in w's dtype.
+    """
     torch.div(m, row_norms(w, A, B, scale), out=gain)
     b.copy_(B * gain[:, None])
 
 
 @Operation
-def group_norm(x, norm, silu=False, shift=None):
+def group_norm(
+    x: torch.Tensor, norm: torch.nn.GroupNorm, *, silu: bool = False, shift: torch.Tensor | None = None
+) -> torch.Tensor:
     """silu(GroupNorm(x + shift)), with silu and shift as asked for.
 
     Args:
@@ -120,14 +156,17 @@ def group_norm(x, norm, silu=False, shift=None):
 
 
 @Operation
-def add_norm(h, a, norm):
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+def add_norm(h: torch.Tensor, a: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C].
+
+    The parameters of `norm` need no gradient.
+    """
     total = h if a is None else a + h
     return total, norm(total)
 
 
 @Operation
-def add_bias(x, h, bias):
+def add_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
     return x + (h + bias[:, None, None])
 

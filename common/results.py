@@ -6,7 +6,20 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from common import caching, checkpoint, device, dora, formats, memory, report, run_folder, sampling, weights
+from common import (
+    caching,
+    checkpoint,
+    device,
+    diffusers_format,
+    dora,
+    kohya,
+    memory,
+    peft_format,
+    report,
+    run_folder,
+    sampling,
+    weights,
+)
 from common.command_line import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -135,22 +148,22 @@ class Results:
                 with self.engine.ema.applied():
                     self._write_adapter(self.output_dir / "ema_unet", ending="_ema")
             if self.flags.save_peft:
-                formats.save_peft(self.output_dir / "peft", **self._adapters())
+                peft_format.save_peft(self.output_dir / "peft", **self._adapters())
         self.host.barrier()
 
     def _write_adapter(self, folder, ending=""):
-        self._save_adapter(folder / formats.WEIGHTS)
+        self._save_adapter(folder / diffusers_format.WEIGHTS)
         self.save_kohya(ending)
 
     def _save_adapter(self, path):
-        formats.save_adapter(path, **self._adapters())
+        diffusers_format.save_adapter(path, **self._adapters())
 
     def save_kohya(self, ending: str = "", **options) -> float:
-        """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+        """Write kohya/NAME`ending`.safetensors, with the options and the result of kohya.save_kohya."""
         unet_files = weights.weight_files(self.data.model.folder / "unet", self.data.model.variant)
         weight_of = dora.frozen_weights(self.engine.unet, unet_files)
         path = self.output_dir / "kohya" / f"{self.name}{ending}.safetensors"
-        return formats.save_kohya(path, **self._adapters(), weight_of=weight_of, **options)
+        return kohya.save_kohya(path, **self._adapters(), weight_of=weight_of, **options)
 
     def _adapters(self):
         return dict(unet=self.engine.unet, recipe=self.recipe, text_encoders=self.data.trained_encoders)
@@ -161,8 +174,8 @@ class Results:
         peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
         where = f"everything is in {self.output_dir}"
         self.host.say(f"{ended} after step {progress.step} of {total_steps}; {peaks}; {where}")
-        kohya = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
-        self.host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; {kohya}")
+        for_others = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
+        self.host.say(f"{diffusers_format.WEIGHTS}: for diffusers and infer.py; {for_others}")
 
         # The last line of metrics.jsonl speaks for the run
         rows = report.read_metrics(self.output_dir / "metrics.jsonl")
@@ -170,7 +183,7 @@ class Results:
             "output_dir": str(self.output_dir),
             "step": progress.step,
             "ended": ended,
-            "weights": str(self.output_dir / formats.WEIGHTS),
+            "weights": str(self.output_dir / diffusers_format.WEIGHTS),
             "metrics": rows[-1] if rows else None,
         }
 
@@ -183,7 +196,7 @@ class Results:
             the error that says where.
         """
         place = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
-        self._save_adapter(place / formats.WEIGHTS)
+        self._save_adapter(place / diffusers_format.WEIGHTS)
         checkpoint.save_checkpoint(place, progress.step, self.engine, asdict(progress), None)
         what = " ".join(str(error).split())  # diffusers' errors have several lines
         return UserError(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_foreign_adapters import UNET, merged_weights
 from test_formats import ATTENTION, RESIDUAL, shake
 
-from common import adapter_names, adapters, dora, formats
+from common import adapter_names, adapters, diffusers_format, dora, kohya
 from common.command_line import UserError
 
 
@@ -41,7 +41,10 @@ def run(train):
 @pytest.fixture(scope="module")
 def by_diffusers(run, fresh):
     """{file name in the run: the UNet's weights with that adapter fused in}."""
-    return {name: merged_weights(fresh(), run.dir / name) for name in (formats.WEIGHTS, f"ema_unet/{formats.WEIGHTS}")}
+    return {
+        name: merged_weights(fresh(), run.dir / name)
+        for name in (diffusers_format.WEIGHTS, f"ema_unet/{diffusers_format.WEIGHTS}")
+    }
 
 
 def adapted(weights, base):
@@ -65,7 +68,7 @@ def by_comfyui(file, base):
 def test_the_kohya_file_of_a_4_bit_run_is_right_on_the_weights_that_its_readers_have(
     run, by_diffusers, base, file, average
 ):
-    expected = by_diffusers[f"ema_unet/{formats.WEIGHTS}" if average else formats.WEIGHTS]
+    expected = by_diffusers[f"ema_unet/{diffusers_format.WEIGHTS}" if average else diffusers_format.WEIGHTS]
     weights = by_comfyui(run.dir / "kohya" / f"{run.dir.name}{file}.safetensors", base)
     assert sorted(weights) == sorted(adapted(expected, base))
     assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in weights)
@@ -78,7 +81,7 @@ def test_average_and_weights_as_trained_are_different_files(by_diffusers, base):
 
 def test_as_a_lora_of_full_rank_a_dora_is_the_same_weight(run, by_diffusers, base, fresh):
     file = run.dir / "kohya" / f"{run.dir.name}_as_lora.safetensors"
-    now, expected = merged_weights(fresh(), file), by_diffusers[formats.WEIGHTS]
+    now, expected = merged_weights(fresh(), file), by_diffusers[diffusers_format.WEIGHTS]
     assert adapted(now, base) == adapted(expected, base) and not any("dora_scale" in key for key in load_file(file))
     assert all(torch.allclose(now[name], expected[name], atol=1e-3) for name in base)
 
@@ -87,8 +90,8 @@ def test_the_share_that_a_lora_holds_is_that_of_the_largest_singular_values(fres
     unet = fresh().unet
     adapters.add_lora(unet, ATTENTION + RESIDUAL, rank=4, alpha=8, use_dora=True)
     shake(unet)
-    formats.save_adapter(tmp_path / "dora.safetensors", unet, {})
-    share = formats.save_kohya(tmp_path / "as_lora.safetensors", unet, {}, dora_rank=3)
+    diffusers_format.save_adapter(tmp_path / "dora.safetensors", unet, {})
+    share = kohya.save_kohya(tmp_path / "as_lora.safetensors", unet, {}, dora_rank=3)
     now = merged_weights(fresh(), tmp_path / "dora.safetensors")
     changed = [name for name in base if not torch.equal(now[name], base[name])]
     squares = [torch.linalg.svdvals((now[name] - base[name]).flatten(1)).square() for name in changed]
@@ -159,9 +162,9 @@ def test_a_rank_below_one_is_refused(train):
 
 def test_what_diffusers_reads_is_the_least_that_rebuilds_the_adapter(run):
     """Defaults are left out: an older PEFT may not know them. But diffusers 0.37 and 0.39 fail without a rank_pattern."""
-    with safe_open(run.dir / formats.WEIGHTS, "pt") as file:
+    with safe_open(run.dir / diffusers_format.WEIGHTS, "pt") as file:
         metadata = file.metadata()
-    described = json.loads(metadata[formats.ADAPTER_METADATA])
+    described = json.loads(metadata[diffusers_format.ADAPTER_METADATA])
     needed = {"lora_alpha": 8, "r": 4, "rank_pattern": {}, "target_modules": sorted(ATTENTION), "use_dora": True}
     assert {
         name.removeprefix("unet."): value for name, value in described.items() if "peft_version" not in name

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import infer
-from common import formats
+from common import diffusers_format, peft_format
 from common.demo_settings import TINY_DEMO
 
 PROMPT, OTHER = TINY_DEMO["prompts"][:2]
@@ -61,8 +61,8 @@ def test_one_seed_is_one_picture_whoever_draws_it_and_whatever_is_drawn_beside_i
 
 def test_what_loaders_read_says_no_dropout_and_the_recipe_tells_the_truth(run):
     script, folder = run
-    with safe_open(folder / formats.WEIGHTS, "pt") as file:
+    with safe_open(folder / diffusers_format.WEIGHTS, "pt") as file:
         metadata = file.metadata()
-    assert not json.loads(metadata[formats.ADAPTER_METADATA]).get("unet.lora_dropout")
-    assert json.loads((folder / "peft" / formats.PEFT_CONFIG).read_text())["lora_dropout"] == 0
+    assert not json.loads(metadata[diffusers_format.ADAPTER_METADATA]).get("unet.lora_dropout")
+    assert json.loads((folder / "peft" / peft_format.PEFT_CONFIG).read_text())["lora_dropout"] == 0
     assert json.loads(metadata["recipe"])["flags"]["lora_dropout"] == SCRIPTS[script]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_formats import ATTENTION, drawn, gap, loaded, peft_folder, shake
 
 import infer
-from common import adapter_loading, adapter_names, adapters, formats, merging
+from common import adapter_loading, adapter_names, adapters, diffusers_format, merging
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 Q, FF, CONV = f"{BLOCK}.attn1.to_q", f"{BLOCK}.ff.net.0.proj", "down_blocks.0.resnets.0.conv1"
@@ -329,7 +329,7 @@ def test_dropout_in_what_a_file_says_is_not_drawn(fresh, tmp_path):
     described = {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}
     save_adapter_with(tmp_path / "theirs.safetensors", pipeline.unet, described)
     peft_folder(pipeline, tmp_path / "peft")
-    formats.save_adapter(tmp_path / "ours.safetensors", pipeline.unet, {}, [pipeline.text_encoder])
+    diffusers_format.save_adapter(tmp_path / "ours.safetensors", pipeline.unet, {}, [pipeline.text_encoder])
     for place in ("theirs.safetensors", "peft", "ours.safetensors"):
         reader = loaded(fresh(), tmp_path / place)
         assert gap(drawn(reader), drawn(reader)) == 0
@@ -342,5 +342,5 @@ def test_dropout_in_what_a_file_says_is_not_drawn(fresh, tmp_path):
 
 def save_adapter_with(file, unet, described):
     """As diffusers writes it, with `described` for metadata."""
-    formats.save_adapter(file, unet, {})
-    save_file(load_file(file), file, {"format": "pt", formats.ADAPTER_METADATA: json.dumps(described)})
+    diffusers_format.save_adapter(file, unet, {})
+    save_file(load_file(file), file, {"format": "pt", diffusers_format.ADAPTER_METADATA: json.dumps(described)})

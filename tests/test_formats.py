@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import adapter_loading, adapter_reading, adapters, formats
+from common import adapter_loading, adapter_reading, adapters, diffusers_format, kohya, peft_format
 from common.adapter_names import COMPONENTS, kohya_key
 from common.command_line import UserError
 
@@ -73,7 +73,7 @@ def gap(image, other):
 
 def written_kohya(pipeline, folder):
     file = folder / "kohya.safetensors"
-    formats.save_kohya(file, pipeline.unet, {})
+    kohya.save_kohya(file, pipeline.unet, {})
     return file
 
 
@@ -136,7 +136,7 @@ def test_a_kohya_file_tells_rank_alpha_and_model_to_its_readers(tuned, tmp_path)
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_our_diffusers_file_draws_exactly_the_same_in_plain_diffusers(tuned, fresh, tmp_path, targets, use_dora):
     trained, other = tuned(targets, use_dora), fresh()
-    formats.save_adapter(tmp_path / formats.WEIGHTS, trained.unet, {})
+    diffusers_format.save_adapter(tmp_path / diffusers_format.WEIGHTS, trained.unet, {})
     other.load_lora_weights(tmp_path)
     assert gap(drawn(trained), drawn(other)) == 0
 
@@ -149,19 +149,19 @@ def test_text_encoder_adapters_travel_with_the_unets(tuned, fresh, tmp_path):
     for encoder in encoders:
         shake(encoder)
         encoder.eval()
-    formats.save_adapter(tmp_path / formats.WEIGHTS, trained.unet, {}, encoders)
-    formats.save_kohya(tmp_path / "kohya.safetensors", trained.unet, {}, encoders)
+    diffusers_format.save_adapter(tmp_path / diffusers_format.WEIGHTS, trained.unet, {}, encoders)
+    kohya.save_kohya(tmp_path / "kohya.safetensors", trained.unet, {}, encoders)
     other = fresh()
     other.load_lora_weights(tmp_path)
     assert gap(drawn(trained), drawn(other)) == gap(drawn(trained), drawn(loaded(fresh(), tmp_path))) == 0
-    kohya = drawn(loaded(fresh(), tmp_path / "kohya.safetensors"))
-    assert gap(drawn(trained), kohya) < 1e-3 < gap(unet_alone, kohya)
+    by_kohya = drawn(loaded(fresh(), tmp_path / "kohya.safetensors"))
+    assert gap(drawn(trained), by_kohya) < 1e-3 < gap(unet_alone, by_kohya)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_our_peft_folder_draws_the_same_by_peft_itself_and_by_us(tuned, fresh, tmp_path, use_dora):
     trained, other = tuned(use_dora=use_dora), fresh()
-    formats.save_peft(tmp_path, trained.unet, {"base_model": "some/sdxl"})
+    peft_format.save_peft(tmp_path, trained.unet, {"base_model": "some/sdxl"})
     PeftModel.from_pretrained(other.unet, tmp_path)  # puts its layers into the UNet that it is given
     assert gap(drawn(trained), drawn(other)) < 1e-3 < gap(drawn(fresh()), drawn(other))
     assert gap(drawn(trained), drawn(loaded(fresh(), tmp_path))) < 1e-3
@@ -194,9 +194,9 @@ def test_a_run_writes_on_request_what_peft_reads_for_each_part_of_the_model(trai
 def test_every_format_loads_to_the_same_image(tuned, fresh, tmp_path, use_dora):
     trained = tuned(use_dora=use_dora)
     expected = drawn(trained)
-    formats.save_adapter(tmp_path / "run" / formats.WEIGHTS, trained.unet, {})
+    diffusers_format.save_adapter(tmp_path / "run" / diffusers_format.WEIGHTS, trained.unet, {})
     assert gap(expected, drawn(loaded(fresh(), tmp_path / "run"))) == 0
-    assert gap(expected, drawn(loaded(fresh(), tmp_path / "run" / formats.WEIGHTS))) == 0
+    assert gap(expected, drawn(loaded(fresh(), tmp_path / "run" / diffusers_format.WEIGHTS))) == 0
     assert gap(expected, drawn(loaded(fresh(), written_kohya(trained, tmp_path)))) < 1e-3
     assert gap(expected, drawn(loaded(fresh(), peft_folder(trained, tmp_path / "peft")))) == 0
 
@@ -222,24 +222,28 @@ def test_plain_diffusers_ignores_a_peft_folder_and_we_do_not(tuned, fresh, tmp_p
 
 
 def test_loading_a_peft_folder_does_not_ask_the_hub_about_its_base_model(tuned, fresh, tmp_path, monkeypatch):
-    formats.save_peft(tmp_path, tuned().unet, {"base_model": "some/sdxl"})
+    peft_format.save_peft(tmp_path, tuned().unet, {"base_model": "some/sdxl"})
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *_: pytest.fail("asked the hub"))
     assert loaded(fresh(), tmp_path).get_list_adapters() == {"unet": ["adapter00"]}
 
 
 def test_a_runs_folder_means_its_final_weights_and_not_those_of_a_step(tuned, tmp_path):
     pipeline = tuned()
-    for name in (formats.WEIGHTS, "pytorch_lora_weights_000450.safetensors", "pytorch_lora_weights_000900.safetensors"):
-        formats.save_adapter(tmp_path / name, pipeline.unet, {})
-    assert adapter_reading.find_adapter(tmp_path) == tmp_path / formats.WEIGHTS
-    (tmp_path / formats.WEIGHTS).unlink()
+    for name in (
+        diffusers_format.WEIGHTS,
+        "pytorch_lora_weights_000450.safetensors",
+        "pytorch_lora_weights_000900.safetensors",
+    ):
+        diffusers_format.save_adapter(tmp_path / name, pipeline.unet, {})
+    assert adapter_reading.find_adapter(tmp_path) == tmp_path / diffusers_format.WEIGHTS
+    (tmp_path / diffusers_format.WEIGHTS).unlink()
     with pytest.raises(UserError, match="name one of its files, e.g. pytorch_lora_weights_000900.safetensors"):
         adapter_reading.find_adapter(tmp_path)
 
 
 def test_a_file_without_alpha_counts_as_alpha_equal_to_rank(tuned, fresh, tmp_path):
-    formats.save_adapter(tmp_path / formats.WEIGHTS, tuned().unet, {})
-    save_file(load_file(tmp_path / formats.WEIGHTS), tmp_path / "bare.safetensors")
+    diffusers_format.save_adapter(tmp_path / diffusers_format.WEIGHTS, tuned().unet, {})
+    save_file(load_file(tmp_path / diffusers_format.WEIGHTS), tmp_path / "bare.safetensors")
     other = fresh()
     other.load_lora_weights(tmp_path / "bare.safetensors")
     assert gap(drawn(other), drawn(loaded(fresh(), tmp_path / "bare.safetensors"))) == 0
@@ -319,7 +323,7 @@ def test_pickles_are_not_opened(tmp_path):
 
 def test_damaged_and_missing_files_are_named(tuned, tmp_path):
     file = tmp_path / "lora.safetensors"
-    formats.save_adapter(file, tuned().unet, {})
+    diffusers_format.save_adapter(file, tuned().unet, {})
     for keep in (file.stat().st_size - 1, 100, 0):
         file.write_bytes(file.read_bytes()[:keep])
         with pytest.raises(UserError, match=f"--lora {file}: damaged"):

@@ -229,7 +229,7 @@ def test_the_gradients_through_a_gain_are_their_formulas(rows, columns, with_bia
     expected = (dy.double() * (y.double() - (bias.double() if with_bias else 0))).sum(0) / m
     dm = torch.ones(columns, device="cuda")
     for times in (1, 2):
-        assert torch.equal(gain_backward(dy, y, bias, gain, m, dm), (dy.float() * gain).half())
+        assert torch.equal(gain_backward(dy, y, bias=bias, gain=gain, m=m, dm=dm), (dy.float() * gain).half())
         assert error(dm, 1 + times * expected) < 1e-5
 
 
@@ -248,7 +248,7 @@ def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
     expected = (w.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
     assert error(row_norms(w, A, B, 0.5), expected) < 1e-6
     m, gain, b = random(rows, seed=3, dtype=torch.float32), torch.empty(rows, device="cuda"), torch.empty_like(B).half()
-    update_gain(w, A, B, m, 0.5, gain, b)
+    update_gain(w, A, B, m=m, scale=0.5, gain=gain, b=b)
     assert error(gain, m.double() / expected) < 1e-6 and torch.equal(b, (B * gain[:, None]).half())
     assert torch.equal(scale_rows(w, gain), (w.float() * gain[:, None]).half())
 
@@ -261,7 +261,7 @@ GROUP_NORMS = [(320, 32, 128, 128), (960, 32, 26, 38), (2560, 32, 16, 16), (48, 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, width, silu, shifted):
     """Far from zero too: the mean of the input is ten times its deviation."""
-    from common.norm_kernels import group_norm
+    from common.group_norm_kernels import group_norm
 
     norm = torch.nn.GroupNorm(groups, channels, eps=1e-5).cuda().requires_grad_(False)
     (
@@ -280,7 +280,7 @@ def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, widt
     expected = torch.nn.functional.silu(expected) if silu else expected
     expected.backward(dy.double())
     x, shift = x.requires_grad_(), shift.requires_grad_()
-    (y := group_norm(x, norm.half(), silu, shift if shifted else None)).backward(dy)
+    (y := group_norm(x, norm.half(), silu=silu, shift=shift if shifted else None)).backward(dy)
     assert error(y, expected) < 1e-3 and error(x.grad, exact.grad) < 1e-3
     assert (
         not shifted or error(shift.grad, exact_shift.grad) < 2e-2
@@ -290,7 +290,7 @@ def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, widt
 @pytest.mark.parametrize("width", [640, 1280, 48])
 @pytest.mark.parametrize("added", [False, True])
 def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
-    from common.norm_kernels import add_norm
+    from common.residual_kernels import add_norm
 
     norm = torch.nn.LayerNorm(width).cuda().requires_grad_(False)
     (
@@ -310,7 +310,7 @@ def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
 
 
 def test_a_residual_with_a_bias_is_their_sum():
-    from common.norm_kernels import add_bias
+    from common.residual_kernels import add_bias
 
     x, h, bias = random(2, 48, 5, 7).requires_grad_(), random(2, 48, 5, 7, seed=1).requires_grad_(), random(48, seed=2)
     y = add_bias(x, h, bias)

@@ -157,5 +157,5 @@ def test_a_mask_follows_the_seed_that_lies_on_the_device():
 def test_the_gradient_of_a_magnitude_does_not_overflow_in_fp16():
     """300 * 300 is more than fp16 holds; the loss scale makes such gradients."""
     dy, gain, m, dm = torch.full((2, 3), 300.0).half(), torch.ones(3), torch.full((3,), 2.0), torch.zeros(3)
-    operations.gain_backward(dy, dy, None, gain, m, dm)
+    operations.gain_backward(dy, dy, bias=None, gain=gain, m=m, dm=dm)
     assert dm.tolist() == [90_000.0] * 3

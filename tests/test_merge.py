@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_formats import ATTENTION, FEED_FORWARD, RESIDUAL, drawn, gap, shake
 
 import infer
-from common import adapters, device, formats, manifest
+from common import adapters, device, diffusers_format, manifest
 from common.command_line import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -47,7 +47,7 @@ def files(fresh, tmp_path_factory):
         adapters.add_text_lora(encoders, rank=4, alpha=8)
         for module in (pipeline.unet, *encoders):
             shake(module, seed)
-        formats.save_adapter(folder / name / formats.WEIGHTS, pipeline.unet, {}, encoders)
+        diffusers_format.save_adapter(folder / name / diffusers_format.WEIGHTS, pipeline.unet, {}, encoders)
         return folder / name
 
     return {
@@ -137,11 +137,11 @@ def test_nothing_but_weights_changes_and_merge_json_says_what_was_merged(files, 
     record = json.loads(now["merge.json"])
     assert record["model"]["name"] == str(demo.model) and record["dtype"] == "float32"
     assert [(source["path"], source["scale"]) for source in record["adapters"]] == [
-        (str(files["text"] / formats.WEIGHTS), 0.25),
-        (str(files["dora"] / formats.WEIGHTS), 1.0),
+        (str(files["text"] / diffusers_format.WEIGHTS), 0.25),
+        (str(files["dora"] / diffusers_format.WEIGHTS), 1.0),
     ]
     assert [source["sha256"] for source in record["adapters"]] == [
-        manifest.sha256(files[name] / formats.WEIGHTS) for name in ("text", "dora")
+        manifest.sha256(files[name] / diffusers_format.WEIGHTS) for name in ("text", "dora")
     ]
     assert all(path.stat().st_mode & 0o044 for path in folder.rglob("*"))  # others may read it
 

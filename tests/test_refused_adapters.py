@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_foreign_adapters import KOHYA_Q, Q, save_adapter_with
 from test_formats import ATTENTION, loaded, peft_folder, shake
 
-from common import adapters, formats
+from common import adapters, diffusers_format, peft_format
 from common.command_line import UserError
 
 
@@ -98,7 +98,7 @@ def test_a_configuration_that_would_be_read_wrong_is_refused(fresh, untouched, t
     trained = fresh()
     adapters.add_lora(trained.unet, ATTENTION, rank=4, alpha=8)
     shake(trained.unet)
-    config = tmp_path / "peft" / formats.PEFT_CONFIG
+    config = tmp_path / "peft" / peft_format.PEFT_CONFIG
     peft_folder(trained, config.parent)
     described = json.loads(config.read_text())
     for settings, expected in (({"not_used": None, "nor_this": {}}, None), (change, complaint)):
@@ -118,10 +118,12 @@ def test_a_damaged_configuration_is_named(fresh, untouched, tmp_path, text):
     trained = fresh()
     adapters.add_lora(trained.unet, ATTENTION, rank=4, alpha=8)
     folder = peft_folder(trained, tmp_path / "peft")
-    (folder / formats.PEFT_CONFIG).write_text(text)
+    (folder / peft_format.PEFT_CONFIG).write_text(text)
     assert str(folder) in refusal_of(untouched, folder)
-    formats.save_adapter(tmp_path / "a.safetensors", trained.unet, {})
-    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", {formats.ADAPTER_METADATA: text})
+    diffusers_format.save_adapter(tmp_path / "a.safetensors", trained.unet, {})
+    save_file(
+        load_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", {diffusers_format.ADAPTER_METADATA: text}
+    )
     assert "a.safetensors: " in refusal_of(untouched, tmp_path / "a.safetensors")
 
 

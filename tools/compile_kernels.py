@@ -1,9 +1,10 @@
-"""Compiles every kernel for cards that need not be there, in all the variants that training and drawing with full-size SDXL ask for.
+"""Compiles every kernel for cards that need not be there, in all the variants that full-size SDXL asks for.
 
-    python tools/compile_kernels.py --cards 75 80        # exit 1 when one does not compile or asks for too much shared memory
+    python tools/compile_kernels.py --cards 75 80   # exit 1 when one does not compile or asks for too much shared
+    memory
 
-The layers run forward and backward on PyTorch's meta device, which knows shapes and no numbers, and every launch of a kernel is
-compiled instead. Needs Triton (pip install triton, 190 MB), which brings its own compiler; no GPU.
+The layers run forward and backward on PyTorch's meta device, which knows shapes and no numbers. Every launch of a
+kernel is compiled instead. Needs Triton (pip install triton, 190 MB), which brings its own compiler; no GPU.
 """
 
 import argparse
@@ -17,16 +18,11 @@ import torch
 
 from common.command_line import UserError, run
 
-RESOLUTIONS = (64, 512, 544, 768, 1024)  # 64 and 544 px: few tiles, and sizes that 16 does not divide
+RESOLUTIONS = (64, 512, 544, 768, 1024)  # px; 64 and 544: few tiles, and sizes that 16 does not divide
 RANKS = (1, 4, 6, 8, 16, 32, 64, 128)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARED_KIB = {
-    75: 64,
-    80: 163,
-    86: 99,
-    89: 99,
-    90: 227,
-}  # of a block of threads, CUDA C++ programming guide, table of compute capabilities
+# {capability: shared memory of a block of threads}, CUDA C++ programming guide, table of compute capabilities
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 
 
 class Card:
@@ -51,7 +47,9 @@ class Compiled:
     """What was compiled: {kernel: {variant}}, the most shared memory that each kernel takes, and the errors."""
 
     def __init__(self):
-        self.variants, self.shared_bytes, self.errors = defaultdict(set), defaultdict(int), {}
+        self.variants = defaultdict(set)
+        self.shared_bytes = defaultdict(int)
+        self.errors = {}
 
     def launch(self, original, kernel, *args, **options):
         """In place of JITFunction.run."""
@@ -85,7 +83,7 @@ def compile_all(capability: int, unet: torch.nn.Module, encoders: list, dtypes: 
     return compiled
 
 
-def run_unet(unet, resolution, dtype):
+def run_unet(unet: torch.nn.Module, resolution: int, dtype: torch.dtype) -> None:
     """One image, forward and backward."""
     side = resolution // 8
     new = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta").requires_grad_()  # noqa: E731
@@ -95,15 +93,16 @@ def run_unet(unet, resolution, dtype):
     prediction.backward(torch.empty_like(prediction))
 
 
-def linears(model):
+def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
     return [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
 
 
-def linear_shape(layer):
+def linear_shape(layer: torch.nn.Linear) -> tuple[int, int, bool]:
+    """(rows, columns, whether it has a bias)."""
     return layer.out_features, layer.in_features, layer.bias is not None
 
 
-def run_adapter(rows, columns, bias, dtype):
+def run_adapter(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
     """The operations of an adapter beside a weight [rows, columns], for images and for text."""
     from common import kernels
 
@@ -114,15 +113,15 @@ def run_adapter(rows, columns, bias, dtype):
         for salt in (0, 1, 16):
             kernels.seeded_dropout(new(length, columns), 0.1, seed, salt)
             kernels.seeded_dropout(new(length, columns), 0.1, seed, salt, add_to=new(length, columns), alpha=0.5)
-        kernels.gain_backward(
-            new(length, rows), new(length, rows), new(rows) if bias else None, full(rows), full(rows), full(rows)
-        )
+        per_column = dict(bias=new(rows) if bias else None, gain=full(rows), m=full(rows), dm=full(rows))
+        kernels.gain_backward(new(length, rows), new(length, rows), **per_column)
     kernels.scale_rows(w, full(rows))
     for rank in RANKS:
-        kernels.update_gain(w, full(rank, columns), full(rows, rank), full(rows), 0.5, full(rows), new(rows, rank))
+        per_row = dict(m=full(rows), gain=full(rows), b=new(rows, rank))
+        kernels.update_gain(w, full(rank, columns), full(rows, rank), scale=0.5, **per_row)
 
 
-def fused_sdxl():
+def fused_sdxl() -> tuple[torch.nn.Module, list[torch.nn.Module]]:
     """(UNet, text encoders) of full size on the meta device; the UNet computes by its kernels."""
     from benchmarks.full_size import FULL
     from common import device, fused_unet, kernel_check, operations
@@ -137,35 +136,33 @@ def fused_sdxl():
     return unet, [pipeline.text_encoder, pipeline.text_encoder_2]
 
 
-def report(capability, compiled):
+def report(capability: int, compiled: Compiled) -> int:
     """A line a kernel, the errors, and the number of faults."""
-    limit_kib, faults = SHARED_KIB[capability], list(compiled.errors)
+    limit_kib = SHARED_KIB[capability]
+    faults = list(compiled.errors)
     for name, variants in sorted(compiled.variants.items()):
         kib = compiled.shared_bytes[name] / 1024
         print(f"sm_{capability} {name:30} {len(variants):4} variants, at most {kib:5.1f} KiB of shared memory")
         faults += [f"{name}: {kib:.1f} KiB of shared memory, {limit_kib} there"] if kib > limit_kib else []
     total = sum(map(len, compiled.variants.values()))
-    print(
-        *faults,
-        f"sm_{capability}: {total} variants of {len(compiled.variants)} kernels compiled, {len(faults)} faults",
-        sep="\n",
-    )
+    summary = f"sm_{capability}: {total} variants of {len(compiled.variants)} kernels compiled, {len(faults)} faults"
+    print(*faults, summary, sep="\n")
     return len(faults)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cards", type=int, nargs="+", default=[75, 80], choices=SHARED_KIB, help="capabilities (default: 75 80)"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)"
-    )
+    cards = dict(type=int, default=[75, 80], choices=SHARED_KIB, help="capabilities (default: 75 80)")
+    dtypes = dict(default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)")
+    parser.add_argument("--cards", nargs="+", **cards)
+    parser.add_argument("--dtypes", nargs="+", **dtypes)
     flags = parser.parse_args()
     try:
         import triton
     except ImportError:
         raise UserError("Triton is missing: pip install triton") from None
+
+    # every card in turn
     unet, encoders = fused_sdxl()
     print(f"Triton {triton.__version__}, {' '.join(flags.dtypes)}")
     faults = [

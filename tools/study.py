@@ -205,9 +205,9 @@ def score(folder):
 
 def measure(training):
     """The figures of a finished run. peak_gib is None on a CPU, where the process's peak includes the runs before."""
-    from common import formats, report
+    from common import diffusers_format, report
 
-    steps, weights = report.read_metrics(training.folder / "metrics.jsonl"), training.folder / formats.WEIGHTS
+    steps, weights = report.read_metrics(training.folder / "metrics.jsonl"), training.folder / diffusers_format.WEIGHTS
     finished = read_finished(training)
     return dict(
         **{key: finished[key] for key in SCORES if key in finished},
