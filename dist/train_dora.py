@@ -5,7 +5,7 @@ python train_dora.py --quantize nf4
 python train_dora.py --demo
 """
 
-# Made by tools/bundle.py from train_dora.py and 68 modules; edit those, not this file.
+# Made by tools/bundle.py from train_dora.py and 70 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -53,7 +53,7 @@ sys.modules["torchao"] = None
 # ====================================================================================== common/adapter_checks.py
 
 MODULES['common/adapter_checks.py'] = r'''
-"""What an adapter file must hold: layers that this model has, whole pairs, finite values, a configuration PEFT knows."""
+"""What an adapter file must hold: layers of this model, whole pairs, finite values, a configuration that PEFT knows."""
 
 import dataclasses
 import math
@@ -79,12 +79,13 @@ def adaptable_layers(module: torch.nn.Module) -> dict:
 def misfit(file: Path, keys: list, total: int) -> UserError:
     """The refusal of a file with keys that belong to no layer of this model."""
     return UserError(
-        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; an adapter of another kind or model?"
+        f"--lora {file}: {len(keys)} of {total} keys fit nothing in this SDXL, e.g. {keys[0]}; "
+        "an adapter of another kind or model?"
     )
 
 
 def check_weights(file: Path, module: torch.nn.Module, weights: dict) -> None:
-    """Refuse PEFT keys whose layer `module` does not have, whose shape is wrong for it, or that lack their other half."""
+    """Refuse PEFT keys whose layer `module` does not have, of a wrong shape, or without their other half."""
     if misfits := misfitting_keys(module, weights):
         raise misfit(file, misfits, len(weights))
 
@@ -110,42 +111,48 @@ def check_values(file: Path, weights: dict) -> None:
     """Refuse {component: {PEFT key: tensor}} that is not finite, or that changes nothing."""
     tensors = {key: tensor for part in weights.values() for key, tensor in part.items()}
     if whole := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(
-            f"--lora {file}: {len(whole)} tensors hold {tensors[whole[0]].dtype}, e.g. {whole[0]}; only floats are read"
-        )
+        dtype = tensors[whole[0]].dtype
+        raise UserError(f"--lora {file}: {len(whole)} tensors hold {dtype}, e.g. {whole[0]}; only floats are read")
     if bad := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(
-            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; the training that wrote it diverged"
+            f"--lora {file}: {len(bad)} tensors hold NaN or infinity, e.g. {bad[0]}; "
+            "the training that wrote it diverged"
         )
-    halves = {key: tensor.any() for key, tensor in tensors.items()}
-    if not any(
-        changes and halves.get(key.replace("lora_A", "lora_B"), True)
-        for key, changes in halves.items()
-        if "lora_B" not in key
-    ):
+
+    # a pair changes something when neither half is zero, a magnitude when it is not
+    nonzero = {key: tensor.any() for key, tensor in tensors.items()}
+    firsts = [key for key in tensors if "lora_B" not in key]
+    if not any(nonzero[key] and nonzero.get(key.replace("lora_A", "lora_B"), True) for key in firsts):
         raise UserError(
-            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; was it trained?"
+            f"--lora {file}: would change nothing, one half of every pair is zero, e.g. {next(iter(tensors))}; "
+            "was it trained?"
         )
 
 
-def drawing_config(file: Path, source: str, described: dict) -> dict:
-    """What a file says of its adapter -> LoraConfig arguments with which it is drawn: without the dropout of its training.
+def rendering_config(file: Path, source: str, described: dict) -> dict:
+    """What a file says of its adapter -> LoraConfig arguments for rendering: without the dropout of its training.
 
     What a newer PEFT has added is left out where it is switched off, and refused where it is not.
+
     Args:
         source: where in the file it stands, for messages.
     """
     from peft import LoraConfig
 
+    # what only a newer PEFT knows
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     if newer := sorted(name for name, value in described.items() if name not in known and value):
         raise UserError(
-            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; pip install -U peft"
+            f"--lora {file}: its {source} asks for {', '.join(newer)}, which PEFT {version('peft')} does not know; "
+            "pip install -U peft"
         )
+
+    # what means something else here
     init = described.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
         raise UserError(
-            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; convert it to LoRA with PEFT"
+            f"--lora {file}: its {source} says init_lora_weights {init!r}, which changed the base model too; "
+            "convert it to LoRA with PEFT"
         )
     numbers = {name: described.get(name, 1) for name in ("r", "lora_alpha")} | (described.get("alpha_pattern") or {})
     for name, value in numbers.items():
@@ -167,19 +174,28 @@ MODULES['common/adapter_loading.py'] = r'''
 """Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from common.adapter_names import COMPONENTS
 from common.adapter_reading import read_adapter
+
+if TYPE_CHECKING:  # slow to import
+    from diffusers import StableDiffusionXLPipeline
 from common.command_line import UserError
 
 
-def load_adapter(pipeline, file, name, *, say=print):
-    """Load an adapter file into a StableDiffusionXLPipeline as the adapter `name`; its scale is 1 until set_adapters is called.
+def load_adapter(
+    pipeline: "StableDiffusionXLPipeline", file: Path, name: str, *, say: Callable[[str], None] = print
+) -> None:
+    """Load an adapter file as the adapter `name` of a pipeline; its scale is 1 until set_adapters is called.
 
-    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval mode
-    afterwards. `say` is told what is left out.
+    Equal to load_lora_weights where that works. PEFT injects layers in training mode: the model's parts are in eval
+    mode afterwards. `say` is told what is left out.
+
     Raises:
         UserError: what read_adapter refuses, and keys that the loaders did not use.
     """
@@ -207,7 +223,7 @@ def _load_into(module, component, name, weights, config):
 
 
 def _check_loaded(file, module, name, weights):
-    """diffusers and PEFT only warn about what they leave out, and draw it at random."""
+    """diffusers and PEFT only warn about what they leave out, and initialise it at random."""
     from peft import get_peft_model_state_dict
 
     # PEFT's default for embedding layers would ask the hub about the base model that the adapter names
@@ -222,7 +238,7 @@ def _check_loaded(file, module, name, weights):
 # ======================================================================================= common/adapter_names.py
 
 MODULES['common/adapter_names.py'] = r'''
-"""What a layer of SDXL is called in adapter files: by diffusers, in the original layout, by kohya, LyCORIS and ComfyUI."""
+"""Names of SDXL's layers in adapter files: those of diffusers, the original layout, kohya, LyCORIS and ComfyUI."""
 
 import re
 
@@ -234,6 +250,11 @@ COMFYUI_PREFIXES = {
     "text_encoder_2": "text_encoders.clip_g.transformer.",
 }
 LYCORIS_PREFIX = "lycoris_"  # of the UNet's layers
+
+# Kinds of a layer's tensors: kohya's names of the pair, which LyCORIS shares, and PEFT's of DoRA's magnitude.
+DOWN = "lora_down.weight"
+UP = "lora_up.weight"
+MAGNITUDE = "lora_magnitude_vector"
 
 # diffusers' old names of what it calls to_out.0 in the UNet, and of the projections in text encoders
 _OLD_PROJECTIONS = {
@@ -265,21 +286,23 @@ def _spellings(component, layer, layers_per_block):
                 yield f"{component}.{name.removesuffix(now)}{before}"
 
 
-def portable(component, name):
+def portable(component: str, name: str) -> str:
     """A name as every tool knows it: transformers 5 dropped `text_model.` from those in CLIPTextModel."""
     return name if component == "unet" else f"text_model.{name.removeprefix('text_model.')}"
 
 
-def kohya_key(component, layer, layers_per_block):
+def kohya_key(component: str, layer: str, layers_per_block: int) -> str:
     """Name of a layer in a kohya file: prefix, then its shared name with underscores for dots."""
     return KOHYA_PREFIXES[component] + shared_name(component, layer, layers_per_block).replace(".", "_")
 
 
-def shared_name(component, layer, layers_per_block):
-    """The name that tools outside of diffusers share: in the UNet's original layout, or the text encoder's portable one."""
+def shared_name(component: str, layer: str, layers_per_block: int) -> str:
+    """The name that tools outside of diffusers share: of the UNet's original layout, or the encoder's portable one."""
     return original_name(layer, layers_per_block) if component == "unet" else portable(component, layer)
 
 
+_IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_PARTS = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}
 _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -296,39 +319,39 @@ _IN_RESNET = {
 }
 
 
-def original_name(name, layers_per_block):
+def original_name(name: str, layers_per_block: int) -> str:
     """Module name in diffusers' UNet -> in the original one.
 
-    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered through.
-    Within one, 0 is the residual part (or the downsampler), 1 the attention (or an upsampler without one before it), 2 the
-    upsampler.
+    https://github.com/Stability-AI/generative-models, openaimodel.py. There the blocks of all levels are numbered
+    through. Within one, 0 is the residual part (or the downsampler), 1 the attention, 2 the upsampler, which in SDXL
+    comes only after attention.
     """
-    found = re.fullmatch(
-        r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name
-    )
+    found = _IN_BLOCK.fullmatch(name)
     if not found:
         return _OUTSIDE_BLOCKS.get(name, name)
-    side, level, kind, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
-    rest = _IN_RESNET.get(rest, rest) if kind == "resnets" else "op" if kind == "downsamplers" else rest
+    side, level, kind, index, rest = found.groups()
+    level = int(level or 0)
+    index = int(index)
+    if kind == "resnets":
+        rest = _IN_RESNET.get(rest, rest)
+    elif kind == "downsamplers":
+        rest = "op"
+
+    # the middle block, then those of the levels
     if side == "mid":
         return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{rest}"
     if kind.endswith("samplers"):
         index = layers_per_block  # they close their level
     first = level * (layers_per_block + 1)
-    part = {"resnets": 0, "downsamplers": 0, "attentions": 1, "upsamplers": 2}[
-        kind
-    ]  # SDXL upsamples only after attention
-    return (
-        f"input_blocks.{1 + first + index}.{part}.{rest}"
-        if side == "down"
-        else f"output_blocks.{first + index}.{part}.{rest}"
-    )
+    if side == "down":
+        return f"input_blocks.{1 + first + index}.{_PARTS[kind]}.{rest}"
+    return f"output_blocks.{first + index}.{_PARTS[kind]}.{rest}"
 '''
 
 # ===================================================================================== common/adapter_reading.py
 
 MODULES['common/adapter_reading.py'] = r'''
-"""Adapter files of every format -> weights under PEFT's names: `find_adapter` says what a path means, `read_adapter` reads it.
+"""Adapter files of every format -> weights under PEFT's names: `find_adapter` resolves a path, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
 """
@@ -338,16 +361,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common import formats, layer_reading, peft_reading
+from common import diffusers_format, layer_reading, peft_format
 from common.adapter_checks import check_values, check_weights
 from common.command_line import UserError
 from common.files import read_safetensors
 
 
-def find_adapter(place):
+def find_adapter(place: str | Path) -> Path:
     """What `--lora place` means -> Path of a readable .safetensors file.
 
-    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or a PEFT folder.
+    `place` is such a file, a folder that a training run or diffusers wrote (its final weights, not those of a step), or
+    a PEFT folder.
+
     Raises:
         UserError: nothing there, a pickle, a damaged file.
     """
@@ -357,6 +382,8 @@ def find_adapter(place):
         raise UserError(f"--lora {path}: no such file or folder")
     if file.suffix != ".safetensors":
         raise UserError(f"--lora {file}: only .safetensors files are read; pickles (.bin, .pt, .ckpt) can run code")
+
+    # it can be opened, and holds tensors
     try:
         with safe_open(file, "pt") as tensors:
             empty = not tensors.keys()
@@ -373,18 +400,20 @@ def _weights_in(folder):
     of_step = folder.parent / f"pytorch_lora_weights_{folder.name.removeprefix('checkpoint-')}.safetensors"
     if folder.name.startswith("checkpoint-") and of_step.exists():
         return of_step  # a checkpoint itself holds what training needs, and no adapter file
-    for name in (formats.WEIGHTS, formats.PEFT_WEIGHTS):
+    for name in (diffusers_format.WEIGHTS, peft_format.PEFT_WEIGHTS):
         if (folder / name).exists():
             return folder / name
     if pickles := sorted(folder.glob("*.bin")):
         return pickles[0]
     steps = sorted(folder.glob("*.safetensors"))
     hint = f"; name one of its files, e.g. {steps[-1].name}" if steps else ""
-    raise UserError(f"--lora {folder}: neither {formats.WEIGHTS} nor {formats.PEFT_WEIGHTS} in it{hint}")
+    raise UserError(f"--lora {folder}: neither {diffusers_format.WEIGHTS} nor {peft_format.PEFT_WEIGHTS} in it{hint}")
 
 
 def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict, dict]:
-    """Read an adapter file, of whatever format, for a model's `modules` {component: module}; `say` is told what is left out.
+    """Read an adapter file, of whatever format, for a model's `modules` {component: module}.
+
+    `say` is told what is left out.
 
     Returns:
         ({component: {PEFT key: tensor}}, {component: LoraConfig arguments}).
@@ -400,8 +429,8 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
     if not tensors:
         raise UserError(f"--lora {file}: holds text embeddings and no layers; it is no adapter")
 
-    if all(key.startswith(formats.PEFT_PREFIX) for key in tensors):
-        weights, configs = peft_reading.read_peft(file, modules)
+    if all(key.startswith(peft_format.PEFT_PREFIX) for key in tensors):
+        weights, configs = peft_format.read_peft(file, modules)
     else:
         weights, configs = layer_reading.read_layers(file, tensors, metadata, modules)
     check_values(file, weights)
@@ -413,9 +442,10 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
 # ============================================================================================ common/adapters.py
 
 MODULES['common/adapters.py'] = r'''
-"""Which layers get an adapter, and where its numbers live: one flat fp32 buffer, of which PEFT's parameters are views."""
+"""Which layers get an adapter, and where its numbers lie: in one flat fp32 buffer that PEFT's parameters view."""
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -425,7 +455,14 @@ from common.graphs import side_by_side
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
-def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
+def add_lora(
+    unet: torch.nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+) -> None:
     """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
 
     A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
@@ -436,27 +473,28 @@ def add_lora(unet, targets, rank, alpha, dropout=0.0, use_dora=False):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # every target is a layer that can have one
+    adaptable = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
     for target in targets:
         found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
         if not found:
             raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [
-            module for module in found if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer))
-        ]:
-            kind = type(other[0]).__name__
+        if other := [type(module).__name__ for module in found if not isinstance(module, adaptable)]:
             raise UserError(
-                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, this is a {kind}"
+                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, "
+                f"this is a {other[0]}"
             )
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
-    )
-    cast_training_params(unet, torch.float32)  # on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
+
+    # in fp32: on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
+    unet.add_adapter(config)
+    cast_training_params(unet, torch.float32)
 
 
-def add_text_lora(encoders, rank, alpha, dropout=0.0):
+def add_text_lora(encoders: Iterable[torch.nn.Module], rank: int, alpha: float, dropout: float = 0.0) -> None:
     """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
 
-    Through PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
+    By PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
     """
     from diffusers.training_utils import cast_training_params
     from peft import LoraConfig, inject_adapter_in_model
@@ -468,18 +506,18 @@ def add_text_lora(encoders, rank, alpha, dropout=0.0):
         encoder.train()
 
 
-def trainable(module):
+def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     """[(name, parameter)] of what will be trained."""
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def count(module):
+def count(module: torch.nn.Module) -> int:
     """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
 
 
 @contextlib.contextmanager
-def without_dropout(modules):
+def without_dropout(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Inside, `modules` compute as they will after training."""
     training = [module for module in modules if module.training]
     for module in training:
@@ -494,26 +532,32 @@ def without_dropout(modules):
 class FlatParameters:
     """All trainable numbers in one fp32 buffer and all their gradients in another.
 
-    Norm, clipping, zeroing, all-reduce, EMA and checkpointing are then one operation each, and an optimizer has one
-    parameter per group instead of 1,120.
+    Norm, clipping, zeroing, all-reduce, EMA and saving are then one operation each, and an optimizer has one parameter
+    per group instead of 1,120.
 
     Args:
-        groups: [(named parameters, options)]; options are those of a torch optimizer's parameter group (lr, weight_decay).
+        groups: [(named parameters, options)]; options are those of a torch optimizer's group (lr, weight_decay).
         dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
     """
 
-    def __init__(self, groups, dtype=torch.float32):
+    def __init__(self, groups: list[tuple[list, dict]], dtype: torch.dtype = torch.float32) -> None:
         named = [pair for pairs, _ in groups for pair in pairs]
         self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
         self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
         self.grad = torch.zeros_like(self.data)
         self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
-        self._parts, start = {}, 0
+
+        # PEFT's parameters become views
+        self._parts = {}
+        start = 0
         for _, parameter in named:
             part = self._parts[parameter] = slice(start, start := start + parameter.numel())
             parameter.data = self.data[part].view_as(parameter)
             parameter.grad = self.grad[part].view_as(parameter)
-        self.groups, start = [], 0
+
+        # the optimizer's groups are longer views
+        self.groups = []
+        start = 0
         for pairs, options in groups:
             part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
             flat = torch.nn.Parameter(self.data[part])
@@ -522,22 +566,29 @@ class FlatParameters:
 
         self.followers = []  # what else is derived from the parameters: functions that `publish` calls
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.data.numel()
 
-    def compute_copy(self, parameter):
+    def compute_copy(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
         return self._compute[self._parts[parameter]].view_as(parameter)
 
     @torch.no_grad()
-    def publish(self):
+    def publish(self) -> None:
         """After the numbers changed: renew everything that is derived from them."""
         if self._compute is not self.data:
             self._compute.copy_(self.data)
         side_by_side(self.followers, self.data.device)
 
 
-def make_optimizer(flat, use_8bit, lr, betas, weight_decay, eps):
+def make_optimizer(
+    flat: FlatParameters,
+    use_8bit: bool,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> torch.optim.Optimizer:
     """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
     options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
     if use_8bit:
@@ -553,15 +604,17 @@ class EMA:
     Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
     """
 
-    def __init__(self, flat, decay):
-        self.flat, self.decay, self.average = flat, decay, flat.data.clone()
+    def __init__(self, flat: FlatParameters, decay: float) -> None:
+        self.flat = flat
+        self.decay = decay
+        self.average = flat.data.clone()
 
-    def update(self, step):
+    def update(self, step: int) -> None:
         """Once per optimizer step; `step` counts from 1."""
         self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
 
     @contextlib.contextmanager
-    def applied(self):
+    def applied(self) -> Iterator[None]:
         """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
         trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
         self.flat.data.copy_(self.average)
@@ -614,7 +667,7 @@ from common.device import Host
 from common.engine import Engine, EngineSettings
 from common.run_length import RunLength, run_length, uneven_shares
 from common.schedules import lr_schedule
-from demo.build import demo_assets
+from common.tiny import demo_assets
 
 
 @dataclass(frozen=True)
@@ -1771,9 +1824,9 @@ def parse(cls, argv=None):
 
 
 def _demo_defaults(cls):
-    """What `--demo` changes: see demo/settings.py, and the flags' own metadata."""
+    """What `--demo` changes: see common/demo_settings.py, and the flags' own metadata."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from demo.settings import demo_settings
+    from common.demo_settings import demo_settings
 
     fields = {field.name: field for field in dataclasses.fields(cls)}
     own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}
@@ -2196,6 +2249,75 @@ def _changes_nothing(transform, mode):
     return np.abs(moved).max() <= 1
 '''
 
+# ======================================================================================= common/demo_settings.py
+
+MODULES['common/demo_settings.py'] = r'''
+"""What `--demo` means.
+
+It trains the small SDXL on the ink drawings in demo/assets. Where those are absent
+(one-file scripts) or not wanted (tests), the tiny random SDXL of common/tiny.py and its images take their place.
+"""
+
+import os
+from pathlib import Path
+
+import common
+
+ASSETS = Path(common.__file__).resolve().parents[1] / "demo" / "assets"
+# The small UNet has attention at 8 x 8 and 4 x 4 latents only: its adapter takes in the other linear layers there too.
+SMALL_DEMO = dict(
+    resolution=128,
+    train_batch_size=8,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing=False,
+    max_train_steps=250,
+    lr_warmup_steps=10,
+    learning_rate=2e-3,
+    caption_dropout=0.1,
+    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+    checkpointing_steps=125,
+    validation_steps=125,
+    steps=20,
+    guidance_scale=5.0,
+    prompts=[
+        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
+        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono "
+        "in front of a night sky",
+        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
+    ],
+)
+TINY_DEMO = dict(
+    resolution=64,
+    max_train_steps=24,
+    lr_warmup_steps=4,
+    learning_rate=1e-3,
+    checkpointing_steps=12,
+    validation_steps=12,
+    steps=8,
+    prompts=[
+        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
+        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
+        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
+    ],
+)
+# Part of the folder names: raise it when common/tiny.py or common/tiny_pictures.py builds something else.
+VERSION = 2
+
+
+def is_tiny() -> bool:
+    """Whether the random model stands in for the trained one: that is absent, or TINY_DEMO=1 is set, as in tests."""
+    return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
+
+
+def demo_settings(root: Path) -> dict:
+    """What --demo sets, by flag; the tiny model and its images belong under `root`, and may not be there yet."""
+    if is_tiny():
+        model, data, own = root / f"model-v{VERSION}", root / f"data-v{VERSION}", TINY_DEMO
+    else:
+        model, data, own = ASSETS / "model", ASSETS / "data", SMALL_DEMO
+    return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **own)
+'''
+
 # ============================================================================================== common/device.py
 
 MODULES['common/device.py'] = r'''
@@ -2421,13 +2543,103 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 '''
 
+# ==================================================================================== common/diffusers_format.py
+
+MODULES['common/diffusers_format.py'] = r'''
+"""diffusers' adapter file, written and read: LAYER.lora.down.weight and .up.weight, PEFT's settings in the metadata."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from common.adapter_checks import rendering_config
+from common.adapter_names import COMPONENTS, portable
+from common.command_line import UserError
+from common.files import write_safetensors
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
+
+
+def save_adapter(
+    path: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
+) -> None:
+    """Write the adapters of the UNet, and of both text encoders if given, with the recipe that trained them.
+
+    The metadata holds what PEFT needs to rebuild the adapters. Without it diffusers would take alpha = rank, and
+    rank 16 / alpha 32 would load at half strength.
+    """
+    from peft import get_peft_model_state_dict
+
+    weights, described = {}, {}
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
+        described |= {f"{component}.{name}": value for name, value in _settings(module.peft_config["default"]).items()}
+    metadata = {
+        "format": "pt",
+        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+    }
+    write_safetensors(path, weights, metadata)
+
+
+def read_settings(file: Path, metadata: dict) -> dict:
+    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata; {} where there are none.
+
+    The keys of such a file are read by layer_reading.py, with those of other tools.
+    Raises:
+        UserError: settings that cannot be read, or that mean something else in the installed PEFT.
+    """
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
+    except (ValueError, AttributeError):
+        raise UserError(f"--lora {file}: its {ADAPTER_METADATA} cannot be read; the file is damaged") from None
+    components = {component for component, _, _ in fields}
+    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
+    return {component: rendering_config(file, ADAPTER_METADATA, part) for component, part in parts.items()}
+
+
+def _settings(config):
+    """What of a LoraConfig a loader needs.
+
+    Not the dropout of training, which would act while rendering; nor defaults, of which an older PEFT may not know all.
+    """
+    from peft import LoraConfig
+
+    settings = {**config.to_dict(), "lora_dropout": 0.0}
+    defaults = LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "rank_pattern")  # diffusers 0.37 and 0.39 look the pattern up unasked
+    needed = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
+
+
+def _spelt_by_diffusers(component, weights):
+    """PEFT's keys -> diffusers', the same way for every layer.
+
+    Its own conversion respells only the attention layers of a UNet. Of a file with two spellings its loader reads only
+    that of the first key.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    if component != "unet":
+        return convert_state_dict_to_diffusers(weights)
+    return {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
+        for name, tensor in weights.items()
+    }
+'''
+
 # ================================================================================================ common/dora.py
 
 MODULES['common/dora.py'] = r'''
 """DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
 
 DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
-reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers draw m on that too.
+reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers use m with it
+too.
 """
 
 from collections.abc import Callable
@@ -2441,7 +2653,8 @@ DORA_NORM = "dora_norm"
 METADATA = {
     DORA_NORM: "base",
     "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
-    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula (comfy/weight_adapter/base.py, weight_decompose); Forge",
+    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula "
+    "(comfy/weight_adapter/base.py, weight_decompose); Forge",
     "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
 }
 
@@ -2488,18 +2701,19 @@ def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young); of equal size, for fp16's sake.
+    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young).
 
-    From the eigenvectors of the smaller Gram matrix, in fp64: R of them are needed, and nothing of the other side.
+    U and D are of equal size, for fp16's sake. From the eigenvectors of the smaller Gram matrix, in fp64: R of them
+    are needed, and nothing of the other side.
     """
     if len(matrix) > matrix.shape[1]:
         up, down = low_rank(matrix.t(), rank)
         return down.t(), up.t()
     values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
     rank = min(rank, len(values))
-    smallest = (1e-12 * values[-1]).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )  # what is nothing but rounding is not blown up
+
+    # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)
     roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
     vectors = vectors[:, -rank:]
     return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
@@ -3567,176 +3781,6 @@ def find_data_dir(name):
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
 
-# ============================================================================================= common/formats.py
-
-MODULES['common/formats.py'] = r'''
-"""Adapter files that load elsewhere: diffusers' format, kohya's (ComfyUI, A1111, Forge), PEFT's. `adapter_loading` reads them."""
-
-import copy
-import json
-
-import torch
-
-from common import dora
-from common.adapter_names import COMPONENTS, kohya_key, portable
-from common.files import write_safetensors
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-PEFT_WEIGHTS, PEFT_CONFIG, PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
-
-
-def save_adapter(path, unet, recipe, text_encoders=()):
-    """Write the adapters of the UNet, and of both text encoders if given, in diffusers' format, with what PEFT needs to rebuild them
-    and the recipe that trained them.
-
-    Without the metadata diffusers would take alpha = rank, and rank 16 / alpha 32 would load at half strength.
-    """
-    from peft import get_peft_model_state_dict
-
-    weights, described = {}, {}
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
-        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
-        described |= {f"{component}.{name}": value for name, value in _described(module.peft_config["default"]).items()}
-    metadata = {
-        "format": "pt",
-        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
-        "recipe": json.dumps(recipe, sort_keys=True),
-    }
-    write_safetensors(path, weights, metadata)
-
-
-def _described(config):
-    """What of a LoraConfig a loader needs.
-
-    Not the dropout of training, with which it would draw; nor defaults, of which an older PEFT may not know all.
-    """
-    from peft import LoraConfig
-
-    settings = {**config.to_dict(), "lora_dropout": 0.0}
-    defaults = LoraConfig().to_dict()
-    always = ("r", "lora_alpha", "rank_pattern")  # diffusers 0.37 and 0.39 look the pattern up unasked
-    needed = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
-
-
-def _spelt_by_diffusers(component, weights):
-    """PEFT's keys -> diffusers', the same way for every layer.
-
-    Its own conversion respells only the attention layers of a UNet, and of a file with two spellings its loader reads that of the first key.
-    """
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    if component != "unet":
-        return convert_state_dict_to_diffusers(weights)
-    return {
-        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
-        for name, tensor in weights.items()
-    }
-
-
-def save_peft(folder, unet, recipe, text_encoders=()):
-    """Write the same adapters as PEFT folders: the UNet's is `folder`, those of text encoders lie in its text_encoder and text_encoder_2.
-
-    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it back.
-    """
-    from peft import get_peft_model_state_dict
-
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        part = folder if component == "unet" else folder / component
-        weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
-        write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
-        config = copy.copy(module.peft_config["default"])
-        config.base_model_name_or_path = recipe["base_model"]
-        config.inference_mode = True
-        config.lora_dropout = 0.0  # of training: the recipe keeps it
-        base = type(module)
-        config.save_pretrained(
-            part, auto_mapping_dict={"base_model_class": base.__name__, "parent_library": base.__module__}
-        )
-
-
-def save_kohya(path, unet, recipe, text_encoders=(), *, weight_of=None, dora_rank=None):
-    """Write the same adapters for ComfyUI, A1111, Forge and kohya's scripts, in fp16 (dora_scale in fp32).
-
-    Their format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha`
-    and, for DoRA, `dora_scale` [out, 1]; layers are named by the original SDXL layout with underscores.
-
-    Args:
-        weight_of: see dora.frozen_weights; the model's own weights when None.
-        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
-    Returns:
-        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
-    """
-    weight_of = weight_of or dora.frozen_weights(unet, [])
-    config = unet.peft_config["default"]
-    tensors, squares = {}, torch.zeros(2)  # of what is left out, and of all
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        for layer, parts in _by_layer(module).items():
-            key = kohya_key(component, layer, unet.config.layers_per_block)
-            up, down = parts["B.weight"], parts["A.weight"]
-            alpha = module.peft_config["default"].lora_alpha
-            if "magnitude_vector" in parts:
-                known = (
-                    parts["magnitude_vector"],
-                    weight_of(layer),
-                    module.get_submodule(layer).get_delta_weight("default"),
-                )
-                if dora_rank:
-                    up, down, left_out = _as_lora(dora.change(*known), dora_rank)
-                    alpha = len(down)
-                    squares += left_out
-                else:
-                    tensors[f"{key}.dora_scale"] = dora.dora_scale(*known)
-            tensors[f"{key}.lora_down.weight"] = down.half()
-            tensors[f"{key}.lora_up.weight"] = up.half()
-            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
-
-    rank, alpha = (dora_rank, dora_rank) if dora_rank else (config.r, config.lora_alpha)
-    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    metadata |= {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.sai_model_spec": "1.0.0"}
-    metadata |= {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-    metadata |= _kind_metadata(recipe)
-    if dora_rank:
-        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
-    elif config.use_dora:
-        metadata |= dora.METADATA
-    write_safetensors(path, tensors, {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
-    return share
-
-
-def _kind_metadata(recipe):
-    """What the base model predicts, as modelspec (https://github.com/Stability-AI/ModelSpec) and kohya's scripts write it."""
-    velocity = recipe.get("prediction_type") == "v_prediction"
-    return {
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
-        "ss_v_parameterization": str(velocity),
-        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
-    }
-
-
-def _by_layer(module):
-    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
-    from peft import get_peft_model_state_dict
-
-    layers = {}
-    for name, tensor in get_peft_model_state_dict(module).items():
-        layer, _, kind = name.rpartition(".lora_")
-        layers.setdefault(layer, {})[kind] = tensor
-    return layers
-
-
-def _as_lora(change, rank):
-    """The best LoRA of `rank` for a weight's change -> (up, down, squared norms of what it leaves out and of all [2])."""
-    up, down = dora.low_rank(change.flatten(1), rank)
-    left_out = (change.flatten(1) - up @ down).square().sum()
-    kernel = change.shape[2:]
-    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
-    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
-'''
-
 # ============================================================================================= common/framing.py
 
 MODULES['common/framing.py'] = r'''
@@ -3846,16 +3890,20 @@ def _cut(image, framing):
 MODULES['common/fused.py'] = r'''
 """LoRA and DoRA linear layers as one autograd function over a frozen fp16 or NF4 weight.
 
-PEFT keeps the parameters, their names and the configuration; only the forward pass of its layers is replaced. What that saves
-on every layer: fp32 copies of the activations, a dozen kernel launches, and most of what PEFT keeps for the backward pass.
+PEFT keeps the parameters, their names and the configuration; only the forward pass of its layers is replaced. That
+saves on every layer fp32 copies of the activations, a dozen kernel launches, and most of what PEFT keeps for the
+backward pass.
 
 Notation: x [M, K] input, W [N, K] frozen weight, A [r, K] and B [N, r] adapter, s = alpha / r, d dropout, m [N] DoRA
 magnitude, n [N] row norms of W + s B A, g = m / n.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 
+from common.adapters import FlatParameters
 from common.command_line import UserError
 from common.kernel_check import adopt_kernels
 from common.operations import OF_DORA, gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
@@ -3864,9 +3912,10 @@ from common.operations import OF_DORA, gain_backward, row_norms, scale_rows, see
 class AdapterLinear(torch.autograd.Function):
     """y = g (x W^T + s d(x) A^T B^T) + bias, with g = 1 for LoRA (LoRA: arXiv 2106.09685, DoRA: arXiv 2402.09353).
 
-    As in section 4.3 of DoRA, n is a constant in the backward pass; dropout acts on the adapter's branch only. Forward g multiplies
-    the rows of W and B, backward dy, which is read for m's gradient anyway. Kept for the backward pass: x, which the layers of an
-    attention block share; x A^T, which is small; and for DoRA y, which attention keeps anyway. W is read, or dequantised, once more.
+    As in section 4.3 of DoRA, n is a constant in the backward pass. Dropout acts on the adapter's branch only.
+    Forward g multiplies the rows of W and B; backward it multiplies dy, which is read for m's gradient anyway. Kept
+    for the backward pass are x, which the layers of an attention block share; x A^T, which is small; and for DoRA y,
+    which attention keeps anyway. The backward pass reads, or dequantises, W once more.
     """
 
     @staticmethod
@@ -3874,20 +3923,27 @@ class AdapterLinear(torch.autograd.Function):
         x2 = x.reshape(-1, x.shape[-1])
         xa = layer.drop(x2) @ layer.a.t()
         y = F.linear(x2, layer.scaled_weight(), layer.bias).addmm_(xa, layer.scaled_b.t(), alpha=layer.scale)
-        ctx.layer, ctx.shape = layer, x.shape
+        ctx.layer = layer
+        ctx.shape = x.shape
         ctx.save_for_backward(x2, xa, None if m is None else y)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
         """Gradients of A, B and m are added where they are kept, in fp32, and not handed to autograd."""
-        layer, (x2, xa, y) = ctx.layer, ctx.saved_tensors
-        dy, dx = dy.reshape(-1, dy.shape[-1]), None
+        layer = ctx.layer
+        x2, xa, y = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+
+        # parameters
         if y is not None:
-            dy = gain_backward(dy.contiguous(), y, layer.bias, layer.gain, layer.m, layer.m.grad)
+            dy = gain_backward(dy.contiguous(), y, bias=layer.bias, gain=layer.gain, m=layer.m, dm=layer.m.grad)
         dxa = dy @ layer.b
         add_product(layer.A.grad, dxa.t(), layer.drop(x2), layer.scale)
         add_product(layer.B.grad, dy.t(), xa, layer.scale)
+
+        # input
+        dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ layer.weight()
             if layer.p:
@@ -3898,11 +3954,11 @@ class AdapterLinear(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-# Whether cuBLAS may be asked for an fp32 product of fp16 matrices, which spares a rounding and three kernels; from torch 2.10 on.
+# Whether cuBLAS computes fp32 products of fp16 matrices, which spares a rounding and three kernels: from torch 2.10 on.
 FP32_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
-def add_product(total, x, y, scale):
+def add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
     """total += scale x y, for an fp32 total."""
     if x.is_cuda and FP32_PRODUCTS and x.dtype != torch.float32:
         torch.addmm(total, x, y, out_dtype=torch.float32, alpha=scale, out=total)
@@ -3922,39 +3978,55 @@ class FusedLayer:
         salt: number of the layer.
     """
 
-    def __init__(self, layer, flat, seed, salt):
-        base, (name,) = layer.get_base_layer(), layer.active_adapters
-        self.layer, self.peft_forward = layer, layer.forward
-        self.base, self.bias, self.scale = base.weight, base.bias, layer.scaling[name]
-        self.A, self.B = layer.lora_A[name].weight, layer.lora_B[name].weight
-        self.a, self.b = flat.compute_copy(self.A), flat.compute_copy(self.B)
-        self.scaled_b = self.b
+    def __init__(self, layer: torch.nn.Module, flat: FlatParameters, seed: torch.Tensor, salt: int) -> None:
+        base = layer.get_base_layer()
+        (name,) = layer.active_adapters
+        self.layer = layer
+        self.peft_forward = layer.forward
+        self.base = base.weight
+        self.bias = base.bias
+
+        # the adapter: fp32 parameters, and a and b in the compute dtype
+        self.scale = layer.scaling[name]
+        self.A = layer.lora_A[name].weight
+        self.B = layer.lora_B[name].weight
+        self.a = flat.compute_copy(self.A)
+        self.b = flat.compute_copy(self.B)
+
+        # dropout
+        self._p = getattr(layer.lora_dropout[name], "p", 0.0)
+        self.seed = seed
+        self.salt = salt
+
+        # DoRA
         self.m = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
-        self._p, self.seed, self.salt, self.gain = getattr(layer.lora_dropout[name], "p", 0.0), seed, salt, None
+        self.gain = None
+        self.scaled_b = self.b
         if self.m is not None:
             # PEFT measures it in fp16; exactly n, the layer starts as the frozen one
             self.m.data.copy_(row_norms(self.weight(), self.A.data, self.B.data, self.scale))
-            self.gain, self.scaled_b = torch.ones_like(self.m.data), self.b.clone()
+            self.gain = torch.ones_like(self.m.data)
+            self.scaled_b = self.b.clone()
 
-    def __call__(self, x):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.layer.disable_adapters:
             return self.peft_forward(x)
         return AdapterLinear.apply(x, self.A, self.B, self.m, self)
 
     @property
-    def p(self):
+    def p(self) -> float:
         """Dropout probability, 0 outside training."""
         return self._p if self.layer.training else 0.0
 
-    def drop(self, x, **into):
+    def drop(self, x: torch.Tensor, **into) -> torch.Tensor:
         """d(x); the same mask whenever it is called with the same seed. d is its own transpose."""
         return seeded_dropout(x, self.p, self.seed, self.salt, **into) if self.p else x
 
-    def scaled_weight(self):
+    def scaled_weight(self) -> torch.Tensor:
         """W with its rows multiplied by g, if there is one; as `scaled_b` is B."""
         return self.weight() if self.gain is None else scale_rows(self.weight(), self.gain)
 
-    def weight(self):
+    def weight(self) -> torch.Tensor:
         """W [N, K] in the compute dtype, dequantised into memory of its own if it is NF4."""
         if self.base.dtype != torch.uint8:
             return self.base
@@ -3963,12 +4035,14 @@ class FusedLayer:
         return dequantize_4bit(self.base.data, self.base.quant_state)
 
     @torch.no_grad()
-    def update_gain(self):
+    def update_gain(self) -> None:
         """Set g, and B multiplied by it, after the parameters changed."""
-        update_gain(self.weight(), self.A, self.B, self.m, self.scale, self.gain, self.scaled_b)
+        update_gain(self.weight(), self.A, self.B, m=self.m, scale=self.scale, gain=self.gain, b=self.scaled_b)
 
 
-def fuse(models, flat, seed, say=print):
+def fuse(
+    models: Iterable[torch.nn.Module], flat: FlatParameters, seed: torch.Tensor, say: Callable[[str], None] = print
+) -> None:
     """Replace the forward pass of every PEFT layer in `models`; DoRA's gains then follow `flat.publish()`.
 
     Args:
@@ -4005,12 +4079,14 @@ def _adopt_kernels(layers, say):
 MODULES['common/fused_unet.py'] = r'''
 """SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
 
-On a GPU images stay in channels-last order, which is what cuDNN's fp16 convolutions compute in, and in which an image is a
-sequence of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
-backward pass, a normalisation only its input.
+On a GPU images stay in channels-last order: cuDNN's fp16 convolutions compute in it, and in it an image is a sequence
+of pixels without being copied. What is frozen is not asked for gradients: a convolution keeps nothing for the
+backward pass, a normalisation only its input. Images are [B, C, H, W], sequences [B, S, C], the time embedding [B,
+D].
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -4024,43 +4100,48 @@ class _FrozenConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, conv, bias):
-        ctx.conv, ctx.shape = conv, x.shape
+        ctx.conv = conv
+        ctx.shape = x.shape
         return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
 
     @staticmethod
     def backward(ctx, dy):
-        conv, sizes = (
-            ctx.conv,
-            zip(ctx.shape[2:], dy.shape[2:], ctx.conv.stride, ctx.conv.padding, ctx.conv.kernel_size),
-        )
+        conv = ctx.conv
+        sizes = zip(ctx.shape[2:], dy.shape[2:], conv.stride, conv.padding, conv.kernel_size)
         left_over = [size - ((n - 1) * stride - 2 * padding + kernel) for size, n, stride, padding, kernel in sizes]
-        # not torch.nn.grad.conv2d_input: for want of an input it takes the order of memory for NCHW, and copies dy twice
-        return F.conv_transpose2d(dy, conv.weight, None, conv.stride, conv.padding, left_over), None, None
+
+        # not torch.nn.grad.conv2d_input: without an input it takes the order of memory for NCHW, and copies dy twice
+        geometry = dict(stride=conv.stride, padding=conv.padding, output_padding=left_over)
+        return F.conv_transpose2d(dy, conv.weight, **geometry), None, None
 
 
-def convolution(conv, x):
+def convolution(conv: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Conv2d."""
     return _convolve(x, conv, conv.bias)
 
 
 def _convolve(x, conv, bias=None):
     if x.is_cuda:
         return _FrozenConv.apply(x.contiguous(memory_format=torch.channels_last), conv, bias)
-    return F.conv2d(
-        x, conv.weight, bias, conv.stride, conv.padding
-    )  # memory is not what a CPU lacks, and this is faster
+    # memory is not what a CPU lacks, and this is faster
+    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding)
 
 
-def resnet_block(block, x, temb):
+def resnet_block(block: torch.nn.Module, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
     """ResnetBlock2D. The biases of its convolutions are added where something else is added anyway."""
     h = _convolve(group_norm(x, block.norm1, silu=True), block.conv1)
     h = group_norm(h, block.norm2, silu=True, shift=block.time_emb_proj(F.silu(temb)) + block.conv1.bias)
-    h, bias = _convolve(h, block.conv2), block.conv2.bias
+    h = _convolve(h, block.conv2)
+    bias = block.conv2.bias
     if block.conv_shortcut is not None:
-        x, bias = _convolve(x, block.conv_shortcut), bias + block.conv_shortcut.bias
+        x = _convolve(x, block.conv_shortcut)
+        bias = bias + block.conv_shortcut.bias
     return add_bias(x, h, bias)
 
 
-def transformer(model, x, encoder_hidden_states=None, **unused):
+def transformer(
+    model: torch.nn.Module, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **unused
+) -> tuple[torch.Tensor]:
     """Transformer2DModel: an image as a sequence, its blocks, and back."""
     batch, channels, height, width = x.shape
     h = group_norm(x, model.norm).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -4073,7 +4154,14 @@ def transformer(model, x, encoder_hidden_states=None, **unused):
     return (model.proj_out(h).view(batch, height, width, channels).permute(0, 3, 1, 2) + x,)
 
 
-def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unused, **unused_too):
+def transformer_block(
+    block: torch.nn.Module,
+    h: torch.Tensor,
+    no_mask: None = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    *unused,
+    **unused_too,
+) -> torch.Tensor:
     """BasicTransformerBlock: self-attention, cross-attention, feed-forward."""
     h, n = add_norm(h, None, block.norm1)
     h, n = add_norm(h, block.attn1(n), block.norm2)
@@ -4081,7 +4169,9 @@ def transformer_block(block, h, no_mask=None, encoder_hidden_states=None, *unuse
     return h + block.ff(n)
 
 
-def attention(attn, x, encoder_hidden_states=None, **unused):
+def attention(
+    attn: torch.nn.Module, x: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **unused
+) -> torch.Tensor:
     """An attention processor: x [B, S, C], and what is attended to, [B, T, D] -> [B, S, C]."""
     context = x if encoder_hidden_states is None else encoder_hidden_states
     projected = attn.to_q(x), attn.to_k(context), attn.to_v(context)
@@ -4089,12 +4179,12 @@ def attention(attn, x, encoder_hidden_states=None, **unused):
     return attn.to_out[0](heads.transpose(1, 2).flatten(2))
 
 
-def gated_activation(module, x):
+def gated_activation(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """GEGLU."""
     return geglu(module.proj(x))
 
 
-def normalisation(norm, x):
+def normalisation(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     """GroupNorm outside of the blocks above."""
     return group_norm(x, norm)
 
@@ -4102,42 +4192,47 @@ def normalisation(norm, x):
 def _is_plain(block):
     """The resnet block of SDXL, none of its many relatives, and no adapter on its convolutions."""
     convolutions = [block.conv1, block.conv2, *([block.conv_shortcut] if block.conv_shortcut is not None else [])]
+    options = block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p
     return (
         all(type(conv) is torch.nn.Conv2d for conv in convolutions)
-        and (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor, block.dropout.p)
-        == ("default", False, 1.0, 0.0)
+        and options == ("default", False, 1.0, 0.0)
         and isinstance(block.nonlinearity, torch.nn.SiLU)
         and block.upsample is None
         and block.downsample is None
     )
 
 
+def _is_plain_convolution(conv):
+    return conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1)
+
+
+def _is_plain_transformer_block(block):
+    return block.norm_type == "layer_norm" and block.pos_embed is None
+
+
 @functools.cache
-def forwards():
-    """{class: (forward pass, whether it knows a module of this class)}; by class, as PEFT's Conv2d has the name of torch's."""
+def forwards() -> dict[type, tuple[Callable, Callable]]:
+    """{class: (forward pass, whether it computes a module of this class)}.
+
+    By class and not by name: PEFT's Conv2d has the name of torch's.
+    """
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     return {
-        torch.nn.Conv2d: (
-            convolution,
-            lambda conv: conv.padding_mode == "zeros" and conv.groups == 1 and conv.dilation == (1, 1),
-        ),
+        torch.nn.Conv2d: (convolution, _is_plain_convolution),
         torch.nn.GroupNorm: (normalisation, lambda norm: norm.affine),
         ResnetBlock2D: (resnet_block, _is_plain),
         Transformer2DModel: (transformer, lambda model: model.use_linear_projection),
-        BasicTransformerBlock: (
-            transformer_block,
-            lambda block: block.norm_type == "layer_norm" and block.pos_embed is None,
-        ),
+        BasicTransformerBlock: (transformer_block, _is_plain_transformer_block),
         GEGLU: (gated_activation, lambda module: True),
     }
 
 
-def fuse_unet(unet, device, say=print):
-    """Replace the forward passes of a frozen UNet2DConditionModel by those above; what they do not know stays as it is.
+def fuse_unet(unet: torch.nn.Module, device: torch.device, say: Callable[[str], None] = print) -> None:
+    """Replace the forward passes of a frozen UNet2DConditionModel by those above, where they compute the same.
 
     Args:
         device: where it will compute.
@@ -4147,8 +4242,8 @@ def fuse_unet(unet, device, say=print):
 
     adopt_kernels(OF_THE_UNET, device, dtype=unet.conv_in.weight.dtype, say=say)
     for module in list(unet.modules()):
-        forward, known = forwards().get(type(module), (None, None))
-        if forward and known(module):
+        forward, computes = forwards().get(type(module), (None, None))
+        if forward and computes(module):
             module.forward = functools.partial(forward, module)
         if type(getattr(module, "processor", None)) is AttnProcessor2_0:
             module.processor = attention
@@ -4157,7 +4252,7 @@ def fuse_unet(unet, device, say=print):
             module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
 
 
-def unfuse_unet(unet):
+def unfuse_unet(unet: torch.nn.Module) -> None:
     """Give every layer its own forward pass back: hooks on single layers do not see what the fused passes read."""
     for module in unet.modules():
         if getattr(module.__dict__.get("forward"), "func", None) in [forward for forward, _ in forwards().values()]:
@@ -4293,6 +4388,311 @@ class Graphed:
         self._pool = self._pool or graph.pool()
         self._graphs[shapes] = graph, inputs, result
         return True
+'''
+
+# ================================================================================== common/group_norm_kernels.py
+
+MODULES['common/group_norm_kernels.py'] = r'''
+"""Triton kernels of GroupNorm with frozen weights, with what comes before and after it, in two passes over memory.
+
+It reads channels-last images, adds the time embedding before and applies SiLU after. The backward pass gives the
+gradient of the input only, and keeps nothing but the input. All sums are in fp32 over deviations from the mean, never
+differences of large squares.
+
+`group_norm` below the kernels is the GPU's form of that in operations.py. Of a batch of images, pixels are cut into
+tiles of ROWS. In all kernels u = x + centre, z = u scale + bias is y before SiLU, and dx = dz scale - offset - slope u.
+SIZE is the number of a group's channels. Source: arXiv 1803.08494, eq. 1 and 2.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+COLUMNS = 64
+TILES = 32
+
+
+@triton.jit
+def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program's tile of an image: offsets [ROWS, COLUMNS], channels [1, COLUMNS], and the masks of both."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    offsets = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + channel
+    channel_mask = channel < channels
+    return offsets, channel, (row < pixels) & channel_mask, channel_mask
+
+
+@triton.jit
+def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Of this program's group, in what is kept per tile: tiles [TILES, 1], offsets [TILES, WIDTH], mask."""
+    tile = start + tl.arange(0, TILES)[:, None]
+    in_group = tl.arange(0, WIDTH)[None, :]
+    offsets = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + in_group
+    return tile, offsets, (tile < tiles) & (in_group < SIZE)
+
+
+@triton.jit
+def _moments_kernel(
+    x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Of every tile and channel of x + shift: mean, and deviation = the sum of squared deviations from it.
+
+    x: [images, pixels, channels]; shift: [images, channels]; mean, deviation: fp32 [images, tiles, channels].
+    """
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SHIFT:
+        value += tl.load(shift + tl.program_id(2) * channels + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
+    average = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :] / count
+    residual = tl.where(mask, value - average, 0.0)
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    tl.store(mean + out, average, mask=channel_mask)
+    tl.store(deviation + out, tl.sum(residual * residual, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_moments_kernel(
+    mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Of every group: inverse = 1 / standard deviation; of its channels: scale = inverse weight, centre = shift - mean.
+
+    mean, deviation: fp32 [images, tiles, channels]; weight: [channels]; shift: [images, channels].
+    scale, centre: fp32 [images, channels]; inverse: fp32 [images, groups].
+    """
+    # mean of the group
+    total = pixels * SIZE
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE=SIZE, TILES=TILES, WIDTH=WIDTH)
+        sums += tl.load(mean + offsets, mask=mask, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
+    average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+
+    # inverse of its standard deviation
+    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE=SIZE, TILES=TILES, WIDTH=WIDTH)
+        residual = tl.where(mask, tl.load(mean + offsets, mask=mask, other=0.0) - average, 0.0)
+        count = tl.minimum(ROWS, pixels - tile * ROWS)
+        sums += tl.load(deviation + offsets, mask=mask, other=0.0) + residual * residual * count
+    r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
+    tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
+
+    # what its channels are multiplied by and moved by
+    channel = tl.program_id(0) * SIZE + tl.arange(0, WIDTH)
+    mask = tl.arange(0, WIDTH) < SIZE
+    out = tl.program_id(1) * channels + channel
+    tl.store(scale + out, r * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
+    added = tl.zeros((WIDTH,), dtype=tl.float32)
+    if SHIFT:
+        added += tl.load(shift + out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(centre + out, added - average, mask=mask)
+
+
+@triton.jit
+def _group_norm_kernel(
+    x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y = (x + centre) scale + bias, through SiLU if asked for.
+
+    x, y: [images, pixels, channels]; scale, centre: fp32 [images, channels]; bias: [channels].
+    """
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    u = value + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(y + offsets, z, mask=mask)
+
+
+@triton.jit
+def _group_gradient(
+    x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Of this program's tile: offsets, channels and masks as in `_tile`; in fp32 u = x + centre, dL/dz and scale.
+
+    The derivative of SiLU is s (1 + z (1 - s)) with s = sigmoid(z).
+    x, dy: [images, pixels, channels]; scale, centre: fp32 [images, channels]; bias: [channels].
+    """
+    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
+    of_image = tl.program_id(2) * channels + channel
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    u = value + tl.load(centre + of_image, mask=channel_mask, other=0.0)
+    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
+    dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+    if SILU:
+        z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
+        s = tl.sigmoid(z)
+        dz = dz * s * (1 + z * (1 - s))
+    return offsets, channel, mask, channel_mask, u, dz, k
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels,
+    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of every tile and channel: sum_dz = the sum of dz scale, sum_dz_u = that of dz scale u.
+
+    x, dy, scale, centre, bias: as of `_group_gradient`; sum_dz, sum_dz_u: fp32 [images, tiles, channels].
+    """
+    _, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale=scale, centre=centre, bias=bias, pixels=pixels, channels=channels,
+        SILU=SILU, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    dz = tl.where(mask, dz * k, 0.0)
+    tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
+    tl.store(sum_dz_u + out, tl.sum(dz * u, axis=0)[None, :], mask=channel_mask)
+
+
+@triton.jit
+def _merge_gradient_kernel(
+    sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of every group: offset = mean of dz scale, slope = inverse^2 times the mean of dz scale u.
+
+    sum_dz, sum_dz_u: fp32 [images, tiles, channels]; inverse, offset, slope: fp32 [images, groups].
+    """
+    first = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    second = tl.zeros((TILES, WIDTH), dtype=tl.float32)
+    for start in range(0, tiles, TILES):
+        _, offsets, mask = _group_tiles(start, tiles, channels, SIZE=SIZE, TILES=TILES, WIDTH=WIDTH)
+        first += tl.load(sum_dz + offsets, mask=mask, other=0.0)
+        second += tl.load(sum_dz_u + offsets, mask=mask, other=0.0)
+    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    total = pixels * SIZE
+    r = tl.load(inverse + group)
+    tl.store(offset + group, tl.sum(tl.sum(first, axis=1), axis=0) / total)
+    tl.store(slope + group, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
+
+
+@triton.jit
+def _group_norm_backward_kernel(
+    x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
+    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx = dz scale - offset - slope u.
+
+    x, dy, scale, centre, bias: as of `_group_gradient`; offset, slope: fp32 [images, groups].
+    dx: [images, pixels, channels].
+    """
+    offsets, channel, mask, channel_mask, u, dz, k = _group_gradient(
+        x, dy, scale=scale, centre=centre, bias=bias, pixels=pixels, channels=channels,
+        SILU=SILU, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
+    group = tl.program_id(2) * (channels // SIZE) + channel // SIZE
+    a = tl.load(offset + group, mask=channel_mask, other=0.0)
+    b = tl.load(slope + group, mask=channel_mask, other=0.0)
+    tl.store(dx + offsets, dz * k - a - b * u, mask=mask)
+
+
+class _Tiling(NamedTuple):
+    """How a batch of images is cut: [images, pixels, channels] into tiles [rows, COLUMNS], and channels into groups."""
+
+    images: int
+    pixels: int
+    channels: int
+    groups: int
+    rows: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, groups: int) -> "_Tiling":
+        """For x [images, channels, height, width]: few tiles for large images, many for small ones."""
+        images, channels, height, width = x.shape
+        pixels = height * width
+        return cls(images, pixels, channels, groups, max(32, triton.next_power_of_2(triton.cdiv(pixels, 256))))
+
+    @property
+    def tiles(self):
+        """Tiles of one image, from top to bottom."""
+        return triton.cdiv(self.pixels, self.rows)
+
+    @property
+    def size(self):
+        """Channels of a group."""
+        return self.channels // self.groups
+
+    @property
+    def grid(self):
+        """A program for every tile."""
+        return self.tiles, triton.cdiv(self.channels, COLUMNS), self.images
+
+    @property
+    def image(self):
+        """Arguments of the kernels that work on tiles."""
+        return dict(pixels=self.pixels, channels=self.channels, ROWS=self.rows, COLUMNS=COLUMNS)
+
+    @property
+    def group(self):
+        """Arguments of the kernels that merge the tiles of a group."""
+        sizes = dict(tiles=self.tiles, pixels=self.pixels, channels=self.channels, SIZE=self.size)
+        return dict(**sizes, TILES=TILES, WIDTH=triton.next_power_of_2(self.size))
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Keeps x, and the few numbers of its groups, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, norm, silu, shift):
+        x = x.contiguous(memory_format=torch.channels_last)
+        shift_or_any = x if shift is None else shift.contiguous()
+        tiling = _Tiling.of(x, norm.num_groups)
+        images, channels = x.shape[:2]
+        new = lambda *shape: torch.empty(shape, device=x.device, dtype=torch.float32)  # noqa: E731
+
+        # moments of every tile, then of every group
+        mean, deviation = new(images, tiling.tiles, channels), new(images, tiling.tiles, channels)
+        scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
+        moments = dict(mean=mean, deviation=deviation, SHIFT=shift is not None)
+        _moments_kernel[tiling.grid](x, shift_or_any, **moments, **tiling.image)
+        _merge_moments_kernel[(norm.num_groups, images)](
+            **moments, weight=norm.weight, shift=shift_or_any, scale=scale, centre=centre, inverse=inverse,
+            eps=norm.eps, ROWS=tiling.rows, **tiling.group,
+        )  # fmt: skip
+
+        # y
+        y = torch.empty_like(x)
+        _group_norm_kernel[tiling.grid](x, scale, centre, norm.bias, y, SILU=silu, **tiling.image)
+        ctx.save_for_backward(x, scale, centre, inverse)
+        ctx.norm, ctx.silu, ctx.tiling = norm, silu, tiling
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, scale, centre, inverse = ctx.saved_tensors
+        tiling, norm = ctx.tiling, ctx.norm
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        given = dict(x=x, dy=dy, scale=scale, centre=centre, bias=norm.bias, SILU=ctx.silu)
+
+        # sums of every tile, then means of every group
+        sum_dz = torch.empty(len(x), tiling.tiles, x.shape[1], device=x.device, dtype=torch.float32)
+        sum_dz_u = torch.empty_like(sum_dz)
+        offset, slope = torch.empty_like(inverse), torch.empty_like(inverse)
+        _gradient_sums_kernel[tiling.grid](**given, sum_dz=sum_dz, sum_dz_u=sum_dz_u, **tiling.image)
+        _merge_gradient_kernel[(norm.num_groups, len(x))](
+            sum_dz, sum_dz_u, inverse=inverse, offset=offset, slope=slope, **tiling.group
+        )
+
+        # dx
+        dx = torch.empty_like(x)
+        _group_norm_backward_kernel[tiling.grid](
+            **given, offset=offset, slope=slope, dx=dx, SIZE=tiling.size, **tiling.image
+        )
+        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[3] else None
+        return dx, None, None, dshift
+
+
+def group_norm(
+    x: torch.Tensor, norm: torch.nn.GroupNorm, *, silu: bool = False, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _GroupNorm.apply(x, norm, silu, shift)
 '''
 
 # ================================================================================================= common/hub.py
@@ -4571,8 +4971,8 @@ def _id_in(address: str) -> str | None:
 MODULES['common/kernel_check.py'] = r'''
 """Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
 
-Triton no longer supports every card that PyTorch does, nor is a C compiler or Triton itself everywhere. A kernel that cannot be
-compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
+Triton no longer supports every card that PyTorch does, and some machines have no C compiler or no Triton. A kernel that
+cannot be compiled or launched, or is wrong on this card, costs speed and not the run: its operation stays plain.
 """
 
 from collections.abc import Callable, Sequence
@@ -4590,10 +4990,12 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 def adopt_kernels(
     wanted: Sequence[Operation], device: torch.device, *, dtype: torch.dtype, rank: int = 16, say: Callable = print
 ) -> None:
-    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why. Nothing on a CPU.
+    """Let operations compute by their kernels on a GPU, where these work; a line names those that do not, and why.
+
+    On a CPU it does nothing.
 
     Args:
-        wanted: the operations of the layers that will compute; what was tried before in this process is not tried again.
+        wanted: the operations of the layers that will compute. What this process tried before is not tried again.
         dtype: of the frozen weights.
         rank: of the adapter.
     """
@@ -4625,15 +5027,16 @@ def refused() -> list[str]:
     return [operation.__name__ for operation in operations.EVERY_OPERATION if any(operation.faults.values())]
 
 
-def kernel_of(operation):
+def kernel_of(operation: Operation) -> Callable:
     """The GPU's form of an operation.
 
     Raises:
         ImportError: there is no Triton.
     """
-    from common import kernels, norm_kernels
+    from common import group_norm_kernels, kernels, residual_kernels
 
-    return {**vars(kernels), **vars(norm_kernels)}[operation.__name__]
+    modules = kernels, group_norm_kernels, residual_kernels
+    return next(vars(module)[operation.__name__] for module in modules if operation.__name__ in vars(module))
 
 
 def _fault(operation, device, dtype, rank):
@@ -4673,11 +5076,12 @@ class _Inputs:
         return norm
 
 
-# ---------------------------------------------------------------- one small launch of each, of shapes that SDXL has too
+# One small launch of each, of shapes that SDXL has too: (form, source of inputs, rank) -> what is compared.
 
 
 def _attempt_dropout(form, new, rank):
-    x, y = new(64, 640), new(64, 640)
+    x = new(64, 640)
+    y = new(64, 640)
     seed = torch.tensor(7, device=x.device)
     return form(x, 0.1, seed, 3), form(x, 0.1, seed, 3, add_to=y, alpha=0.5)
 
@@ -4692,7 +5096,8 @@ def _attempt_geglu(form, new, rank):
 def _attempt_gain_backward(form, new, rank):
     dy, y, bias = new(512, 640), new(512, 640), new(640)
     gain, m, dm = (new(640, dtype=torch.float32) for _ in range(3))
-    return form(dy, y, bias, gain, m, dm), form(dy, y, None, gain, m, dm), dm
+    per_column = dict(gain=gain, m=m, dm=dm)
+    return form(dy, y, bias=bias, **per_column), form(dy, y, bias=None, **per_column), dm
 
 
 def _attempt_scale_rows(form, new, rank):
@@ -4702,14 +5107,14 @@ def _attempt_scale_rows(form, new, rank):
 def _attempt_update_gain(form, new, rank):
     w, b = new(640, 640), new(640, rank)
     A, B, m, gain = (new(*shape, dtype=torch.float32) for shape in ((rank, 640), (640, rank), (640,), (640,)))
-    form(w, A, B, m, 0.5, gain, b)
+    form(w, A, B, m=m, scale=0.5, gain=gain, b=b)
     return gain, b
 
 
 def _attempt_group_norm(form, new, rank):
     x, shift = new(2, 320, 32, 32).requires_grad_(), new(2, 320).requires_grad_()
     norm = new.weights_of(torch.nn.GroupNorm(32, 320))
-    y, z = form(x, norm, True, shift), form(x, norm)
+    y, z = form(x, norm, silu=True, shift=shift), form(x, norm)
     torch.autograd.backward([y, z], [new(*x.shape), new(*x.shape)])
     return y, z, x.grad, shift.grad
 
@@ -4746,8 +5151,9 @@ ATTEMPTS = {
 MODULES['common/kernels.py'] = r'''
 """Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
-The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says what they
-compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is masked.
+The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says
+what they compute and of what shapes. Every program works on one block or tile; what lies outside of a tensor is
+masked.
 """
 
 import functools
@@ -4765,7 +5171,8 @@ BLOCK = 1024
 def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """out = alpha / (1 - p) x where a hash of seed, salt and place says keep, else 0; plus add_to.
 
-    x, add_to, out: [n]; seed: int64 scalar. The integer hash is one of https://github.com/skeeto/hash-prospector.
+    x, add_to, out: [n]; seed: int64 scalar; salt, n, p, alpha: numbers.
+    The integer hash is one of https://github.com/skeeto/hash-prospector.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < n
@@ -4781,7 +5188,10 @@ def _dropout_kernel(x, add_to, out, seed, salt, n, p, alpha, ADD: tl.constexpr, 
 
 @triton.jit
 def _load_halves(h, width, BLOCK: tl.constexpr):
-    """Of this program's part of a row: column offsets, mask, value and gate in fp32. h: [rows, 2 width]."""
+    """Of this program's part of a row: column offsets, mask, value and gate in fp32.
+
+    h: [rows, 2 width].
+    """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     start = h + tl.program_id(0).to(tl.int64) * 2 * width
@@ -4792,7 +5202,10 @@ def _load_halves(h, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
-    """out = value gelu(gate). h = [value, gate]: [rows, 2 width]; out: [rows, width]."""
+    """out = value gelu(gate), with gelu(x) = x cdf(x) of the normal distribution (arXiv 1606.08415, eq. 1).
+
+    h = [value, gate]: [rows, 2 width]; out: [rows, width].
+    """
     column, mask, value, gate = _load_halves(h, width, BLOCK)
     cdf = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
     tl.store(out + tl.program_id(0).to(tl.int64) * width + column, value * gate * cdf, mask=mask)
@@ -4800,7 +5213,10 @@ def _geglu_kernel(h, out, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _geglu_backward_kernel(dy, h, dh, width, BLOCK: tl.constexpr):
-    """dh = dy [gelu(gate), value gelu'(gate)]. dy: [rows, width]; h, dh: [rows, 2 width]."""
+    """dh = dy [gelu(gate), value gelu'(gate)], with gelu'(x) = cdf(x) + x density(x).
+
+    dy: [rows, width]; h, dh: [rows, 2 width].
+    """
     column, mask, value, gate = _load_halves(h, width, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     d = tl.load(dy + row * width + column, mask=mask).to(tl.float32)
@@ -4816,11 +5232,13 @@ def _gain_backward_kernel(
     dy, y, bias, gain, m, scaled, partial, arrived, dm, rows, columns,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m.
+    """scaled = dy gain; dm += the sum over the rows of dy (y - bias) / m (arXiv 2402.09353, section 4.3).
 
-    dy, y, scaled: [rows, columns]; bias, and fp32 gain, m, dm: [columns].
-    partial: fp32 [tiles of rows, columns], the sums of every tile; arrived: int32 [tiles of columns], 0 before and after.
+    dy, y, scaled: [rows, columns]; bias: [columns]; gain, m, dm: fp32 [columns].
+    partial: fp32 [tiles of rows, columns], the sums of every tile.
+    arrived: int32 [tiles of columns], 0 before and after.
     """
+    # one tile
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_mask = column < columns
@@ -4834,7 +5252,8 @@ def _gain_backward_kernel(
     tl.store(scaled + offsets, d * g[None, :], mask=mask)
     tl.store(partial + tl.program_id(0) * columns + column, tl.sum(d * u, axis=0), mask=column_mask)
 
-    # The atomic addition publishes what every thread of the program has stored; the last program for these columns adds all up.
+    # The atomic addition publishes what every thread of the program has stored.
+    # The last program for these columns adds up all tiles.
     tl.debug_barrier()
     if tl.atomic_add(arrived + tl.program_id(1), 1) == tl.num_programs(0) - 1:
         sums = tl.zeros((PARTS, COLUMNS), dtype=tl.float32)
@@ -4849,7 +5268,10 @@ def _gain_backward_kernel(
 
 @triton.jit
 def _scale_rows_kernel(w, gain, out, columns, BLOCK: tl.constexpr):
-    """out = diag(gain) w, one row a program. w, out: [rows, columns]; gain: fp32 [rows]."""
+    """out = diag(gain) w, one row a program.
+
+    w, out: [rows, columns]; gain: fp32 [rows].
+    """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     mask = column < columns
@@ -4863,8 +5285,10 @@ def _gain_kernel(
 ):  # fmt: skip
     """gain = m / the norms of the rows of w + scale B A; b = diag(gain) B. A group of rows a program, tile by tile.
 
-    w: [rows, columns]; fp32 A: [rank, columns], B: [rows, rank], m, gain: [rows]; b: [rows, rank].
+    w: [rows, columns]; A: fp32 [rank, columns]; B: fp32 [rows, rank].
+    m, gain: fp32 [rows]; b: [rows, rank]. DoRA's m / n: arXiv 2402.09353, eq. 5.
     """
+    # B, of all columns of this program's rows
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
     j = tl.arange(0, RANK)
@@ -4872,6 +5296,8 @@ def _gain_kernel(
     b_offsets = row[:, None] * rank + j[None, :]
     b_mask = row_mask[:, None] & j_mask[None, :]
     of_b = tl.load(B + b_offsets, mask=b_mask, other=0.0)
+
+    # squares of w + scale B A; tf32x3 is as exact as fp32, and before sm_80 it is fp32
     squares = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -4880,19 +5306,31 @@ def _gain_kernel(
         w_mask = row_mask[:, None] & column_mask[None, :]
         of_a = tl.load(A + j[:, None] * columns + column[None, :], mask=a_mask, other=0.0)
         of_w = tl.load(w + row[:, None] * columns + column[None, :], mask=w_mask, other=0.0).to(tl.float32)
-        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")  # as exact as fp32; before sm_80 it is fp32
+        value = of_w + scale * tl.dot(of_b, of_a, input_precision="tf32x3")
         squares += value * value
+
+    # the gain, and B with it
     g = tl.load(m + row, mask=row_mask, other=0.0) / tl.sqrt(tl.sum(squares, axis=1))
     tl.store(gain + row, g, mask=row_mask)
     tl.store(b + b_offsets, of_b * g[:, None], mask=b_mask)
 
 
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
+def seeded_dropout(
+    x: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    salt: int,
+    *,
+    add_to: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
     x = x.contiguous()
     n = x.numel()
     out = torch.empty_like(x) if add_to is None else add_to
     grid = (triton.cdiv(n, BLOCK),)
-    _dropout_kernel[grid](x, out, out, seed, spread_salt(salt), n, p, alpha, ADD=add_to is not None, BLOCK=BLOCK)
+    _dropout_kernel[grid](
+        x, out, out, seed, spread_salt(salt), n=n, p=p, alpha=alpha, ADD=add_to is not None, BLOCK=BLOCK
+    )
     return out
 
 
@@ -4911,7 +5349,8 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (h,) = ctx.saved_tensors
-        dy, dh = dy.contiguous(), torch.empty_like(h)
+        dy = dy.contiguous()
+        dh = torch.empty_like(h)
         width = dy.shape[-1]
         _geglu_backward_kernel[(dy.numel() // width, triton.cdiv(width, BLOCK))](dy, h, dh, width, BLOCK=BLOCK)
         return dh
@@ -4920,16 +5359,23 @@ class _Geglu(torch.autograd.Function):
 geglu = _Geglu.apply
 
 
-def gain_backward(dy, y, bias, gain, m, dm):
+def gain_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor,
+    m: torch.Tensor,
+    dm: torch.Tensor,
+) -> torch.Tensor:
     rows, columns = dy.shape
     scaled = torch.empty_like(dy)
     grid = triton.cdiv(rows, 128), triton.cdiv(columns, 64)
     partial = torch.empty(grid[0], columns, device=dy.device, dtype=torch.float32)
-    sizes = dict(BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
+    sums = dict(partial=partial, arrived=_arrivals(dy.device), dm=dm)
+    sizes = dict(rows=rows, columns=columns, BIAS=bias is not None, ROWS=128, COLUMNS=64, PARTS=128)
     bias_or_any = dy if bias is None else bias
-    _gain_backward_kernel[grid](
-        dy, y, bias_or_any, gain, m, scaled, partial, _arrivals(dy.device), dm, rows, columns, **sizes
-    )  # fmt: skip
+    _gain_backward_kernel[grid](dy, y, bias=bias_or_any, gain=gain, m=m, scaled=scaled, **sums, **sizes)
     return scaled
 
 
@@ -4939,16 +5385,208 @@ def _arrivals(device):
     return torch.zeros(4096, device=device, dtype=torch.int32)
 
 
-def scale_rows(w, gain):
+def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(w)
     _scale_rows_kernel[(len(w),)](w, gain, out, w.shape[1], BLOCK=triton.next_power_of_2(w.shape[1]))
     return out
 
 
-def update_gain(w, A, B, m, scale, gain, b):
-    rank = max(16, triton.next_power_of_2(len(A)))
-    tile = dict(RANK=rank, ROWS=16, COLUMNS=max(16, 4096 // rank))  # of A it fits the shared memory of any card
-    _gain_kernel[(triton.cdiv(len(w), 16),)](w, A, B, m, gain, b, scale, *w.shape, len(A), **tile, num_warps=4)
+def update_gain(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    m: torch.Tensor,
+    scale: float,
+    gain: torch.Tensor,
+    b: torch.Tensor,
+) -> None:
+    rows, columns = w.shape
+    padded = max(16, triton.next_power_of_2(len(A)))
+    sizes = dict(rows=rows, columns=columns, rank=len(A))
+    tile = dict(RANK=padded, ROWS=16, COLUMNS=max(16, 4096 // padded))  # of A it fits the shared memory of any card
+    _gain_kernel[(triton.cdiv(rows, 16),)](w, A, B, m=m, gain=gain, b=b, scale=scale, **sizes, **tile, num_warps=4)
+'''
+
+# =============================================================================================== common/kohya.py
+
+MODULES['common/kohya.py'] = r'''
+"""A layer in kohya's format, which ComfyUI, A1111 and Forge read: written as LoRA or DoRA, read with all of LyCORIS.
+
+The format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha` and,
+for DoRA, `dora_scale` [N, 1] of a weight [N, K]. Layers are named by the original SDXL layout with underscores.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common import dora, lycoris
+from common.adapter_checks import check_number
+from common.adapter_names import COMPONENTS, DOWN, MAGNITUDE, UP, kohya_key
+from common.command_line import UserError
+from common.files import write_safetensors
+
+
+def save_kohya(
+    path: Path,
+    unet: torch.nn.Module,
+    recipe: dict,
+    text_encoders: tuple[torch.nn.Module, ...] | list = (),
+    *,
+    weight_of: Callable[[str], torch.Tensor] | None = None,
+    dora_rank: int | None = None,
+) -> float:
+    """Write the adapters of the UNet, and of both text encoders if given, in fp16 (dora_scale in fp32).
+
+    Args:
+        weight_of: see dora.frozen_weights; the model's own weights when None.
+        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
+    Returns:
+        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
+    """
+    weight_of = weight_of or dora.frozen_weights(unet, [])
+    tensors = {}
+    squares = torch.zeros(2)  # norms of what `dora_rank` leaves out, and of all
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        for layer, parts in _by_layer(module).items():
+            key = kohya_key(component, layer, unet.config.layers_per_block)
+            up, down = parts["B.weight"], parts["A.weight"]
+            alpha = module.peft_config["default"].lora_alpha
+
+            # DoRA: a scale beside the pair, or another pair in its place
+            if "magnitude_vector" in parts:
+                delta = module.get_submodule(layer).get_delta_weight("default")
+                magnitude, weight = parts["magnitude_vector"], weight_of(layer)
+                if dora_rank:
+                    up, down, norms = _as_lora(dora.change(magnitude, weight, delta), dora_rank)
+                    alpha = len(down)
+                    squares += norms
+                else:
+                    tensors[f"{key}.dora_scale"] = dora.dora_scale(magnitude, weight, delta)
+
+            tensors[f"{key}.{DOWN}"] = down.half()
+            tensors[f"{key}.{UP}"] = up.half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+
+    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
+    write_safetensors(path, tensors, _metadata(unet.peft_config["default"], recipe, dora_rank, share))
+    return share
+
+
+def _by_layer(module):
+    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, tensor in get_peft_model_state_dict(module).items():
+        layer, _, kind = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
+
+
+def _as_lora(change, rank):
+    """The best LoRA of `rank` for a change -> (up, down, squared norms of what it leaves out and of all [2])."""
+    up, down = dora.low_rank(change.flatten(1), rank)
+    left_out = (change.flatten(1) - up @ down).square().sum()
+    kernel = change.shape[2:]
+    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
+    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
+
+
+def _metadata(config, recipe, dora_rank, share):
+    """What a file says of itself; modelspec is https://github.com/Stability-AI/ModelSpec, ss_ are kohya's own."""
+    velocity = recipe.get("prediction_type") == "v_prediction"
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(dora_rank or config.r),
+        "ss_network_alpha": str(dora_rank or config.lora_alpha),
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "ss_v_parameterization": str(velocity),
+        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
+    }
+
+    # DoRA, and what has become of it
+    if dora_rank:
+        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
+    elif config.use_dora:
+        metadata |= dora.METADATA
+    return {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)}
+
+
+def read_layer(
+    file: Path, layer: str, *, weight: torch.Tensor, parts: dict, metadata: dict, identities: dict
+) -> tuple[dict, float] | None:
+    """One layer's tensors -> ({PEFT kind: tensor}, alpha); None where they do not make a change of `weight`.
+
+    Args:
+        file, layer: for messages.
+        weight: the frozen weight, [N, K] or [N, channels, height, width].
+        parts: {kind: tensor}; kinds of kohya, LyCORIS and MAGNITUDE, which diffusers writes.
+        metadata: of the file.
+        identities: see lycoris.full_rank.
+    Raises:
+        UserError: an alpha that is no number.
+    """
+    alpha = _alpha(file, layer, parts.get("alpha"))
+    dora_scale = parts.get("dora_scale")
+    magnitude = parts.get(MAGNITUDE)
+    factors = {kind: tensor for kind, tensor in parts.items() if kind not in ("alpha", "dora_scale", MAGNITUDE)}
+
+    # the change as a pair of matrices
+    pair = lycoris.read_pair(factors, alpha)
+    n, k = len(weight), weight[0].numel()
+    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
+        return None
+    if UP not in factors:
+        pair = lycoris.smallest(pair, weight, identities)
+
+    # DoRA: over rows a magnitude, over columns another change
+    if dora_scale is not None:
+        if dora_scale.numel() == n and len(dora_scale) == n:
+            magnitude = _magnitude(weight, pair, dora_scale, metadata)
+        elif tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+            pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
+        else:
+            return None
+
+    # of the shapes that PEFT gives them
+    kernel = weight.shape[2:]
+    kinds = {
+        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
+        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
+    }
+    if magnitude is not None:
+        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
+    return kinds, pair.scale * len(pair.down)
+
+
+def _alpha(file, layer, tensor):
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise UserError(
+            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
+        )
+    check_number(file, f"the alpha of {layer}", float(tensor))
+    return float(tensor)
+
+
+def _magnitude(weight, pair, dora_scale, metadata):
+    """A dora_scale over rows -> PEFT's magnitude [N].
+
+    In our files it goes with ||W||, in LyCORIS's with ||W + s U D||.
+    """
+    magnitude = dora_scale.float().flatten()
+    if metadata.get(dora.DORA_NORM) == "base":
+        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
+        magnitude = magnitude * merged / base
+    return magnitude
 '''
 
 # ============================================================================================== common/launch.py
@@ -5016,31 +5654,31 @@ def _launcher():
 # ======================================================================================= common/layer_reading.py
 
 MODULES['common/layer_reading.py'] = r'''
-"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> weights under PEFT's names."""
+"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> PEFT's names and settings."""
 
-import json
 from pathlib import Path
 
-from common import dora, formats, lycoris
-from common.adapter_checks import adaptable_layers, check_number, drawing_config, misfit
-from common.adapter_names import layer_spellings
-from common.command_line import UserError
+from common import diffusers_format, lycoris
+from common.adapter_checks import adaptable_layers, misfit
+from common.adapter_names import DOWN, MAGNITUDE, UP, layer_spellings
+from common.kohya import read_layer
 
 EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adapter
-DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "lora_magnitude_vector"
+_DOWN_SUFFIXES = (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight")
+_UP_SUFFIXES = (".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
 _SUFFIXES = {
     **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
-    **dict.fromkeys(
-        (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight"), DOWN
-    ),
-    **dict.fromkeys((".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight"), UP),
+    **dict.fromkeys(_DOWN_SUFFIXES, DOWN),
+    **dict.fromkeys(_UP_SUFFIXES, UP),
 }
 
 
 def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tuple[dict, dict]:
-    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere. Returns as adapter_reading.read_adapter.
+    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere.
 
     alpha comes from the metadata that diffusers writes, or from tensors, else it is the rank.
+    Returns:
+        as adapter_reading.read_adapter.
     Raises:
         UserError: names that this model does not have, layers that are incomplete, an alpha that is no number.
     """
@@ -5052,18 +5690,19 @@ def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tup
     for (component, layer), keys in layers.items():
         weight = weights_of[component][layer]
         parts = {kind: _readable(tensors[key]).to(weight.device) for kind, key in keys.items()}
-        read = _read_layer(file, layer, weight, parts, metadata, identities)
+        read = read_layer(file, layer, weight=weight, parts=parts, metadata=metadata, identities=identities)
         if read is None:
             raise misfit(file, list(keys.values()), len(tensors))
-        kinds, alphas.setdefault(component, {})[layer] = read
+        kinds, alpha = read
+        alphas.setdefault(component, {})[layer] = alpha
         weights.setdefault(component, {}).update({f"{layer}.{kind}": tensor for kind, tensor in kinds.items()})
 
     # rank and alpha: as diffusers wrote them, or as the tensors say
-    described = _described(file, metadata)
+    written = diffusers_format.read_settings(file, metadata)
     by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
     configs = {
-        component: described[component]
-        if component in described.keys() - by_tensors
+        component: written[component]
+        if component in written.keys() - by_tensors
         else lora_arguments(part, alphas[component])
         for component, part in weights.items()
     }
@@ -5074,13 +5713,13 @@ def _by_layer(file, tensors, spellings):
     """{(component, layer): {kind: key}}."""
     layers, unknown = {}, []
     for key in tensors:
-        name = (
-            key.replace(".processor.", ".").removesuffix(".weight")
-            if MAGNITUDE in key
-            else key.replace(".processor.", ".")
-        )
+        name = key.replace(".processor.", ".")
+        if MAGNITUDE in key:
+            name = name.removesuffix(".weight")
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         place = spellings.get(name.removesuffix(suffix)) if suffix else None
+
+        # no layer of this model, or a second tensor for one place
         if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
             unknown.append(key)
         else:
@@ -5095,77 +5734,10 @@ def _readable(tensor):
     return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
-def _read_layer(file, layer, weight, parts, metadata, identities):
-    """({PEFT kind: tensor}, alpha) of one layer; None where its tensors do not make a change of `weight`."""
-    alpha = _alpha(file, layer, parts.pop("alpha", None))
-    dora_scale, magnitude = parts.pop("dora_scale", None), parts.pop(MAGNITUDE, None)
-    pair = lycoris.read_pair(parts, alpha)
-    n, k = len(weight), weight[0].numel()
-    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
-        return None
-    if UP not in parts:
-        pair = lycoris.smallest(pair, weight, identities)
-
-    if dora_scale is not None and dora_scale.numel() == n and len(dora_scale) == n:
-        magnitude = _magnitude(weight, pair, dora_scale, metadata)
-    elif (
-        dora_scale is not None
-        and tuple(dora_scale.shape[:2]) == (1, weight.shape[1])
-        and dora_scale.numel() == weight.shape[1]
-    ):
-        pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
-    elif dora_scale is not None:
-        return None
-
-    kernel = weight.shape[2:]
-    kinds = {
-        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
-        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
-    }
-    if magnitude is not None:
-        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
-    return kinds, pair.scale * len(pair.down)
-
-
-def _alpha(file, layer, tensor):
-    if tensor is None:
-        return None
-    if tensor.numel() != 1:
-        raise UserError(
-            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
-        )
-    check_number(file, f"the alpha of {layer}", float(tensor))
-    return float(tensor)
-
-
-def _magnitude(weight, pair, dora_scale, metadata):
-    """A dora_scale over rows -> PEFT's magnitude [N]: in our files it goes with ||W||, in LyCORIS's with ||W + s U D||."""
-    magnitude = dora_scale.float().flatten()
-    if metadata.get(dora.DORA_NORM) == "base":
-        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
-        magnitude = magnitude * merged / base
-    return magnitude
-
-
-def _described(file, metadata):
-    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata."""
-    try:
-        described = json.loads(metadata.get(formats.ADAPTER_METADATA, "{}"))
-        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
-    except (ValueError, AttributeError):
-        raise UserError(f"--lora {file}: its {formats.ADAPTER_METADATA} cannot be read; the file is damaged") from None
-    components = {component for component, _, _ in fields}
-    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
-    return {component: drawing_config(file, formats.ADAPTER_METADATA, part) for component, part in parts.items()}
-
-
 def lora_arguments(weights: dict, alphas: dict) -> dict:
     """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
-    ranks = {
-        key.removesuffix(".lora_A.weight"): len(tensor)
-        for key, tensor in weights.items()
-        if key.endswith(".lora_A.weight")
-    }
+    suffix = ".lora_A.weight"
+    ranks = {key.removesuffix(suffix): len(tensor) for key, tensor in weights.items() if key.endswith(suffix)}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return dict(
         r=rank,
@@ -5689,9 +6261,10 @@ def _is_out_of_patience(run):
 MODULES['common/lycoris.py'] = r'''
 """What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
 
-The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K], for
-a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard products
-of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R, and loads, scales, mixes and merges as one.
+The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K],
+for a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard
+products of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R: it loads, scales, mixes and
+merges as one.
 """
 
 from typing import NamedTuple
@@ -5733,8 +6306,9 @@ def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
 
 
 def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
-    """Any change [N, K] as a pair: itself, and an identity on its shorter side; in the dtype and on the device of `weight`.
+    """Any change [N, K] as a pair: itself, and an identity on its shorter side.
 
+    In the dtype and on the device of `weight`.
     `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
     """
     size = min(change.shape)
@@ -5757,7 +6331,7 @@ def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> t
     return (merged * gains - weight).flatten(1)
 
 
-# ---------------------------------------------------------------- {kind: tensor} -> ((U, D), rank that divides alpha)
+# One function per algorithm: {kind: tensor} -> ((U, D), rank that divides alpha).
 
 
 def _lora(t):
@@ -5778,7 +6352,7 @@ def _loha(t):
 
 
 def _lokr(t):
-    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks the second's divides it, as in ComfyUI."""
+    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks w2's divides it, as in ComfyUI."""
     up1, down1 = _factor(t, "lokr_w1")
     up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
     rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)
@@ -6346,347 +6920,19 @@ def by_quarter(values: torch.Tensor, t: torch.Tensor, num_timesteps: int) -> tor
     return sums.index_add_(0, t * QUARTERS // num_timesteps, values)
 '''
 
-# ======================================================================================== common/norm_kernels.py
-
-MODULES['common/norm_kernels.py'] = r'''
-"""Triton kernels of frozen normalisations, in one or two passes over memory, with what comes before and after them.
-
-GroupNorm reads channels-last images, adds the time embedding before and applies SiLU after; LayerNorm adds the residual before.
-Their weights are frozen, so the backward pass gives the input's gradient only and keeps nothing but the input.
-All sums are in fp32 over deviations from the mean, never differences of large squares.
-
-The functions below the kernels are the GPU's forms of the operations of the same names in operations.py. GroupNorm's kernels share
-these arguments, of a batch of images whose pixels are cut into tiles of ROWS:
-    x, y, dy, dx: [images, pixels, channels]; shift: [images, channels]; weight, bias: [channels].
-    mean, deviation, sum_dz, sum_dz_u: fp32 [images, tiles, channels], of one tile each.
-    scale, centre: fp32 [images, channels], with u = x + centre and y = u scale + bias.
-    inverse, offset, slope: fp32 [images, groups], with dx = dz scale - offset - slope u. SIZE: channels of a group.
-"""
-
-import torch
-import triton
-import triton.language as tl
-
-COLUMNS, TILES, BLOCK = 64, 32, 1024
-
-
-@triton.jit
-def _tile(pixels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of this program's tile of an image: offsets [ROWS, COLUMNS], channels [1, COLUMNS], and the masks of both."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    offsets = tl.program_id(2).to(tl.int64) * pixels * channels + row * channels + channel
-    channel_mask = channel < channels
-    return offsets, channel, (row < pixels) & channel_mask, channel_mask
-
-
-@triton.jit
-def _group_tiles(start, tiles, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Of this program's group, in what is kept per tile: tile numbers [TILES, 1], offsets [TILES, WIDTH] and their mask."""
-    tile = start + tl.arange(0, TILES)[:, None]
-    in_group = tl.arange(0, WIDTH)[None, :]
-    offsets = (tl.program_id(1) * tiles + tile) * channels + tl.program_id(0) * SIZE + in_group
-    return tile, offsets, (tile < tiles) & (in_group < SIZE)
-
-
-@triton.jit
-def _moments_kernel(
-    x, shift, mean, deviation, pixels, channels, SHIFT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Of every tile and channel of x + shift: mean, and the sum of squared deviations from it."""
-    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
-    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SHIFT:
-        value += tl.load(shift + tl.program_id(2) * channels + channel, mask=channel_mask, other=0.0).to(tl.float32)
-    count = tl.minimum(ROWS, pixels - tl.program_id(0) * ROWS)
-    average = tl.sum(tl.where(mask, value, 0.0), axis=0)[None, :] / count
-    residual = tl.where(mask, value - average, 0.0)
-    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
-    tl.store(mean + out, average, mask=channel_mask)
-    tl.store(deviation + out, tl.sum(residual * residual, axis=0)[None, :], mask=channel_mask)
-
-
-@triton.jit
-def _merge_moments_kernel(
-    mean, deviation, weight, shift, scale, centre, inverse, tiles, pixels, channels, SIZE, eps,
-    SHIFT: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Of every group: inverse = 1 / standard deviation; of its channels: scale = inverse weight, centre = shift - mean."""
-    total = pixels * SIZE
-    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-    for start in range(0, tiles, TILES):
-        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
-        sums += tl.load(mean + offsets, mask=mask, other=0.0) * tl.minimum(ROWS, pixels - tile * ROWS)
-    average = tl.sum(tl.sum(sums, axis=1), axis=0) / total
-
-    sums = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-    for start in range(0, tiles, TILES):
-        tile, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
-        residual = tl.where(mask, tl.load(mean + offsets, mask=mask, other=0.0) - average, 0.0)
-        count = tl.minimum(ROWS, pixels - tile * ROWS)
-        sums += tl.load(deviation + offsets, mask=mask, other=0.0) + residual * residual * count
-    r = tl.rsqrt(tl.sum(tl.sum(sums, axis=1), axis=0) / total + eps)
-    tl.store(inverse + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), r)
-
-    channel = tl.program_id(0) * SIZE + tl.arange(0, WIDTH)
-    mask = tl.arange(0, WIDTH) < SIZE
-    out = tl.program_id(1) * channels + channel
-    tl.store(scale + out, r * tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32), mask=mask)
-    added = tl.zeros((WIDTH,), dtype=tl.float32)
-    if SHIFT:
-        added += tl.load(shift + out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(centre + out, added - average, mask=mask)
-
-
-@triton.jit
-def _group_norm_kernel(
-    x, scale, centre, bias, y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """y = (x + centre) scale + bias, through SiLU if asked for."""
-    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
-    of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
-        centre + of_image, mask=channel_mask, other=0.0
-    )
-    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
-    z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
-    if SILU:
-        z = z * tl.sigmoid(z)
-    tl.store(y + offsets, z, mask=mask)
-
-
-@triton.jit
-def _group_gradient(
-    x, dy, scale, centre, bias, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Of this program's tile: offsets, channels and their masks as in `_tile`; u = x + centre, dL/dz and scale in fp32."""
-    offsets, channel, mask, channel_mask = _tile(pixels, channels, ROWS, COLUMNS)
-    of_image = tl.program_id(2) * channels + channel
-    u = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32) + tl.load(
-        centre + of_image, mask=channel_mask, other=0.0
-    )
-    k = tl.load(scale + of_image, mask=channel_mask, other=0.0)
-    dz = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SILU:
-        z = u * k + tl.load(bias + channel, mask=channel_mask, other=0.0).to(tl.float32)
-        s = tl.sigmoid(z)
-        dz = dz * s * (1 + z * (1 - s))
-    return offsets, channel, mask, channel_mask, u, dz, k
-
-
-@triton.jit
-def _gradient_sums_kernel(
-    x, dy, scale, centre, bias, sum_dz, sum_dz_u, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """Of every tile and channel: the sums of dz scale and of dz scale u."""
-    _, channel, mask, channel_mask, u, dz, k = _group_gradient(
-        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
-    )
-    out = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)) * channels + channel
-    dz = tl.where(mask, dz * k, 0.0)
-    tl.store(sum_dz + out, tl.sum(dz, axis=0)[None, :], mask=channel_mask)
-    tl.store(sum_dz_u + out, tl.sum(dz * u, axis=0)[None, :], mask=channel_mask)
-
-
-@triton.jit
-def _merge_gradient_kernel(
-    sum_dz, sum_dz_u, inverse, offset, slope, tiles, pixels, channels, SIZE, TILES: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Of every group: offset = mean of dz scale, slope = inverse^2 times the mean of dz scale u."""
-    first = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-    second = tl.zeros((TILES, WIDTH), dtype=tl.float32)
-    for start in range(0, tiles, TILES):
-        _, offsets, mask = _group_tiles(start, tiles, channels, SIZE, TILES, WIDTH)
-        first += tl.load(sum_dz + offsets, mask=mask, other=0.0)
-        second += tl.load(sum_dz_u + offsets, mask=mask, other=0.0)
-    group = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    total = pixels * SIZE
-    r = tl.load(inverse + group)
-    tl.store(offset + group, tl.sum(tl.sum(first, axis=1), axis=0) / total)
-    tl.store(slope + group, tl.sum(tl.sum(second, axis=1), axis=0) / total * r * r)
-
-
-@triton.jit
-def _group_norm_backward_kernel(
-    x, dy, scale, centre, bias, offset, slope, dx, pixels, channels, SIZE,
-    SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """dx = dz scale - offset - slope u."""
-    offsets, channel, mask, channel_mask, u, dz, k = _group_gradient(
-        x, dy, scale, centre, bias, pixels, channels, SILU, ROWS, COLUMNS
-    )  # fmt: skip
-    group = tl.program_id(2) * (channels // SIZE) + channel // SIZE
-    a = tl.load(offset + group, mask=channel_mask, other=0.0)
-    b = tl.load(slope + group, mask=channel_mask, other=0.0)
-    tl.store(dx + offsets, dz * k - a - b * u, mask=mask)
-
-
-@triton.jit
-def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """total = h + a, y = LayerNorm(total), one row a program. h, a, total, y: [rows, width]; weight, bias: [width]."""
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    offsets = tl.program_id(0).to(tl.int64) * width + column
-    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total + offsets, value, mask=mask)
-        value = value.to(total.dtype.element_ty).to(tl.float32)  # what is stored is what the backward pass will see
-    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
-    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offsets, residual * r * w + b, mask=mask)
-
-
-@triton.jit
-def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
-    """dx = dtotal + the gradient through LayerNorm(total). total, dy, dtotal, dx: [rows, width]; weight: [width]."""
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    offsets = tl.program_id(0).to(tl.int64) * width + column
-    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
-    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
-    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
-    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
-    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
-    """y = x + h + bias. x, h, y: [n], channels last; bias: [channels]."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
-    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
-
-
-def _rows(pixels):
-    """Pixels of a tile: few tiles for large images, many for small ones."""
-    return max(32, triton.next_power_of_2(triton.cdiv(pixels, 256)))
-
-
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, norm, silu, shift):
-        x = x.contiguous(memory_format=torch.channels_last)
-        (images, channels, height, width), size = x.shape, norm.num_channels // norm.num_groups
-        pixels, rows = height * width, _rows(height * width)
-        tiles = triton.cdiv(pixels, rows)
-        new = lambda *shape: torch.empty(shape, device=x.device, dtype=torch.float32)  # noqa: E731
-        mean, deviation = new(images, tiles, channels), new(images, tiles, channels)
-        scale, centre, inverse = new(images, channels), new(images, channels), new(images, norm.num_groups)
-        grid, shifted = (tiles, triton.cdiv(channels, COLUMNS), images), shift is not None
-        shift_or_any = shift.contiguous() if shifted else x
-        _moments_kernel[grid](
-            x, shift_or_any, mean, deviation, pixels, channels, SHIFT=shifted, ROWS=rows, COLUMNS=COLUMNS
-        )
-        _merge_moments_kernel[(norm.num_groups, images)](
-            mean, deviation, norm.weight, shift_or_any, scale, centre, inverse, tiles, pixels, channels, size, norm.eps,
-            SHIFT=shifted, ROWS=rows, TILES=TILES, WIDTH=triton.next_power_of_2(size),
-        )  # fmt: skip
-        y = torch.empty_like(x)
-        _group_norm_kernel[grid](
-            x, scale, centre, norm.bias, y, pixels, channels, SILU=silu, ROWS=rows, COLUMNS=COLUMNS
-        )
-        ctx.save_for_backward(x, scale, centre, inverse)
-        ctx.norm, ctx.silu, ctx.tiling = norm, silu, (grid, rows, tiles, pixels, size)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x, scale, centre, inverse), norm, (grid, rows, tiles, pixels, size) = ctx.saved_tensors, ctx.norm, ctx.tiling
-        (images, channels), dy = scale.shape, dy.contiguous(memory_format=torch.channels_last)
-        sum_dz = torch.empty(images, tiles, channels, device=x.device, dtype=torch.float32)
-        sum_dz_u, offset, slope = torch.empty_like(sum_dz), torch.empty_like(inverse), torch.empty_like(inverse)
-        given, how = (x, dy, scale, centre, norm.bias), dict(SILU=ctx.silu, ROWS=rows, COLUMNS=COLUMNS)
-        _gradient_sums_kernel[grid](*given, sum_dz, sum_dz_u, pixels, channels, **how)
-        _merge_gradient_kernel[(norm.num_groups, images)](
-            sum_dz,
-            sum_dz_u,
-            inverse,
-            offset,
-            slope,
-            tiles,
-            pixels,
-            channels,
-            size,
-            TILES=TILES,
-            WIDTH=triton.next_power_of_2(size),
-        )
-        dx = torch.empty_like(x)
-        _group_norm_backward_kernel[grid](*given, offset, slope, dx, pixels, channels, size, **how)
-        dshift = dx.sum((2, 3)) if ctx.needs_input_grad[3] else None
-        return dx, None, None, dshift
-
-
-def group_norm(x, norm, silu=False, shift=None):
-    return _GroupNorm.apply(x, norm, silu, shift)
-
-
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, a, norm):
-        h, width = h.contiguous(), h.shape[-1]
-        total, y = h if a is None else torch.empty_like(h), torch.empty_like(h)
-        a_or_any = h if a is None else a.contiguous()
-        _add_norm_kernel[(h.numel() // width,)](
-            h,
-            a_or_any,
-            norm.weight,
-            norm.bias,
-            total,
-            y,
-            width,
-            norm.eps,
-            ADD=a is not None,
-            BLOCK=triton.next_power_of_2(width),
-        )
-        ctx.save_for_backward(total)
-        ctx.norm, ctx.added = norm, a is not None
-        return total, y
-
-    @staticmethod
-    def backward(ctx, dtotal, dy):
-        ((total,), norm, width) = ctx.saved_tensors, ctx.norm, dy.shape[-1]
-        dx, block = torch.empty_like(total), triton.next_power_of_2(width)
-        _add_norm_backward_kernel[(total.numel() // width,)](
-            total, dy.contiguous(), dtotal.contiguous(), norm.weight, dx, width, norm.eps, BLOCK=block
-        )
-        return dx, dx if ctx.added else None, None
-
-
-add_norm = _AddNorm.apply
-
-
-class _AddBias(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, h, bias):
-        x, h = (image.contiguous(memory_format=torch.channels_last) for image in (x, h))
-        y = torch.empty_like(x)
-        _add_bias_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, h, bias, y, x.shape[1], x.numel(), BLOCK=BLOCK)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, dy, None
-
-
-add_bias = _AddBias.apply
-'''
-
 # ========================================================================================== common/operations.py
 
 MODULES['common/operations.py'] = r'''
-"""What PyTorch alone would pass over memory several times for: dropout from a seed, GEGLU, DoRA's gains, normalisations with a sum.
+"""Operations that kernels compute in fewer passes over memory: seeded dropout, GEGLU, DoRA's gains, normalisations.
 
-Every operation has two forms. The plain one below computes anywhere; the kernels of the same name in kernels.py and norm_kernels.py
-take its place on a GPU once kernel_check.py has found that they compute the same there.
+Every operation has two forms. The plain one below computes anywhere. The kernels of the same name in kernels.py,
+group_norm_kernels.py and residual_kernels.py take its place on a GPU, once kernel_check.py has found that they
+compute the same there.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -6696,24 +6942,33 @@ class Operation:
     """A function whose first argument says where it computes.
 
     Attributes:
-        plain: its form in PyTorch; on a GPU it neither waits nor draws random numbers, so that a CUDA graph can hold it.
+        plain: its form in PyTorch. On a GPU it neither waits nor draws random numbers: a CUDA graph can hold it.
         on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
         faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
     """
 
-    def __init__(self, plain):
+    def __init__(self, plain: Callable) -> None:
         functools.update_wrapper(self, plain)
         self.plain = self.on_gpu = plain
         self.faults = {}
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
 
 
 @Operation
-def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
-    """d(x): each element zeroed with probability p, the others divided by 1 - p. A linear function of x and its own transpose.
+def seeded_dropout(
+    x: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    salt: int,
+    *,
+    add_to: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """d(x): each element zeroed with probability p, the others divided by 1 - p.
 
+    d is a linear function of x and its own transpose.
     Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
 
     Args:
@@ -6728,9 +6983,9 @@ def seeded_dropout(x, p, seed, salt, add_to=None, alpha=1.0):
 
 
 def _uniform(count, seed, salt):
-    """fp32 [count] in [0, 1): a hash of seed, salt and place, see https://github.com/skeeto/hash-prospector.
+    """fp32 [count] in [0, 1): a hash of seed, salt and position, see https://github.com/skeeto/hash-prospector.
 
-    It computes with 32 unsigned bits, of which PyTorch has few operations: these are the lower ones of int64, which wraps.
+    The hash is one of unsigned 32-bit integers, for which PyTorch has few operations: these are the low bits of int64.
     """
     bits_32 = 0xFFFFFFFF
     bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
@@ -6739,23 +6994,32 @@ def _uniform(count, seed, salt):
     return ((bits ^ bits >> 15) >> 8).float() / 2**24
 
 
-def spread_salt(salt):
+def spread_salt(salt: int) -> int:
     """31 bits that differ widely between neighbouring layers."""
     return salt * 0x5EBCA6B % 2**31
 
 
 @Operation
-def geglu(h):
+def geglu(h: torch.Tensor) -> torch.Tensor:
     """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
     value, gate = h.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
 
 @Operation
-def gain_backward(dy, y, bias, gain, m, dm):
-    """diag(gain) dy in dy's dtype, the gradient before the gain; and dm += sum over rows of dy (y - bias) / m, that of the magnitude.
+def gain_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor,
+    m: torch.Tensor,
+    dm: torch.Tensor,
+) -> torch.Tensor:
+    """diag(gain) dy in dy's dtype, the gradient before the gain; dm += sum over rows of dy (y - bias) / m, in place.
 
-    One call at a time: the kernels of all calls count in the same place.
+    dm is the gradient of the magnitude m (arXiv 2402.09353, section 4.3).
+    One call at a time: the kernels of all calls share their counters.
 
     Args:
         dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
@@ -6766,29 +7030,44 @@ def gain_backward(dy, y, bias, gain, m, dm):
 
 
 @Operation
-def scale_rows(w, gain):
+def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
     return (w * gain[:, None]).to(w.dtype)
 
 
-def row_norms(w, A, B, scale):
+def row_norms(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
     """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
 
-    By the identity n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
+    By n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
     """
     w = w.float()
     return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
 
 
 @Operation
-def update_gain(w, A, B, m, scale, gain, b):
-    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms`, of which the kernel forms w + scale B A tile by tile."""
+def update_gain(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    m: torch.Tensor,
+    scale: float,
+    gain: torch.Tensor,
+    b: torch.Tensor,
+) -> None:
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms` (arXiv 2402.09353, eq. 5).
+
+    Args:
+        w: [N, K]; A: fp32 [r, K]; B: fp32 [N, r]; m, gain: fp32 [N]; b: [N, r] in w's dtype.
+    """
     torch.div(m, row_norms(w, A, B, scale), out=gain)
     b.copy_(B * gain[:, None])
 
 
 @Operation
-def group_norm(x, norm, silu=False, shift=None):
+def group_norm(
+    x: torch.Tensor, norm: torch.nn.GroupNorm, *, silu: bool = False, shift: torch.Tensor | None = None
+) -> torch.Tensor:
     """silu(GroupNorm(x + shift)), with silu and shift as asked for.
 
     Args:
@@ -6802,14 +7081,17 @@ def group_norm(x, norm, silu=False, shift=None):
 
 
 @Operation
-def add_norm(h, a, norm):
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C]. The parameters of `norm` need no gradient."""
+def add_norm(h: torch.Tensor, a: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C].
+
+    The parameters of `norm` need no gradient.
+    """
     total = h if a is None else a + h
     return total, norm(total)
 
 
 @Operation
-def add_bias(x, h, bias):
+def add_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
     return x + (h + bias[:, None, None])
 
@@ -7296,50 +7578,84 @@ def _seconds_per_image(engine, make_batches, micro_batch, kept):
     return seconds
 '''
 
-# ======================================================================================== common/peft_reading.py
+# ========================================================================================= common/peft_format.py
 
-MODULES['common/peft_reading.py'] = r'''
-"""A PEFT folder -> weights under PEFT's names, for the part of the model that they belong to."""
+MODULES['common/peft_format.py'] = r'''
+"""PEFT's adapter folder, written and read: adapter_model.safetensors and adapter_config.json beside it."""
 
+import copy
 import json
 from pathlib import Path
 
-from common import formats
-from common.adapter_checks import drawing_config, misfitting_keys
+import torch
+
+from common.adapter_checks import misfitting_keys, rendering_config
 from common.adapter_names import COMPONENTS
 from common.command_line import UserError
-from common.files import read_safetensors
+from common.files import read_safetensors, write_safetensors
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def save_peft(
+    folder: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
+) -> None:
+    """Write the UNet's adapter into `folder`, those of text encoders into its text_encoder and text_encoder_2.
+
+    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it
+    back.
+    """
+    from peft import get_peft_model_state_dict
+
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = folder if component == "unet" else folder / component
+        weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+
+        # the configuration, for use and not for more training
+        config = copy.copy(module.peft_config["default"])
+        config.base_model_name_or_path = recipe["base_model"]
+        config.inference_mode = True
+        config.lora_dropout = 0.0  # of training: the recipe keeps it
+        base = type(module)
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        config.save_pretrained(part, auto_mapping_dict=mapping)
 
 
 def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
-    """A folder of the UNet or of one text encoder; save_peft's has folders of the text encoders in it. Returns as read_adapter."""
-    nested = [file.parent / component / formats.PEFT_WEIGHTS for component in COMPONENTS[1:]]
+    """A folder of the UNet or of one text encoder, and the folders of text encoders that save_peft puts into it.
+
+    Returns:
+        as adapter_reading.read_adapter.
+    Raises:
+        UserError: no configuration, or one that cannot be read or is of another kind of adapter.
+    """
+    nested = [file.parent / component / PEFT_WEIGHTS for component in COMPONENTS[1:]]
     weights, configs = {}, {}
     for part in (file, *(part for part in nested if part.exists())):
         config = _config(part)
-        named = {
-            key.removeprefix(formats.PEFT_PREFIX): tensor
-            for key, tensor in read_safetensors(part, from_anywhere=True)[0].items()
-        }
+        tensors, _ = read_safetensors(part, from_anywhere=True)
+        named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
         component, named = _component(modules, named)
-        weights[component], configs[component] = named, config
+        weights[component] = named
+        configs[component] = config
     return weights, configs
 
 
 def _config(file):
     """LoraConfig arguments beside a PEFT file."""
-    place = file.parent / formats.PEFT_CONFIG
+    place = file.parent / PEFT_CONFIG
     if not place.exists():
-        raise UserError(f"--lora {file}: a PEFT file needs its {formats.PEFT_CONFIG} beside it")
+        raise UserError(f"--lora {file}: a PEFT file needs its {PEFT_CONFIG} beside it")
     try:
         described = dict(json.loads(place.read_text()))
     except (ValueError, TypeError):
         raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
-    if described.get("peft_type") != "LORA":
-        raise UserError(
-            f"--lora {file.parent}: holds a PEFT adapter of type {described.get('peft_type')}; only LoRA and DoRA are supported"
-        )
-    return drawing_config(file, formats.PEFT_CONFIG, described)
+    if (kind := described.get("peft_type")) != "LORA":
+        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
+    return rendering_config(file, PEFT_CONFIG, described)
 
 
 def _component(modules, weights):
@@ -7603,6 +7919,128 @@ def save_png(path, image, text):
         image.save(partial, format="PNG", pnginfo=info)
 '''
 
+# ==================================================================================== common/residual_kernels.py
+
+MODULES['common/residual_kernels.py'] = r'''
+"""Triton kernels of what is added to a residual stream: LayerNorm with the sum before it, and a sum with a bias.
+
+The weights are frozen, so the backward pass gives the gradient of the input only. LayerNorm keeps nothing but its
+input; its sums are in fp32 over deviations from the mean. The functions below the kernels are the GPU's forms of the
+operations of the same names in operations.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total = h + a, y = LayerNorm(total) (arXiv 1607.06450, eq. 3), one row a program.
+
+    h, a, total, y: [rows, width]; weight, bias: [width].
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + offsets, value, mask=mask)
+        # what is stored is what the backward pass will see
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, residual * r * w + b, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+    """dx = dtotal + the gradient through LayerNorm(total), one row a program.
+
+    total, dy, dtotal, dx: [rows, width]; weight: [width].
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
+    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
+    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+    """y = x + h + bias, one block a program.
+
+    x, h, y: [n], channels last; bias: [channels].
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
+
+
+class _AddNorm(torch.autograd.Function):
+    """Keeps only the sum for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h, a, norm):
+        h = h.contiguous()
+        a_or_any = h if a is None else a.contiguous()
+        total = h if a is None else torch.empty_like(h)
+        y = torch.empty_like(h)
+        width = h.shape[-1]
+        sizes = dict(width=width, eps=norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width))
+        _add_norm_kernel[(h.numel() // width,)](
+            h, a_or_any, weight=norm.weight, bias=norm.bias, total=total, y=y, **sizes
+        )
+        ctx.save_for_backward(total)
+        ctx.norm, ctx.added = norm, a is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        (total,) = ctx.saved_tensors
+        width = dy.shape[-1]
+        dx = torch.empty_like(total)
+        sizes = dict(width=width, eps=ctx.norm.eps, BLOCK=triton.next_power_of_2(width))
+        _add_norm_backward_kernel[(total.numel() // width,)](
+            total, dy.contiguous(), dtotal=dtotal.contiguous(), weight=ctx.norm.weight, dx=dx, **sizes
+        )
+        return dx, dx if ctx.added else None, None
+
+
+add_norm = _AddNorm.apply
+
+
+class _AddBias(torch.autograd.Function):
+    """Keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = h.contiguous(memory_format=torch.channels_last)
+        y = torch.empty_like(x)
+        n = x.numel()
+        _add_bias_kernel[(triton.cdiv(n, BLOCK),)](x, h, bias, y, channels=x.shape[1], n=n, BLOCK=BLOCK)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy, None
+
+
+add_bias = _AddBias.apply
+'''
+
 # ============================================================================================= common/results.py
 
 MODULES['common/results.py'] = r'''
@@ -7614,7 +8052,20 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from common import caching, checkpoint, device, dora, formats, memory, report, run_folder, sampling, weights
+from common import (
+    caching,
+    checkpoint,
+    device,
+    diffusers_format,
+    dora,
+    kohya,
+    memory,
+    peft_format,
+    report,
+    run_folder,
+    sampling,
+    weights,
+)
 from common.command_line import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -7743,22 +8194,22 @@ class Results:
                 with self.engine.ema.applied():
                     self._write_adapter(self.output_dir / "ema_unet", ending="_ema")
             if self.flags.save_peft:
-                formats.save_peft(self.output_dir / "peft", **self._adapters())
+                peft_format.save_peft(self.output_dir / "peft", **self._adapters())
         self.host.barrier()
 
     def _write_adapter(self, folder, ending=""):
-        self._save_adapter(folder / formats.WEIGHTS)
+        self._save_adapter(folder / diffusers_format.WEIGHTS)
         self.save_kohya(ending)
 
     def _save_adapter(self, path):
-        formats.save_adapter(path, **self._adapters())
+        diffusers_format.save_adapter(path, **self._adapters())
 
     def save_kohya(self, ending: str = "", **options) -> float:
-        """Write kohya/NAME`ending`.safetensors, with the options and the result of formats.save_kohya."""
+        """Write kohya/NAME`ending`.safetensors, with the options and the result of kohya.save_kohya."""
         unet_files = weights.weight_files(self.data.model.folder / "unet", self.data.model.variant)
         weight_of = dora.frozen_weights(self.engine.unet, unet_files)
         path = self.output_dir / "kohya" / f"{self.name}{ending}.safetensors"
-        return formats.save_kohya(path, **self._adapters(), weight_of=weight_of, **options)
+        return kohya.save_kohya(path, **self._adapters(), weight_of=weight_of, **options)
 
     def _adapters(self):
         return dict(unet=self.engine.unet, recipe=self.recipe, text_encoders=self.data.trained_encoders)
@@ -7769,8 +8220,8 @@ class Results:
         peaks = f"peak {on_device}, {device.peak_ram_gib():.2f} GiB of RAM"
         where = f"everything is in {self.output_dir}"
         self.host.say(f"{ended} after step {progress.step} of {total_steps}; {peaks}; {where}")
-        kohya = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
-        self.host.say(f"{formats.WEIGHTS}: for diffusers and infer.py; {kohya}")
+        for_others = f"kohya/{self.name}.safetensors: for {_readers(self.engine.unet)}"
+        self.host.say(f"{diffusers_format.WEIGHTS}: for diffusers and infer.py; {for_others}")
 
         # The last line of metrics.jsonl speaks for the run
         rows = report.read_metrics(self.output_dir / "metrics.jsonl")
@@ -7778,7 +8229,7 @@ class Results:
             "output_dir": str(self.output_dir),
             "step": progress.step,
             "ended": ended,
-            "weights": str(self.output_dir / formats.WEIGHTS),
+            "weights": str(self.output_dir / diffusers_format.WEIGHTS),
             "metrics": rows[-1] if rows else None,
         }
 
@@ -7791,7 +8242,7 @@ class Results:
             the error that says where.
         """
         place = Path(tempfile.mkdtemp(prefix=f"{self.name}-"))
-        self._save_adapter(place / formats.WEIGHTS)
+        self._save_adapter(place / diffusers_format.WEIGHTS)
         checkpoint.save_checkpoint(place, progress.step, self.engine, asdict(progress), None)
         what = " ".join(str(error).split())  # diffusers' errors have several lines
         return UserError(
@@ -9274,6 +9725,373 @@ def _read(data, column, folder, index):
     return cell["bytes"] if cell["bytes"] is not None else read_file(folder / cell["path"])
 '''
 
+# ================================================================================================ common/tiny.py
+
+MODULES['common/tiny.py'] = r'''
+"""The demo where its trained model is absent: a tiny SDXL with random weights beside a drawn, captioned image set.
+
+Both are made in about a second and without a network. torch and diffusers are imported when the model is made.
+"""
+
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from common import tiny_pictures
+from common.demo_settings import demo_settings
+
+# SDXL's topology and noise schedule, from the config files of stabilityai/stable-diffusion-xl-base-1.0.
+# The widths are left open.
+UNET = dict(
+    layers_per_block=2,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+)
+VAE = dict(
+    layers_per_block=2,
+    latent_channels=4,
+    scaling_factor=0.13025,
+    force_upcast=False,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
+SCHEDULER = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+)
+# 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
+TINY = dict(
+    unet=dict(
+        sample_size=8,
+        block_out_channels=(16, 32, 64),
+        norm_num_groups=8,
+        transformer_layers_per_block=[1, 1, 2],
+        attention_head_dim=[1, 2, 4],
+        cross_attention_dim=80,
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=112,
+    ),
+    text_encoder=dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
+    ),
+    text_encoder_2=dict(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        projection_dim=64,
+        hidden_act="gelu",
+    ),
+    vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
+)
+
+# The vocabulary: every word of the pictures' captions, and what users add to them
+WORDS = (
+    *tiny_pictures.WHO,
+    *tiny_pictures.MOODS,
+    *tiny_pictures.EYES,
+    *tiny_pictures.HAIR,
+    *tiny_pictures.SCENES,
+    "with eyes and hair fur dressed in front of",
+    "Naruto style",
+)
+
+
+def tokenizers(texts: Iterable[str]) -> tuple:
+    """(tokenizer, tokenizer_2) with a byte-level vocabulary.
+
+    The order is CLIP's: bytes, bytes that end a word, merges, start, end.
+    Every word of `texts` becomes one token; other text costs about one a letter.
+    As SDXL's, they pad with end-of-text and "!" (id 0).
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return tuple(
+        CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!")
+    )
+
+
+def merges_of(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make one token of each word.
+
+    The most frequent pair comes first; of equals the first in the alphabet.
+    The trainer of `tokenizers` leaves the order of equals to chance.
+    Embeddings trained in one process would be of no use in the next.
+    """
+    merges = []
+    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        for word in pieces:
+            for i in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
+                word[i : i + 2] = ["".join(word[i : i + 2])]
+    return merges
+
+
+def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
+    """StableDiffusionXLPipeline with SDXL's topology and untrained fp32 weights, on `device` ("meta": shapes only).
+
+    `widths` holds the open config values of unet, text_encoder, text_encoder_2 and vae; see `tokenizers` for `texts`.
+    """
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    first, second = tokenizers(texts)
+    # pooling looks for the config's eos_token_id, so it has to be the tokenizer's own
+    ids = dict(vocab_size=len(first), bos_token_id=first.bos_token_id, eos_token_id=first.eos_token_id)
+    with torch.device(device):
+        parts = dict(
+            unet=UNet2DConditionModel(**UNET, **widths["unet"]),
+            vae=AutoencoderKL(**VAE, **widths["vae"]),
+            text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
+            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
+        )
+    return StableDiffusionXLPipeline(
+        **parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER)
+    )
+
+
+def build_model(folder: Path) -> None:
+    """Writes a tiny random SDXL as a diffusers folder (fp32 safetensors, the same weights every time)."""
+    import torch
+
+    from common.device import quieten_libraries
+
+    quieten_libraries()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sdxl(TINY, WORDS, "cpu").save_pretrained(folder)
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, built if absent.
+
+    It appears whole or not at all; of two processes that build at once the first one wins.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as scratch:
+            build(Path(scratch) / folder.name)
+            try:
+                os.replace(Path(scratch) / folder.name, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def demo_assets(root: Path) -> tuple[Path, Path]:
+    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
+    settings = demo_settings(root)
+    model = Path(settings["pretrained_model_name_or_path"])
+    data = Path(settings["train_data_dir"][0])
+    return build_once(model, build_model), build_once(data, tiny_pictures.build_images)
+'''
+
+# ======================================================================================= common/tiny_pictures.py
+
+MODULES['common/tiny_pictures.py'] = r'''
+"""The pictures of the tiny demo: characters in flat colours and dark outlines, and captions of what they show."""
+
+import json
+import math
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+Point = tuple[float, float]
+
+
+class Ellipse(NamedTuple):
+    """In scene units: 1/100 of the shorter side; x counts from the middle, y up from the lower edge."""
+
+    fill: str
+    centre: Point
+    radii: Point
+
+
+class Polygon(NamedTuple):
+    """In scene units, see Ellipse."""
+
+    fill: str
+    corners: tuple[Point, ...]
+
+
+INK, SKIN = "#2b2340", "#ffdcbf"
+EYES = dict(blue="#3f8ff0", green="#3fb96a", brown="#8a5630", purple="#9a5be0")
+WHO, MOODS = ("boy", "girl", "cat"), ("smiling", "laughing")
+HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d", white="#eeeef6", blue="#5aa7f2")
+# A scene is a sky and shapes from back to front.
+SCENES = {
+    "a green hill": (
+        "#a9e2ff",
+        Ellipse("#fff3a0", (-34, 84), (10, 10)),
+        Ellipse("#8fd66a", (40, 0), (70, 44)),
+        Ellipse("#63bd58", (-40, -12), (80, 40)),
+    ),
+    "the sea": (
+        "#c9f0ff",
+        Ellipse("#ffffff", (40, 84), (18, 7)),
+        Polygon("#3fa3e0", ((-80, -9), (-80, 44), (80, 44), (80, -9))),
+        Ellipse("#ffe2a0", (-10, -20), (90, 36)),
+    ),
+    "a sunset": (
+        "#ffb36b",
+        Ellipse("#ff6b5e", (28, 62), (26, 26)),
+        Ellipse("#9a5a8c", (-46, 8), (60, 38)),
+        Ellipse("#6f4480", (50, -4), (60, 34)),
+    ),
+    "a snowy mountain": (
+        "#d6ecff",
+        Polygon("#8fa3cf", ((-80, 0), (-28, 98), (34, 0))),
+        Polygon("#ffffff", ((-41, 76), (-28, 98), (-13, 76), (-27, 68))),
+        Ellipse("#eef6ff", (0, -30), (100, 58)),
+    ),
+    "a pink garden": (
+        "#ffe6ef",
+        Ellipse("#ffb0cc", (-44, 82), (24, 18)),
+        Ellipse("#ffb0cc", (46, 74), (22, 17)),
+        Ellipse("#a5dc8c", (0, -26), (100, 56)),
+    ),
+}
+
+# Outlines that are the same in every character, and where the hair of girls falls.
+SHOULDERS = ((-32, -9), (-28, 14), (-12, 22), (12, 22), (28, 14), (32, -9))
+LONG_HAIR = ((-33, 44), (-37, 8), (-18, 12), (18, 12), (37, 8), (33, 44))
+FRINGE = ((-26, 46), (-19, 50), (-13, 59), (-4, 51), (3, 60), (10, 51), (17, 57), (26, 46))
+ABOVE_THE_FRINGE = ((27, 62), (14, 72), (-14, 72), (-27, 62))
+LAUGH = ((-7, 31), (7, 31), (5, 25), (0, 23), (-5, 25))
+SMILE = ((-6, 29), (-4, 27), (-1.5, 26), (1.5, 26), (4, 27), (6, 29))
+SHAPES_PX = ((96, 96), (128, 96), (96, 128))  # width and height
+
+
+class Ink:
+    """A picture of flat colours in dark outlines, painted enlarged and then shrunk: Pillow's shapes have hard edges."""
+
+    def __init__(self, width_px: int, height_px: int, sky: str):
+        self.size = (width_px, height_px)
+        enlarged = 4 if min(width_px, height_px) < 512 else 2
+        self.image = Image.new("RGB", (width_px * enlarged, height_px * enlarged), sky)
+        self.brush = ImageDraw.Draw(self.image)
+        self.unit = min(self.image.size) / 100
+
+    def pixels(self, points: Iterable[Point]) -> list[Point]:
+        """Scene units -> pixels of the enlarged picture."""
+        return [(self.image.width / 2 + x * self.unit, self.image.height - y * self.unit) for x, y in points]
+
+    def paint(self, shape: Ellipse | Polygon, line: float = 1.6) -> None:
+        """A filled shape with an outline `line` units wide."""
+        if isinstance(shape, Ellipse):
+            (x, y), (rx, ry) = shape.centre, shape.radii
+            bounds = self.pixels([(x - rx, y + ry), (x + rx, y - ry)])
+            self.brush.ellipse(bounds, shape.fill, INK if line else None, round(line * self.unit))
+        else:
+            self.brush.polygon(self.pixels(shape.corners), shape.fill)
+            if line:
+                self.stroke((*shape.corners, *shape.corners[:2]), line=line)
+
+    def stroke(self, points: Iterable[Point], line: float = 1.6) -> None:
+        self.brush.line(self.pixels(points), INK, round(line * self.unit), joint="curve")
+
+
+def spikes(centre: Point, inner: float, outer: float, *, count: int, start: int, end: int) -> tuple[Point, ...]:
+    """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
+    x, y = centre
+    corners = []
+    for i in range(2 * count + 1):
+        angle = math.radians(start + (end - start) * i / (2 * count))
+        r = outer if i % 2 else inner
+        corners.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+    return tuple(corners)
+
+
+def paint_head(ink: Ink, who: str, hair: str) -> None:
+    """Head, and hair or ears, around (0, 44)."""
+    # What lies behind the head
+    if who == "cat":
+        for side in (-1, 1):
+            ink.paint(Polygon(hair, ((side * 25, 50), (side * 23, 86), (side * 5, 66))))
+            ink.paint(Polygon("#ffb3b8", ((side * 21, 60), (side * 20.5, 76), (side * 12, 66))), line=0)
+    elif who == "girl":
+        ink.paint(Ellipse(hair, (0, 44), (33, 36)))
+        ink.paint(Polygon(hair, LONG_HAIR))
+        ink.paint(Ellipse(hair, (0, 44), (31.5, 34.5)), line=0)
+    else:
+        ink.paint(Polygon(hair, spikes((0, 47), 28, 41, count=9, start=-15, end=195)))
+
+    # The head, and the hair over the forehead
+    ink.paint(Ellipse(hair if who == "cat" else SKIN, (0, 44), (26, 24)))
+    if who != "cat":
+        ink.paint(Polygon(hair, FRINGE + ABOVE_THE_FRINGE), line=0)
+        ink.stroke(FRINGE)
+
+
+def paint_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
+    # Cheeks and eyes
+    for side in (-1, 1):
+        ink.paint(Ellipse("#ff9d9d", (side * 18, 31), (4, 2.4)), line=0)
+        ink.paint(Ellipse(eyes, (side * 11, 40), (6.4, 7.8)))
+        ink.paint(Ellipse(INK, (side * 11, 39), (2.2, 3.6)), line=0)
+        ink.paint(Ellipse("#ffffff", (side * 11 - 2, 43), (2, 2.4)), line=0)
+
+    # Mouth, and a cat's nose
+    if mood == "laughing":
+        ink.paint(Polygon("#d8505a", LAUGH))
+    else:
+        ink.stroke(SMILE, line=2)
+    if who == "cat":
+        ink.paint(Polygon("#ff8f9a", ((-2.5, 35), (2.5, 35), (0, 32))), line=1)
+
+
+def render_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
+    """One picture and its caption; every attribute is chosen independently of the others."""
+    choices = (WHO, MOODS, EYES, HAIR, HAIR, SCENES)
+    who, mood, eyes, hair, clothes, scene = (rng.choice(list(values)) for values in choices)
+
+    # From back to front: scene, body, head
+    sky, *shapes = SCENES[scene]
+    ink = Ink(width_px, height_px, sky)
+    for shape in shapes:
+        ink.paint(shape, line=1)
+    ink.paint(Polygon(HAIR[clothes], SHOULDERS))
+    paint_head(ink, who, HAIR[hair])
+    paint_face(ink, who, mood, EYES[eyes])
+
+    looks = f"{eyes} eyes and {hair} {'fur' if who == 'cat' else 'hair'}"
+    text = f"a {mood} {who} with {looks}, dressed in {clothes}, in front of {scene}"
+    return ink.image.resize(ink.size, Image.Resampling.LANCZOS), text
+
+
+def build_images(folder: Path) -> None:
+    """Writes 24 PNGs of three shapes and metadata.jsonl (file_name, text); the same ones every time."""
+    rng = random.Random(0)
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for i in range(24):
+            image, text = render_character(rng, *rng.choice(SHAPES_PX))
+            image.save(folder / f"{i:03d}.png")
+            metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text}) + "\n")
+'''
+
 # ============================================================================================= common/weights.py
 
 MODULES['common/weights.py'] = r'''
@@ -9456,372 +10274,6 @@ def _chunks(file, names):
     ends = itertools.accumulate(sizes.values())
     for _, group in itertools.groupby(zip(sizes, ends), key=lambda pair: pair[1] // CHUNK_BYTES):
         yield [name for name, _ in group]
-'''
-
-# ============================================================================================== demo/__init__.py
-
-MODULES['demo/__init__.py'] = r'''
-"""What `--demo` runs on: a tiny SDXL and a small drawn image set, made on the spot."""
-'''
-
-# ================================================================================================= demo/build.py
-
-MODULES['demo/build.py'] = r'''
-"""The tiny demo: an SDXL with random weights and a drawn, captioned image set, made in about a second and without a network."""
-
-import json
-import math
-import os
-import random
-import re
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
-
-from PIL import Image, ImageDraw
-
-from demo.settings import demo_settings
-
-# The topology and the noise schedule of SDXL (config.json files of stabilityai/stable-diffusion-xl-base-1.0); the widths are left open.
-UNET = dict(
-    layers_per_block=2,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-)
-VAE = dict(
-    layers_per_block=2,
-    latent_channels=4,
-    scaling_factor=0.13025,
-    force_upcast=False,
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-)
-SCHEDULER = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-)
-# 64 px are 8 latents a side. Text is 32 + 48 = 80 wide; pooled text (64) and six time ids of 8 numbers make 112.
-TINY = dict(
-    unet=dict(
-        sample_size=8,
-        block_out_channels=(16, 32, 64),
-        norm_num_groups=8,
-        transformer_layers_per_block=[1, 1, 2],
-        attention_head_dim=[1, 2, 4],
-        cross_attention_dim=80,
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=112,
-    ),
-    text_encoder=dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, projection_dim=32
-    ),
-    text_encoder_2=dict(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        projection_dim=64,
-        hidden_act="gelu",
-    ),
-    vae=dict(sample_size=64, block_out_channels=(8, 16, 16, 24), norm_num_groups=8),
-)
-
-INK, SKIN = "#2b2340", "#ffdcbf"
-EYES = dict(blue="#3f8ff0", green="#3fb96a", brown="#8a5630", purple="#9a5be0")
-WHO, MOODS = ("boy", "girl", "cat"), ("smiling", "laughing")
-HAIR = dict(orange="#ff9038", black="#4a4560", pink="#ff8fb8", yellow="#ffd84d", white="#eeeef6", blue="#5aa7f2")
-# A scene is a sky and, from back to front, shapes: four numbers are an ellipse (x, y, rx, ry), more are the corners of a polygon.
-# Unit: 1/100 of the shorter side; x counts from the middle, y up from the lower edge.
-SCENES = {
-    "a green hill": (
-        "#a9e2ff",
-        ("#fff3a0", -34, 84, 10, 10),
-        ("#8fd66a", 40, 0, 70, 44),
-        ("#63bd58", -40, -12, 80, 40),
-    ),
-    "the sea": (
-        "#c9f0ff",
-        ("#ffffff", 40, 84, 18, 7),
-        ("#3fa3e0", -80, -9, -80, 44, 80, 44, 80, -9),
-        ("#ffe2a0", -10, -20, 90, 36),
-    ),
-    "a sunset": ("#ffb36b", ("#ff6b5e", 28, 62, 26, 26), ("#9a5a8c", -46, 8, 60, 38), ("#6f4480", 50, -4, 60, 34)),
-    "a snowy mountain": (
-        "#d6ecff",
-        ("#8fa3cf", -80, 0, -28, 98, 34, 0),
-        ("#ffffff", -41, 76, -28, 98, -13, 76, -27, 68),
-        ("#eef6ff", 0, -30, 100, 58),
-    ),
-    "a pink garden": (
-        "#ffe6ef",
-        ("#ffb0cc", -44, 82, 24, 18),
-        ("#ffb0cc", 46, 74, 22, 17),
-        ("#a5dc8c", 0, -26, 100, 56),
-    ),
-}
-
-
-def tokenizers(texts: Iterable[str]):
-    """(tokenizer, tokenizer_2) with a byte-level vocabulary in CLIP's order: bytes, bytes that end a word, merges, start, end.
-
-    Every word of `texts` becomes one token; other text costs about one a letter. As SDXL's, they pad with end-of-text and "!" (id 0).
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    merges = merges_of(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}))
-    letters = sorted(ByteLevel.alphabet())
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        *("".join(pair) for pair in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    ids = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return tuple(
-        CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad, model_max_length=77) for pad in ("<|endoftext|>", "!")
-    )
-
-
-def merges_of(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make one token of each word: the most frequent pair first, of equals the first in the alphabet.
-
-    The trainer of `tokenizers` leaves the order of equals to chance: embeddings trained in one process would be of no use in the next.
-    """
-    merges, pieces = [], [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    while pairs := Counter(pair for word in pieces for pair in zip(word, word[1:])):
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        for word in pieces:
-            for at in reversed([i for i, pair in enumerate(zip(word, word[1:])) if pair == merges[-1]]):
-                word[at : at + 2] = ["".join(word[at : at + 2])]
-    return merges
-
-
-def sdxl(widths: dict[str, dict], texts: Iterable[str], device: str):
-    """StableDiffusionXLPipeline with SDXL's topology and untrained fp32 weights, made on `device` ("meta": shapes only).
-
-    `widths` holds the open config values of unet, text_encoder, text_encoder_2 and vae; see `tokenizers` for `texts`.
-    """
-    import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    first, second = tokenizers(texts)
-    # pooling looks for the config's eos_token_id, so it has to be the tokenizer's own
-    ids = dict(vocab_size=len(first), bos_token_id=first.bos_token_id, eos_token_id=first.eos_token_id)
-    with torch.device(device):
-        parts = dict(
-            unet=UNet2DConditionModel(**UNET, **widths["unet"]),
-            vae=AutoencoderKL(**VAE, **widths["vae"]),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**ids | widths["text_encoder"])),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**ids | widths["text_encoder_2"])),
-        )
-    return StableDiffusionXLPipeline(
-        **parts, tokenizer=first, tokenizer_2=second, scheduler=EulerDiscreteScheduler(**SCHEDULER)
-    )
-
-
-def build_model(folder: Path) -> None:
-    """Writes a tiny random SDXL as a diffusers folder (fp32 safetensors, the same weights every time)."""
-    import torch
-
-    from common.device import quieten_libraries
-
-    quieten_libraries()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        words = [*WHO, *MOODS, *EYES, *HAIR, *SCENES, "with eyes and hair fur dressed in front of", "Naruto style"]
-        sdxl(TINY, words, "cpu").save_pretrained(folder)
-
-
-class Ink:
-    """A picture of flat colours in dark outlines; drawn enlarged and then shrunk, because Pillow's shapes have hard edges."""
-
-    def __init__(self, width_px: int, height_px: int, sky: str):
-        self.size, enlarged = (width_px, height_px), 4 if min(width_px, height_px) < 512 else 2
-        self.image = Image.new("RGB", (width_px * enlarged, height_px * enlarged), sky)
-        self.draw, self.unit = ImageDraw.Draw(self.image), min(self.image.size) / 100
-
-    def pixels(self, numbers) -> list[float]:
-        """x, y, x, y, ... in scene units -> pixels of the enlarged picture."""
-        return [
-            self.image.width / 2 + n * self.unit if i % 2 == 0 else self.image.height - n * self.unit
-            for i, n in enumerate(numbers)
-        ]
-
-    def shape(self, fill: str, *numbers: float, line: float = 1.6) -> None:
-        """An ellipse (x, y, rx, ry) or a polygon (x, y, x, y, x, y, ...) with an outline."""
-        if len(numbers) == 4:
-            x, y, rx, ry = numbers
-            self.draw.ellipse(
-                self.pixels((x - rx, y + ry, x + rx, y - ry)), fill, INK if line else None, round(line * self.unit)
-            )
-        else:
-            self.draw.polygon(self.pixels(numbers), fill)
-            if line:
-                self.stroke(*numbers, *numbers[:4], line=line)
-
-    def stroke(self, *numbers: float, line: float = 1.6) -> None:
-        self.draw.line(self.pixels(numbers), INK, round(line * self.unit), joint="curve")
-
-
-def spikes(x: float, y: float, inner: float, outer: float, count: int, start: int, end: int) -> list[float]:
-    """Corners of a fan of `count` points between two angles (degrees, counter-clockwise from three o'clock)."""
-    angles = [math.radians(start + (end - start) * i / (2 * count)) for i in range(2 * count + 1)]
-    return [
-        n
-        for i, a in enumerate(angles)
-        for r in [outer if i % 2 else inner]
-        for n in (x + r * math.cos(a), y + r * math.sin(a))
-    ]
-
-
-def draw_head(ink: Ink, who: str, hair: str) -> None:
-    """Head, and hair or ears, around (0, 44)."""
-    if who == "cat":
-        for side in (-1, 1):
-            ink.shape(hair, side * 25, 50, side * 23, 86, side * 5, 66)
-            ink.shape("#ffb3b8", side * 21, 60, side * 20.5, 76, side * 12, 66, line=0)
-    elif who == "girl":
-        ink.shape(hair, 0, 44, 33, 36)
-        ink.shape(hair, -33, 44, -37, 8, -18, 12, 18, 12, 37, 8, 33, 44)
-        ink.shape(hair, 0, 44, 31.5, 34.5, line=0)
-    else:
-        ink.shape(hair, *spikes(0, 47, 28, 41, 9, -15, 195))
-    ink.shape(hair if who == "cat" else SKIN, 0, 44, 26, 24)
-    if who != "cat":
-        fringe = (-26, 46, -19, 50, -13, 59, -4, 51, 3, 60, 10, 51, 17, 57, 26, 46)
-        ink.shape(hair, *fringe, 27, 62, 14, 72, -14, 72, -27, 62, line=0)
-        ink.stroke(*fringe)
-
-
-def draw_face(ink: Ink, who: str, mood: str, eyes: str) -> None:
-    for side in (-1, 1):
-        ink.shape("#ff9d9d", side * 18, 31, 4, 2.4, line=0)
-        ink.shape(eyes, side * 11, 40, 6.4, 7.8)
-        ink.shape(INK, side * 11, 39, 2.2, 3.6, line=0)
-        ink.shape("#ffffff", side * 11 - 2, 43, 2, 2.4, line=0)
-    if mood == "laughing":
-        ink.shape("#d8505a", -7, 31, 7, 31, 5, 25, 0, 23, -5, 25)
-    else:
-        ink.stroke(-6, 29, -4, 27, -1.5, 26, 1.5, 26, 4, 27, 6, 29, line=2)
-    if who == "cat":
-        ink.shape("#ff8f9a", -2.5, 35, 2.5, 35, 0, 32, line=1)
-
-
-def draw_character(rng: random.Random, width_px: int, height_px: int) -> tuple[Image.Image, str]:
-    """One picture and its caption; every attribute is chosen independently of the others."""
-    who, mood, eyes, hair, clothes, scene = (
-        rng.choice(list(choices)) for choices in (WHO, MOODS, EYES, HAIR, HAIR, SCENES)
-    )
-    sky, *shapes = SCENES[scene]
-    ink = Ink(width_px, height_px, sky)
-    for fill, *numbers in shapes:
-        ink.shape(fill, *numbers, line=1)
-    ink.shape(HAIR[clothes], -32, -9, -28, 14, -12, 22, 12, 22, 28, 14, 32, -9)
-    draw_head(ink, who, HAIR[hair])
-    draw_face(ink, who, mood, EYES[eyes])
-    text = f"a {mood} {who} with {eyes} eyes and {hair} {'fur' if who == 'cat' else 'hair'}, dressed in {clothes}, in front of {scene}"
-    return ink.image.resize(ink.size, Image.Resampling.LANCZOS), text
-
-
-def build_images(folder: Path, count: int = 24) -> None:
-    """Writes `count` PNGs of three shapes and metadata.jsonl (file_name, text); the same ones every time."""
-    rng = random.Random(0)
-    folder.mkdir(parents=True)
-    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for i in range(count):
-            image, text = draw_character(rng, *rng.choice([(96, 96), (128, 96), (96, 128)]))
-            image.save(folder / f"{i:03d}.png")
-            metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text}) + "\n")
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, built if absent. It appears complete or not at all; of two processes that build at once the first one wins."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as scratch:
-            build(Path(scratch) / folder.name)
-            try:
-                os.replace(Path(scratch) / folder.name, folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-    return folder
-
-
-def demo_assets(root: Path) -> tuple[Path, Path]:
-    """(model folder, image folder) of the demo; the first call builds those of the tiny one."""
-    settings = demo_settings(root)
-    model, data = Path(settings["pretrained_model_name_or_path"]), Path(settings["train_data_dir"][0])
-    return build_once(model, build_model), build_once(data, build_images)
-'''
-
-# ============================================================================================== demo/settings.py
-
-MODULES['demo/settings.py'] = r'''
-"""What `--demo` means: the small trained SDXL and the ink drawings in demo/assets; where those are absent (one-file scripts), or not
-wanted (tests), the tiny random SDXL and the images of demo/build.py.
-"""
-
-import os
-from pathlib import Path
-
-ASSETS = Path(__file__).resolve().parent / "assets"
-# The small UNet has attention at 8 x 8 and 4 x 4 latents only, so its adapter takes in the other linear layers of those blocks too.
-SMALL_DEMO = dict(
-    resolution=128,
-    train_batch_size=8,
-    gradient_accumulation_steps=1,
-    gradient_checkpointing=False,
-    max_train_steps=250,
-    lr_warmup_steps=10,
-    learning_rate=2e-3,
-    caption_dropout=0.1,
-    lora_target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
-    checkpointing_steps=125,
-    validation_steps=125,
-    steps=20,
-    guidance_scale=5.0,
-    prompts=[
-        "a smiling boy with short blond hair and blue eyes wearing a red hoodie in front of the sea",
-        "a portrait of a girl with black hair in a ponytail and green eyes wearing a purple kimono in front of a night sky",
-        "a laughing woman with long red hair and purple eyes wearing a green jacket in front of a forest",
-    ],
-)
-TINY_DEMO = dict(
-    resolution=64,
-    max_train_steps=24,
-    lr_warmup_steps=4,
-    learning_rate=1e-3,
-    checkpointing_steps=12,
-    validation_steps=12,
-    steps=8,
-    prompts=[
-        "a laughing boy with blue eyes and orange hair, dressed in black, in front of a green hill",
-        "a smiling girl with green eyes and pink hair, dressed in white, in front of the sea",
-        "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
-    ],
-)
-VERSION = 2  # part of the folder names: raise it when anything in demo/build.py changes what is built
-
-
-def is_tiny() -> bool:
-    """Whether the random model stands in for the trained one: its files are absent, or TINY_DEMO=1 asks for it, as the tests do."""
-    return os.environ.get("TINY_DEMO") == "1" or not (ASSETS / "model").is_dir()
-
-
-def demo_settings(root: Path) -> dict:
-    """What --demo sets, by flag; the tiny model and its images have their place under `root`, and may not be there yet."""
-    model, data = (
-        (root / f"model-v{VERSION}", root / f"data-v{VERSION}") if is_tiny() else (ASSETS / "model", ASSETS / "data")
-    )
-    return dict(
-        pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **(TINY_DEMO if is_tiny() else SMALL_DEMO)
-    )
 '''
 
 # ============================================================================= how the texts above become modules
