@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import List, Literal, Optional
 
 from common import hub
-from common.command_line import flag, parse, print_config, run
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
+from common.command_line import parse, print_config
+from common.flag_checks import check
+from common.flag_facts import flag
+from common.flags import ATTENTION_PROJECTIONS, TrainFlags
+from common.running import run
 
 STRATEGIES = {
     "aggressive": dict(
@@ -26,7 +29,7 @@ class Flags(TrainFlags):
     """Fine-tune SDXL to a style with LoRA on a 4-bit (NF4) base, for the least memory."""
 
     strategy: Literal["aggressive", "normal"] = flag(
-        "aggressive", "rank 32 on attention and feed-forward, or rank 16 on attention"
+        "aggressive", "rank 32 on attention and feed-forward, or rank 16 on attention", group="adapter"
     )
     output_dir: str = "outputs/train_qlora"
     quantize: Literal["none", "nf4"] = "nf4"

@@ -41,6 +41,7 @@ from common import (
 )
 from common.command_line import DEMO_ROOT, UserError
 from common.engine import Engine, lr_schedule
+from common.flag_facts import names_where
 from demo.build import demo_assets
 
 
@@ -281,13 +282,6 @@ def _trained_encoders(flags, data):
     return data.text.encoders if flags.train_text_encoder else ()
 
 
-# Flags on which the memory and the time of a pass depend, beside the shape of its images and the number of trainable parameters.
-_CHANGES_A_PASS = (
-    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank lora_target_modules lora_backend"
-    " lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam use_ema enable_xformers_memory_efficient_attention"
-).split()
-
-
 def _fit(flags, engine, data, plan):
     """On a GPU the measured Fit, unless --no_auto_fit; else the documented micro-batch."""
     host = engine.host
@@ -313,7 +307,8 @@ def _fit(flags, engine, data, plan):
 def _plan_key(flags, *measured_with):
     """What a remembered Fit belongs to."""
     versions = fit.VERSION, version("torch"), version("diffusers"), kernel_check.refused()
-    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
+    values = [getattr(flags, name) for name in names_where(flags, changes_a_pass=True)]
+    return caching.content_key("plan", *versions, *measured_with, values)
 
 
 def _plan(flags, host, data):

@@ -3,20 +3,8 @@
 from pathlib import Path
 
 from common import checkpoint, files, loops, run_folder
-from common.command_line import UserError
-
-# Flags that may differ between a run and its continuation without a word: they do not change what is computed.
-_FREE_TO_CHANGE = {
-    "resume_from_checkpoint",
-    "max_train_minutes",
-    "output_dir",
-    "save_peft",
-    "export_dora_as_lora",
-    "cache_dir",
-    "report_to",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-}
+from common.errors import UserError
+from common.flag_facts import names_where
 
 
 def resume(flags, engine, recipe, plan):
@@ -44,8 +32,9 @@ def resume(flags, engine, recipe, plan):
         )
     _set_aside(found[: found.index(folder)], Path(flags.output_dir), host)
     before = checkpoint.read_config(folder.parent)
+    free = names_where(flags, resume="free")
     for name, value in recipe["flags"].items():
-        if before["flags"].get(name, value) != value and name not in _FREE_TO_CHANGE:
+        if before["flags"].get(name, value) != value and name not in free:
             host.say(f"resuming with --{name} {value}, which was {before['flags'][name]}")
     if before["data"] not in ({}, recipe["data"]):
         was, now = before["data"]["images"], recipe["data"]["images"]

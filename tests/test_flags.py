@@ -10,8 +10,10 @@ import pytest
 
 import train_opt
 import train_sdxl
-from common.command_line import Parser, UserError, flag, parse
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
+from common.command_line import Parser, UserError, parse
+from common.flag_checks import check
+from common.flag_facts import flag
+from common.flags import ATTENTION_PROJECTIONS, TrainFlags
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_opt.Flags)}
 SCRIPTS = [train_opt, train_sdxl]

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from common import caching, command_line, encoding, engine, fit, loading, memory, prediction
+from common import caching, command_line, encoding, engine, fit, loading, memory, prediction, running
 
 PROMPT = ["--validation_prompt", "a cat"]
 FRAMING = dict(resolution=64, center_crop=True, aspect_ratio_buckets=False)
@@ -246,7 +246,7 @@ def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
 def test_loading_that_does_not_fit_is_one_line_and_status_2(train, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load_unet", out_of_memory)
     with pytest.raises(SystemExit) as raised:
-        command_line.run(lambda: train("--max_train_steps", 1))
+        running.run(lambda: train("--max_train_steps", 1))
     assert raised.value.code == 2
     assert (
         capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith("out of GPU memory while loading: ")

@@ -11,7 +11,7 @@ import infer
 import train_opt
 import train_qlora
 import train_sdxl
-from common import command_line
+from common import errors, running
 from common.command_line import UserError, parse
 from common.hub_ids import check_id
 
@@ -55,7 +55,7 @@ def test_words_that_follow_a_flag_with_a_value_are_that_value():
 
 def test_long_values_are_shortened_and_lines_stay_lines():
     message = str(UserError(f"--prompt {'x' * 5000}: is\ntoo long; {'shorten it ' * 500}end"))
-    assert len(message) <= command_line.LONGEST_LINE and "\n" not in message
+    assert len(message) <= errors.LONGEST_LINE and "\n" not in message
     assert message.startswith("--prompt xxx") and message.endswith("shorten it end") and "x" * 400 not in message
     path = "/" + "/".join(["folder"] * 35)
     assert str(UserError(f"--lora {path}: no such file")) == f"--lora {path}: no such file"
@@ -158,7 +158,7 @@ def test_the_start_says_a_scale_that_is_not_one(assemble, capsys):
 def outcome(main, capsys):
     """(exit status, the one line) of a script's run."""
     with pytest.raises(SystemExit) as caught:
-        command_line.run(main)
+        running.run(main)
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     return caught.value.code, line
@@ -195,7 +195,7 @@ def test_where_there_is_no_output_folder_the_traceback_is_in_a_temporary_file(tm
 PRINTS = """
 import sys
 sys.path.insert(0, {root!r})
-from common.command_line import run
+from common.running import run
 def main():
     for i in range(20000):
         print("line", i, flush=True)

@@ -152,12 +152,12 @@ def test_a_tokenizer_that_cannot_be_read_is_named(demo, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_disk_that_is_full_is_one_line(capsys, number):
-    from common import command_line
+    from common import running
 
     def full():
         raise OSError(number, os.strerror(number), "cache/shard")
 
     with pytest.raises(SystemExit) as caught:
-        command_line.run(full)
+        running.run(full)
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1 and "cache/shard" in said and os.strerror(number) in said
