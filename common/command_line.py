@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -171,9 +172,8 @@ def _metavar(field: dataclasses.Field, kwargs: dict[str, Any]) -> str:
     if "choices" in kwargs:
         none = ["none"] if type(None) in get_args(field.type) else []
         return "{" + ",".join([*kwargs["choices"], *none]) + "}"
-    if field.metadata.get("range") is SHARE:
-        return "SHARE"
-    return field.metadata.get("metavar", METAVARS[kwargs["type"]])
+    usual = "SHARE" if field.metadata.get("range") is SHARE else METAVARS[kwargs["type"]]
+    return field.metadata.get("metavar", usual)
 
 
 def _or_none(convert):
@@ -199,6 +199,9 @@ class _Formatter(argparse.HelpFormatter):
     def __init__(self, prog):
         width = min(WIDTH, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=HELP_COLUMN, width=width)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)  # paths stay whole
 
     def _format_action_invocation(self, action):
         if action.dest == "help":

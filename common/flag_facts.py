@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 GROUPS = (  # the titles of --help, in its order
     "trying it out",
+    "pictures",
     "model",
     "data",
     "captions",
-    "pictures",
     "adapter",
     "optimisation",
     "loss",

@@ -1,5 +1,6 @@
 """What people read when something is wrong: one line that names the flag, what is wrong, and what to do."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import infer
+import train_dora
 import train_opt
 import train_qlora
 import train_sdxl
 from common import errors, running
 from common.command_line import UserError, parse
 from common.hub_ids import check_id
+from common.other_tools import OTHER_NAMES, our_name
 
 
 def refusal(script, *argv):
@@ -32,6 +35,11 @@ HINTS = {
     "--noise_offset 0.1": "--noise_offset is called --offset_noise_strength here",
     "--train-batch 2": "--train-batch is called --train_batch_size here",
     "--output x": "--output is called --output_dir here",
+    "--network_alpha 4": "--network_alpha is called --lora_alpha here",
+    "--fp16": "--fp16 is called --mixed_precision here",
+    "--lr_scheduler_num_cycles 2": "--lr_scheduler_num_cycles is called --lr_num_cycles here",
+    "--shuffle_caption": "--shuffle_caption is called --shuffle_tags here",
+    "--weight_decay 0": "--weight_decay is called --adam_weight_decay here",
     "--use_ema false": "--use_ema false: a switch takes no value; write --use_ema to set it, --no_use_ema to clear it",
     "--use_ema=True": "--use_ema True: a switch takes no value; write --use_ema to set it, --no_use_ema to clear it",
     "--no-random-flip 1": "--no-random-flip 1: a switch takes no value; write --random_flip to set it, --no_random_flip to clear it",
@@ -47,6 +55,17 @@ def test_infer_knows_what_other_tools_call_its_flags():
     assert "--num_inference_steps is called --steps here" in refusal(infer, "--num_inference_steps", "3")
     assert "--lora_weights is called --lora here" in refusal(infer, "--lora_weights", "x")
     assert "called" not in refusal(infer, "--network_alpha", "3")  # it has no such flag
+
+
+def test_every_hint_names_a_flag_and_no_name_is_one_already():
+    scripts = (train_sdxl, train_opt, train_qlora, train_dora, infer)
+    flags = {script: {field.name for field in dataclasses.fields(script.Flags)} for script in scripts}
+    for ours, names in OTHER_NAMES.items():
+        having = [script for script in scripts if ours in flags[script]]
+        assert having, ours
+        for theirs in names.split():
+            assert any(our_name(theirs, flags[script]) == ours for script in having), (ours, theirs)
+            assert any(theirs not in flags[script] for script in having), (ours, theirs)
 
 
 def test_words_that_follow_a_flag_with_a_value_are_that_value():
