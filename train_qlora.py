@@ -13,13 +13,11 @@ from common import hub
 from common.command_line import parse, print_config
 from common.flag_checks import check
 from common.flag_facts import flag
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags
+from common.flags import ATTENTION_PROJECTIONS, FEED_FORWARD, TrainFlags
 from common.running import run
 
 STRATEGIES = {
-    "aggressive": dict(
-        lora_rank=32, lora_alpha=32, lora_target_modules=[*ATTENTION_PROJECTIONS, "ff.net.0.proj", "ff.net.2"]
-    ),
+    "aggressive": dict(lora_rank=32, lora_alpha=32, lora_target_modules=[*ATTENTION_PROJECTIONS, *FEED_FORWARD]),
     "normal": dict(lora_rank=16, lora_alpha=32, lora_target_modules=ATTENTION_PROJECTIONS),
 }
 
@@ -36,9 +34,7 @@ class Flags(TrainFlags):
     resolution: int = 512
     lora_rank: Optional[int] = flag(None, "rank r of the adapter; none means by strategy: 32 or 16")
     lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means by strategy: 32")
-    lora_target_modules: List[str] = flag(
-        [], "UNet layers that get an adapter, by the end of their names; none means by strategy"
-    )
+    lora_target_modules: List[str] = flag([], "ends of names of adapted UNet layers; none means by strategy")
     lora_dropout: float = 0.1
     gradient_accumulation_steps: int = 4
     num_train_epochs: int = 3

@@ -161,7 +161,7 @@ def _check_wandb_login():
 
 
 def find_data_dir(name: str) -> tuple[Path, int]:
-    """(folder, weight) of a value of --train_data_dir: the folder NAME, or /kaggle/input/NAME, with weight 1; of NAME:2, 2.
+    """(folder, weight) of a value of --train_data_dir: of NAME or /kaggle/input/NAME weight 1, of NAME:2 weight 2.
 
     A folder whose own name ends in a colon and a number is found first.
 

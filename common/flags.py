@@ -10,6 +10,7 @@ from common.flag_facts import FROM_ZERO, POSITIVE, SEED, SHARE, flag, local_path
 from common.model_flags import ModelFlags
 
 ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
 
 
 @dataclass
@@ -75,7 +76,8 @@ class TrainFlags(ModelFlags):
     )
     caption_variants: int = flag(
         8,
-        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; each takes 0.3 MB of cache",
+        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch;"
+        " each takes 0.3 MB of cache",
         group="captions",
         range=POSITIVE,
     )
@@ -114,7 +116,7 @@ class TrainFlags(ModelFlags):
     )
     lora_backend: Literal["fused", "peft"] = flag(
         "fused",
-        "forward passes: each adapted layer as one function, and fewer passes over memory; or PEFT's and diffusers' own",
+        "forward passes: adapted layers as one function, fewer passes over memory; or PEFT's and diffusers' own",
         group="memory and speed",
         changes_a_pass=True,
     )
