@@ -16,8 +16,11 @@ from typing import List, Literal, Optional
 
 from common import hub, manifest, render_checks, run_folder
 from common.chosen_adapters import chosen_adapters
-from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
-from common.flags import ModelFlags
+from common.command_line import DEMO_ROOT, parse, print_config
+from common.errors import UserError
+from common.flag_facts import ANY, FROM_ONE, FROM_ZERO, SEED, allowing, flag, local_path, multiple_of
+from common.model_flags import ModelFlags
+from common.running import run
 from common.schedulers import SCHEDULERS, default_guidance_rescale
 
 REFERENCE_PROMPTS = [
@@ -35,47 +38,78 @@ class Flags(ModelFlags):
     compare: bool = flag(
         False,
         "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds",
+        group="pictures",
     )
     lora: List[str] = flag(
         [],
         "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable",
         type=local_path,
+        group="adapter",
+        metavar="PATH[:SCALE]",
     )
-    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
-    lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
+    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet", group="adapter")
+    lora_scale: float = flag(1.0, "multiplies the scale of every adapter", group="adapter", range=ANY)
     merge: Optional[str] = flag(
         None,
         "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet",
         type=local_path,
+        group="adapter",
     )
-    prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
-    negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
-    seed: int = flag(42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it")
-    num_images: int = flag(1, "images of each prompt")
-    resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
-    steps: int = flag(30, "denoising steps")
-    guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    prompt: List[str] = flag(
+        [], "what to draw, repeatable; none means the three reference prompts (or the demo's own)", group="pictures"
+    )
+    negative_prompt: Optional[str] = flag(None, "what to keep out of the images", group="pictures")
+    seed: int = flag(
+        42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it", group="pictures", range=SEED
+    )
+    num_images: int = flag(1, "images of each prompt", group="pictures", range=FROM_ONE)
+    resolution: int = flag(
+        1024, "pixels: side of the square image; a multiple of 8", group="pictures", range=multiple_of(8), metavar="PX"
+    )
+    steps: int = flag(30, "denoising steps", group="pictures", range=FROM_ONE)
+    guidance_scale: float = flag(
+        7.5,
+        "strength of the prompt (classifier-free guidance); 1 switches guidance off",
+        group="pictures",
+        range=FROM_ZERO,
+    )
     guidance_rescale: Optional[float] = flag(
         None,
-        "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0",
+        "0 to 1: guided noise is scaled back to the spread of unguided one;"
+        " none means 0.7 with zero-terminal SNR, else 0",
+        group="pictures",
+        range=allowing(lambda value: 0 <= value <= 1, "must be at least 0 and at most 1"),
     )
-    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
-    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
-    strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
+    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS), group="pictures")
+    image: Optional[str] = flag(
+        None, "start from this image (img2img); it is cropped to a square", type=local_path, group="pictures"
+    )
+    strength: float = flag(
+        0.6,
+        "with --image: share of the steps that is run, 1 forgets the image",
+        group="pictures",
+        range=allowing(lambda share: 0 < share <= 1, "must be more than 0 and at most 1"),
+        metavar="SHARE",
+    )
     # machine
     cuda_graph: bool = flag(
-        True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them"
+        True,
+        "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them",
+        group="memory and speed",
     )
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto",
-        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free",
+        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow);"
+        " auto goes by what is free",
+        group="memory and speed",
     )
-    batch_size: int = flag(1, "images of one prompt that are drawn together")
+    batch_size: int = flag(1, "images of one prompt that are drawn together", group="memory and speed", range=FROM_ONE)
     output_dir: str = flag(
         "outputs/infer",
         "where compare.png, manifest.json and images/ go; those of earlier drawings are kept",
         type=local_path,
         demo="outputs/demo",
+        group="output",
     )
 
 

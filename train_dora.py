@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Optional
 
 from common import hub
-from common.command_line import UserError, flag, parse, print_config, run
-from common.flags import TrainFlags, check
+from common.command_line import parse, print_config
+from common.flag_checks import check
+from common.flag_facts import allowing, flag
+from common.flags import TrainFlags
+from common.running import run
 
 
 @dataclass
@@ -29,7 +32,10 @@ class Flags(TrainFlags):
     use_8bit_adam: bool = True
     export_dora_as_lora: Optional[int] = flag(
         None,
-        "write kohya/NAME_as_lora.safetensors too: the nearest plain LoRA of this rank, for tools that draw DoRA wrong (A1111, sd-scripts)",
+        "write kohya/NAME_as_lora.safetensors too: the nearest plain LoRA of this rank, for A1111 and sd-scripts",
+        group="output",
+        range=allowing(lambda rank: rank >= 1, "must be at least 1; 64 holds most of a rank-16 DoRA"),
+        resume="free",
     )
 
 
@@ -37,10 +43,6 @@ def main(argv=None):
     """Train; returns {"output_dir", "step", "ended", "weights", "metrics"}."""
     flags = parse(Flags, argv)
     check(flags)
-    if flags.export_dora_as_lora is not None and flags.export_dora_as_lora < 1:
-        raise UserError(
-            f"--export_dora_as_lora {flags.export_dora_as_lora}: must be at least 1; 64 holds most of a rank-16 DoRA"
-        )
     if flags.dry_run:
         return print_config(flags)
     hub.check(flags)

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import List, Literal, Optional
 
 from common import hub
-from common.command_line import flag, parse, print_config, run
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
+from common.command_line import parse, print_config
+from common.flag_checks import check
+from common.flag_facts import flag
+from common.flags import ATTENTION_PROJECTIONS, FEED_FORWARD, TrainFlags
+from common.running import run
 
 STRATEGIES = {
-    "aggressive": dict(
-        lora_rank=32, lora_alpha=32, lora_target_modules=[*ATTENTION_PROJECTIONS, "ff.net.0.proj", "ff.net.2"]
-    ),
+    "aggressive": dict(lora_rank=32, lora_alpha=32, lora_target_modules=[*ATTENTION_PROJECTIONS, *FEED_FORWARD]),
     "normal": dict(lora_rank=16, lora_alpha=32, lora_target_modules=ATTENTION_PROJECTIONS),
 }
 
@@ -26,16 +27,14 @@ class Flags(TrainFlags):
     """Fine-tune SDXL to a style with LoRA on a 4-bit (NF4) base, for the least memory."""
 
     strategy: Literal["aggressive", "normal"] = flag(
-        "aggressive", "rank 32 on attention and feed-forward, or rank 16 on attention"
+        "aggressive", "rank 32 on attention and feed-forward, or rank 16 on attention", group="adapter"
     )
     output_dir: str = "outputs/train_qlora"
     quantize: Literal["none", "nf4"] = "nf4"
     resolution: int = 512
     lora_rank: Optional[int] = flag(None, "rank r of the adapter; none means by strategy: 32 or 16")
     lora_alpha: Optional[int] = flag(None, "the adapter is scaled by alpha / rank; none means by strategy: 32")
-    lora_target_modules: List[str] = flag(
-        [], "UNet layers that get an adapter, by the end of their names; none means by strategy"
-    )
+    lora_target_modules: List[str] = flag([], "ends of names of adapted UNet layers; none means by strategy")
     lora_dropout: float = 0.1
     gradient_accumulation_steps: int = 4
     num_train_epochs: int = 3

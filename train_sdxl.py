@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Optional
 
 from common import hub
-from common.command_line import parse, print_config, run
-from common.flags import TrainFlags, check
+from common.command_line import parse, print_config
+from common.flag_checks import check
+from common.flags import TrainFlags
+from common.running import run
 
 
 @dataclass

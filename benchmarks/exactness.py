@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import files, report
-from common.command_line import UserError, run
+from common.errors import UserError
+from common.running import run
 
 TRAINERS = ("train_sdxl", "train_opt", "train_qlora", "train_dora")
 RUNS = {"as it comes": [], "plainly": ["--no_cuda_graph", "--lora_backend", "peft", "--no_auto_fit"]}

@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import tiny, tiny_pictures
-from common.command_line import UserError, run
-from common.flags import check_writable
+from common.errors import UserError
+from common.flag_checks import check_writable
+from common.running import run
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(

@@ -22,7 +22,8 @@ import torch
 
 from benchmarks.train_step import T4_GIB, t4_attention
 from common import adapter_reading, device, loading, sampling
-from common.command_line import UserError, run
+from common.errors import UserError
+from common.running import run
 
 PROMPT, SEED, TIMED = "a lighthouse on a cliff above the sea", 0, 3
 

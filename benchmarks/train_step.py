@@ -31,8 +31,9 @@ import torch
 from benchmarks.table import markdown, read_runs
 from common import device, files, report
 from common.batching import Examples
-from common.command_line import UserError, run
 from common.engine import Engine
+from common.errors import UserError
+from common.running import run
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD_TFLOP = {512: 1.589, 768: 3.641, 1024: 6.761}  # UNet, per image

@@ -12,7 +12,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError
+from common.errors import UserError
 
 # PEFT starts these from decompositions of W and subtracts them from it: without the changed W they mean something else.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

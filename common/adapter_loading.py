@@ -12,7 +12,7 @@ from common.adapter_reading import read_adapter
 
 if TYPE_CHECKING:  # slow to import
     from diffusers import StableDiffusionXLPipeline
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def load_adapter(

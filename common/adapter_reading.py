@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from common import diffusers_format, layer_reading, peft_format
 from common.adapter_checks import check_values, check_weights
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import read_safetensors
 
 

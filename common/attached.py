@@ -1,4 +1,7 @@
-"""What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
+"""What is attached to a Kaggle notebook below /kaggle/input: models, captioned pictures and wheels.
+
+There may be no internet, and these are all there is.
+"""
 
 import os
 import time

@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from common import dataset, device, encoding, framing, loading
-from common.command_line import UserError
 from common.dataset import Sample
+from common.errors import UserError
 from common.hub import FP16_VAE
 from common.pairs import fault, or_fault
 from common.store import Store

@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from common import run_folder
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import DamagedFile, read_safetensors, remove_folder, replacing_folder, write_json, write_safetensors
 
 STATE_HASH = "state.json"  # in the metadata of state.safetensors: what belongs together is read together or not at all

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import run_folder
-from common.command_line import UserError
+from common.errors import UserError
 
 EMA_FOLDER = "ema_unet"
 

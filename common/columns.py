@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from common import manifest
 from common.chosen_adapters import EMA_FOLDER
-from common.command_line import UserError
+from common.errors import UserError
 
 
 class Column(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from common import decoding
-from common.command_line import UserError
+from common.errors import UserError
 from common.pairs import Pair, fault, few, or_fault
 from common.sources import read_pairs
 

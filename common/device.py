@@ -16,7 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 
 from common.cards import unsupported_card
-from common.command_line import UserError
+from common.errors import UserError
 
 GIB = 2**30
 # One process may encode, convert or render while the others wait. The default is 10 minutes.

@@ -7,7 +7,7 @@ import torch
 
 from common.adapter_checks import rendering_config
 from common.adapter_names import COMPONENTS, portable
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import write_safetensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -5,7 +5,7 @@ import math
 import torch
 
 from common.adapters import FlatParameters
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, object]:

@@ -1,4 +1,7 @@
-"""Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
+"""Files that a reader finds whole or not at all, on the disk before they count.
+
+safetensors files know when a byte has changed.
+"""
 
 import contextlib
 import errno
@@ -15,17 +18,12 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.command_line import UserError
+from common.errors import UserError
 
-HASHES = (
-    "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
-)
-NO_FOLDER_SYNC = (
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EBADF,
-)  # what file systems answer that cannot sync a folder
+# Key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under "".
+HASHES = "xxh3_64"
+# What file systems answer that cannot sync a folder.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 
 
 class DamagedFile(UserError):
@@ -42,7 +40,7 @@ def partial_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Inside, the name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
+    """The name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
     partial = partial_name(path)
     try:
         yield partial
@@ -56,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder, which is yet to be made; one that has the name already goes out of the way first, and then away."""
+    """The same for a folder, which is yet to be made; one that has the name already is removed."""
     partial = partial_name(folder)
     try:
         yield partial
@@ -80,7 +78,10 @@ def remove_folder(folder: Path, replaced_by: Path | None = None) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlast a power cut (fsync). Windows has no such call for folders."""
+    """Wait until a file, or the names in a folder, would outlast a power cut (fsync).
+
+    Windows has no such call for folders.
+    """
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -127,7 +128,8 @@ def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, 
     """({name: tensor on the CPU}, metadata) of a safetensors file, each tensor as it was written.
 
     Args:
-        from_anywhere: another tool may have written it and copied our metadata into it; it is then read as one without hashes.
+        from_anywhere: another tool may have written it and copied our metadata into it;
+            it is then read as one without hashes.
     Raises:
         DamagedFile: naming the file and what in it has changed.
     """
@@ -135,7 +137,7 @@ def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, 
         with safe_open(path, "pt") as opened:
             if damaged := first_damage(opened, from_anywhere=from_anywhere):
                 raise DamagedFile(f"{path}: damaged, {damaged} is not what was written; make it or copy it again")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
     except SafetensorError as error:
         raise DamagedFile(f"{path}: damaged or not a safetensors file ({error}); make it or copy it again") from None
 
@@ -143,7 +145,8 @@ def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, 
 def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
     """What in an open safetensors file is not as it was written; None where all is, and where the file has no hashes.
 
-    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata: it has no hashes of its own.
+    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata:
+    it has no hashes of its own.
     """
     metadata = dict(opened.metadata() or {})
     try:
@@ -152,6 +155,8 @@ def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
         return "its metadata"
     if not hashes:
         return None
+
+    # Compare what is there with what was written.
     names = set(opened.keys())
     wrong = [
         name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from common.adapters import FlatParameters
-from common.command_line import UserError
+from common.errors import UserError
 from common.kernel_check import adopt_kernels
 from common.operations import OF_DORA, gain_backward, row_norms, scale_rows, seeded_dropout, update_gain
 

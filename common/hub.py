@@ -1,4 +1,4 @@
-"""Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
+"""Is it here, and can it be had? Hub ids are answered for quickly, before anything waits on a dead network."""
 
 import json
 import os
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from common import launch
 from common.attached import find_attached
-from common.command_line import DEMO_ROOT, UserError
+from common.command_line import DEMO_ROOT
+from common.errors import UserError
 from common.hub_ids import check_id
 
 PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
@@ -38,7 +39,8 @@ def check(flags):
         _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
     if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
         _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
-    model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
+    model = Path(flags.pretrained_model_name_or_path)
+    vae = flags.pretrained_vae_model_name_or_path
     if model.is_file() and not os.path.isdir(flags.config_name_or_path):
         _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
     if not model.exists() and not _in_demo(model):
@@ -64,8 +66,12 @@ def _in_demo(place):
 
 
 def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
-    """`_require` of what the flag `name` says; where a default cannot be had, the flag `into` gets the one attached folder of its kind."""
-    repo_id, into = getattr(flags, name), into or name
+    """`_require` of what the flag `name` says.
+
+    Where a default cannot be had, the flag `into` gets the one attached folder of its kind.
+    """
+    repo_id = getattr(flags, name)
+    into = into or name
     try:
         _require(repo_id, repo_type, name, filename)
     except UserError as error:
@@ -104,7 +110,10 @@ def _require(repo_id, repo_type, flag, filename):
 
 
 def default_vae(repo_id, revision):
-    """FP16_VAE where the model's own VAE is SDXL's original one; None where it is another, and the model's UNet knows only that."""
+    """FP16_VAE where the model's own VAE is SDXL's original one.
+
+    None where it is another: the model's UNet knows only that.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -120,7 +129,7 @@ def default_vae(repo_id, revision):
 
 
 def download_model(repo_id, variant, revision, *, with_vae, say):
-    """The model's files that are used, and no others (fp16: about 7 GB, not 14) -> its local folder, or its single file.
+    """Only the model's files that are used (fp16: about 7 GB, not 14) -> its local folder, or its single file.
 
     Args:
         variant: weight files to prefer; parts without it come as plain ones, with a line.
@@ -193,7 +202,8 @@ def _single_file(files, repo_id):
         return found[0]
     what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
     raise UserError(
-        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what}; download one file and give its path"
+        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what};"
+        " download one file and give its path"
     )
 
 
@@ -207,6 +217,7 @@ def _weights_of(part, files, variant, repo_id):
     ]
     if not chosen:
         raise UserError(
-            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part} (only those are read; pickles can run code)"
+            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part}"
+            " (only those are read; pickles can run code)"
         )
     return chosen

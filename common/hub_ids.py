@@ -5,7 +5,7 @@ import re
 from pathlib import PureWindowsPath
 from urllib.parse import urlsplit
 
-from common.command_line import UserError
+from common.errors import UserError
 
 NAME = r"\w(?:[\w.-]*\w)?"
 HUB_ID = re.compile(rf"(?:{NAME}/)?{NAME}", re.ASCII)
@@ -32,13 +32,16 @@ def check_id(repo_id: str, flag: str) -> None:
         raise UserError(
             f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}"
         )
+
+    # A place on this machine, or nothing that the hub has.
     if "\\" in repo_id or PureWindowsPath(repo_id).drive:
         raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
     if os.path.isdir(repo_id):
         raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
     if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
         raise UserError(
-            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}"
+            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here;"
+            f" {instead}"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from common import dora, lycoris
 from common.adapter_checks import check_number
 from common.adapter_names import COMPONENTS, DOWN, MAGNITUDE, UP, kohya_key
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import write_safetensors
 
 

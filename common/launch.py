@@ -1,4 +1,4 @@
-"""How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
+"""How this process was started: alone, by `accelerate launch` or by torchrun; and the command that goes on."""
 
 import json
 import os
@@ -11,13 +11,16 @@ import time
 SPEAKS_AFTER_S = 2.0  # a launcher that has seen one process fail ends the others well within it
 
 
-def rank():
+def rank() -> int:
     """The place of this process among those of the run, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
-def say_last(said):
-    """One line on stderr before the process ends, said once: another process than the first speaks only if none has ended the run."""
+def say_last(said: str) -> None:
+    """One line on stderr before the process ends, said once.
+
+    Another process than the first speaks only if none has ended the run.
+    """
     line = f"{os.path.basename(sys.argv[0])}: {said}"
     if rank():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
@@ -29,16 +32,17 @@ def say_last(said):
             json.dump({"message": line, "timestamp": int(time.time())}, file)
 
 
-def leave_group():
+def leave_group() -> None:
     """Take leave of the other processes; without it torch warns at the end."""
     distributed = sys.modules.get("torch.distributed")
     if distributed and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def resuming_command(argv):
-    """The command line `argv` of this script, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
-    kept, words = [], iter(argv)
+def resuming_command(argv: list[str]) -> str:
+    """The command line `argv`, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
+    kept = []
+    words = iter(argv)
     for word in words:
         if re.fullmatch("--resume[_-]from[_-]checkpoint", word):
             next(words, None)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from common import hub, model_kind, single_file, weights
-from common.command_line import UserError
+from common.errors import UserError
 from common.model_kind import Kind
 from common.noise import NoiseSchedule
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from common.device import Host
-    from common.flags import ModelFlags
+    from common.model_flags import ModelFlags
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from common import device
 from common.batching import Batch, Examples
-from common.command_line import UserError
 from common.engine import Engine, PassOutOfMemory
+from common.errors import UserError
 from common.pass_plan import PassPlan, smallest_pass_too_large
 from common.report import Report
 from common.results import Results

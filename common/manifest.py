@@ -39,8 +39,11 @@ def write_results(flags, sampler, model, columns, records, load_s):
     """compare.png and manifest.json -> what the manifest says."""
     from common import files
 
-    host, output_dir = sampler.host, Path(flags.output_dir)
+    host = sampler.host
+    output_dir = Path(flags.output_dir)
     drawn_s = sum(record["seconds"] for record in records)
+
+    # What was loaded, on what, how long it took, and what came of it.
     manifest = {
         **provenance(flags, model),
         "device": {
@@ -58,22 +61,26 @@ def write_results(flags, sampler, model, columns, records, load_s):
         "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
         "images": records,
     }
+
+    # Earlier results get out of the way, then these take their places.
     keep_earlier(output_dir)
     if flags.compare:
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
     made = "compare.png, " if flags.compare else ""
     host.say(
-        f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}"
+        f"{len(records)} images, {drawn_s / len(records):.2f} s each;"
+        f" {made}manifest.json and images/ are in {output_dir}"
     )
     return manifest
 
 
 def keep_earlier(output_dir):
-    """compare.png and manifest.json are of the last drawing: those of the one before get a number, the same for both."""
+    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both."""
     from common import files
 
-    grid, manifest = output_dir / "compare.png", output_dir / "manifest.json"
+    grid = output_dir / "compare.png"
+    manifest = output_dir / "manifest.json"
     if not (grid.exists() or manifest.exists()):
         return
     number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
@@ -92,27 +99,37 @@ def _numbered(number):
 
 
 def write_comparison(flags, host, manifest):
-    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
+    """compare.png, and in the manifest how far each column is from the base.
+
+    That is the mean absolute difference of pixels, 0 to 255.
+    """
     from PIL import Image
 
     from common import grids, report
 
-    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
+    output_dir = Path(flags.output_dir)
+    titles = [column["title"] for column in manifest["columns"]]
     rows = {}  # (prompt, seed) -> one image per column
     for record in manifest["images"]:
         with Image.open(output_dir / record["file"]) as image:
             rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+
+    # Each column beside the base, which is the first.
     for i, column in enumerate(manifest["columns"]):
         column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
         if i and not column["mean_abs_difference_from_base"]:
             host.say(f"{column['title']}: not one pixel differs from the base")
+
+    # The sheet, and what no font of this machine can write on it.
     labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
     model = Path(manifest["model"]["name"]).name
-    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}"
+    footer += f", guidance {flags.guidance_scale:g}, seed {flags.seed}"
     for text in [*titles, *labels]:
         if grids.legible(text)[1] != text:
             host.say(
-                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK; until then their codes stand there"
+                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK;"
+                " until then their codes stand there"
             )
     sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
     manifest["grid"] = "compare.png"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from common import device
-from common.command_line import UserError
+from common.errors import UserError
 
 ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
 # All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import write_json
 from common.model_kind import SCHEDULER
 

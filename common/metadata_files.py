@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from common.command_line import UserError
+from common.errors import UserError
 
 DELIMITERS = ",;\t"
 # The start of a row within a quoted text: then the quote was never meant to reach that far.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.command_line import UserError
+from common.errors import UserError
 
 PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
 SCHEDULER = "scheduler/scheduler_config.json"

@@ -1,4 +1,4 @@
-"""The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
+"""The packages the suite needs, in the ranges it was tested with. Nothing here imports them."""
 
 import importlib.util
 import os
@@ -69,7 +69,7 @@ def refusal(found: dict[str, str | None]) -> str:
 
 
 def require_parser() -> None:
-    """Where argparse-dataclass is absent common.command_line cannot be imported: end with one line and exit status 2."""
+    """End with one line and exit status 2 where argparse-dataclass is absent: common.command_line imports it."""
     if is_absent("argparse-dataclass"):
         print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
         sys.exit(2)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from common import caching, device, kernel_check, memory
 from common.device import GIB
 from common.files import write_json
+from common.flag_facts import names_where
 
 VERSION = 3  # raise it when a pass takes other time or memory than before: remembered plans are then measured again
 SPARE_GIB = 0.75  # workspaces of cuBLAS and cuDNN, and the allocator's fragments
@@ -110,18 +111,11 @@ def choose(flags, engine, data) -> PassPlan:
     return plan
 
 
-# Flags on which memory and time of a pass depend, beside the images' shape and the number of trainable parameters.
-_CHANGES_A_PASS = (
-    "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank"
-    " lora_target_modules lora_backend lora_dropout gradient_checkpointing cuda_graph train_text_encoder use_8bit_adam"
-    " use_ema enable_xformers_memory_efficient_attention"
-).split()
-
-
 def plan_key(flags, *measured_with) -> str:
     """What a remembered plan belongs to: the flags and versions that change a pass, and what it was measured with."""
     versions = VERSION, version("torch"), version("diffusers"), kernel_check.refused()
-    return caching.content_key("plan", *versions, *measured_with, [getattr(flags, name) for name in _CHANGES_A_PASS])
+    values = [getattr(flags, name) for name in names_where(flags, changes_a_pass=True)]
+    return caching.content_key("plan", *versions, *measured_with, values)
 
 
 def recall_or_measure(

@@ -8,7 +8,7 @@ import torch
 
 from common.adapter_checks import misfitting_keys, rendering_config
 from common.adapter_names import COMPONENTS
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import read_safetensors, write_safetensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"

@@ -12,8 +12,8 @@ import torch
 from common import noise
 from common.adapters import without_dropout
 from common.batching import Examples
-from common.command_line import UserError
 from common.engine import Engine
+from common.errors import UserError
 from common.model_kind import EPSILON, V_PREDICTION
 
 LEVELS = (0.1, 0.06, 0.03, 0.015)  # alphas_cumprod of the passes: timesteps 680 to 890 of SDXL's 1000

@@ -1,12 +1,11 @@
 """What infer.py refuses before anything heavy is imported: values out of range, contradictions, taken places."""
 
-import math
 import os
 from pathlib import Path
 
 from common import run_folder
-from common.command_line import UserError
-from common.flags import check_model
+from common.errors import UserError
+from common.flag_checks import check_model, check_ranges
 
 
 def check(flags) -> None:
@@ -15,28 +14,8 @@ def check(flags) -> None:
     Raises:
         UserError: naming the flag, the value and the cure.
     """
-    # Ranges
-    for name in ("num_images", "steps", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    for name in ("guidance_scale", "lora_scale"):
-        if not math.isfinite(getattr(flags, name)):
-            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
-    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
-        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
-    if flags.guidance_scale < 0:
-        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
-
-    # The size
-    if flags.resolution < 64 or flags.resolution % 8:
-        nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(
-            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
-        )
-
-    # The image to start from
-    if not 0 < flags.strength <= 1:
-        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
+    # Ranges, and the image to start from
+    check_ranges(flags)
     if flags.image and int(flags.steps * flags.strength) < 1:
         raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
     if flags.image and not os.path.isfile(flags.image):

@@ -28,12 +28,17 @@ class Report:
         self.bar = tqdm(total=total_steps, initial=resumed_step, bar_format=BAR_FORMAT, disable=not is_main)
         if not is_main:
             return
+
+        # Rows up to the step that is resumed are kept; metrics.jsonl grows from there.
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
         with replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a")
-        self.plotted_rows, self.rows = 0, len(kept)
+        self.plotted_rows = 0
+        self.rows = len(kept)
+
+        # A tracker takes scalars only as its configuration.
         self.tracker = None
         if report_to != "none":
             tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
@@ -63,7 +68,10 @@ class Report:
             self.plot()
 
     def plot(self):
-        """Draw training.png anew, unless it shows all there is already. A picture is not worth a run: what goes wrong is said."""
+        """Plot training.png anew, unless it shows all there is already.
+
+        A picture is not worth a run: what goes wrong is said.
+        """
         if not self.is_main or self.rows == self.plotted_rows:
             return
         self.plotted_rows = self.rows
@@ -105,7 +113,10 @@ def read_metrics(path):
 
 
 def plot_training(output_dir):
-    """training.png from metrics.jsonl, a panel each: the loss that is minimised, the mse beside the held-out mse, the learning rate."""
+    """training.png from metrics.jsonl.
+
+    A panel each shows the loss that is minimised, the mse beside the held-out mse, and the learning rate.
+    """
     from matplotlib.figure import Figure
 
     rows = read_metrics(Path(output_dir) / "metrics.jsonl")
@@ -127,7 +138,8 @@ def plot_training(output_dir):
 
 def _draw_loss(axis, rows, name):
     """One panel: `name` of each step, its running mean, and beside the mse that of the held-out images."""
-    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+    steps = [row["step"] for row in rows]
+    values = [row[name] for row in rows]
     axis.plot(steps, values, color="0.75", linewidth=0.8, label="each step")
     axis.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="tab:blue", label="running mean")
     held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]

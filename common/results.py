@@ -20,7 +20,7 @@ from common import (
     sampling,
     weights,
 )
-from common.command_line import UserError
+from common.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 LICENSE_NOTE = (

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.command_line import UserError
+from common.errors import UserError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 LOCK = ".lock"
@@ -28,7 +28,8 @@ LITTER = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial|(checkpoint-\d+|.+\.(json|jso
 def owned(folder: Path, host) -> Iterator[None]:
     """Inside, `folder` belongs to this run alone, and what dead runs left half written is gone.
 
-    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is removed.
+    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is
+    removed.
 
     Args:
         host: the device.Host; its main process holds the lock, and all of them hear of a refusal.
@@ -52,7 +53,9 @@ def owned(folder: Path, host) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse early, before anything is loaded, what `owned` would refuse. One process of a launch asks: they would meet each other.
+    """Refuse early, before anything is loaded, what `owned` would refuse.
+
+    One process of a launch asks: they would meet each other.
 
     Raises:
         UserError: another run is writing there.
@@ -115,10 +118,11 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> list[Path]:
-    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; none when there is nothing to resume.
+    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; [] where there is none.
 
-    'latest' is the newest of this output folder, and the older ones in case it is damaged; on Kaggle, where each version of a notebook
-    starts with an empty one, else those of a folder of the same name below /kaggle/input, where the output of an earlier version lies.
+    'latest' is the newest of this output folder, and the older ones in case it is damaged. On Kaggle each version of a
+    notebook starts with an empty one: there it is those of a folder of the same name below /kaggle/input, where the
+    output of an earlier version lies.
     """
     if resume_from_checkpoint != "latest":
         return [Path(resume_from_checkpoint)] if resume_from_checkpoint else []

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common import adapter_loading, device, fused_unet, loading, memory
 from common.adapters import without_dropout
-from common.command_line import UserError
+from common.errors import UserError
 from common.graphs import Graphed
 from common.schedulers import default_guidance_rescale, make_scheduler
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from common import hub, model_kind, weights
-from common.command_line import UserError
+from common.errors import UserError
 from common.files import write_safetensors
 
 VERSION = 1  # raise it when the same file gives another folder: old ones are then never found

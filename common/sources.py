@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import tables
-from common.command_line import UserError
-from common.flags import find_data_dir
+from common.errors import UserError
+from common.flag_checks import find_data_dir
 from common.metadata_files import read_rows, read_text
 from common.pairs import Pair, few, read_file
 

@@ -12,14 +12,16 @@ import time
 
 from common import launch
 
-SIGNALS = [
-    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
-]  # Windows has no SIGHUP
+# Windows has no SIGHUP.
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
 
 
-def end_in_order():
-    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept; its double is ignored."""
+def end_in_order() -> None:
+    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept.
+
+    Its double is ignored.
+    """
     raised_s = -math.inf
 
     def end(number, frame):
@@ -28,7 +30,8 @@ def end_in_order():
             return
         raised_s = time.monotonic()
         _leave_the_terminal(number)
-        if _imports(frame):  # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
+        # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
+        if _imports(frame):
             _say(ended_by(number))
             os._exit(128 + number)
         raise KeyboardInterrupt(number)
@@ -36,13 +39,16 @@ def end_in_order():
     _handle(end)
 
 
-def ended_by(number):
+def ended_by(number: int) -> str:
     """What is said of a process that a signal has ended."""
     return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
 
 
 def _leave_the_terminal(number):
-    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving. A file or pipe is written on."""
+    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving.
+
+    A file or pipe is written on.
+    """
     for stream in (1, 2) if signal.Signals(number).name == "SIGHUP" else ():
         if stat.S_ISCHR(os.fstat(stream).st_mode):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -66,7 +72,7 @@ def _say(line):
 
 
 def _handle(handler):
-    """Install `handler` for SIGNALS -> {number: the handler before}. A SIGHUP that nohup has switched off stays off."""
+    """Install `handler` for SIGNALS -> {number: the handler before}; a SIGHUP that nohup switched off stays off."""
     wanted = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in wanted}
 
@@ -81,9 +87,11 @@ class StopRequest:
         ends_s: on the monotonic clock; by then everything must be saved.
     """
 
-    def __init__(self, ends_s=math.inf):
-        self._signal, self._ends_s = None, ends_s
-        self._longest_step_s, self._longest_save_s = 0.0, 0.0
+    def __init__(self, ends_s: float = math.inf):
+        self._signal = None
+        self._ends_s = ends_s
+        self._longest_step_s = 0.0
+        self._longest_save_s = 0.0
         self.doing = "saving"  # what is done before the run ends, for the answer to a signal
 
     def step_took(self, seconds: float) -> None:
@@ -93,13 +101,13 @@ class StopRequest:
         self._longest_save_s = max(self._longest_save_s, seconds)
 
     @property
-    def reason(self):
+    def reason(self) -> str | None:
         ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
         return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
 
     @contextlib.contextmanager
     def listening(self):
-        """Inside, the first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
+        """The first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
         before = _handle(self._ask)
         # Python runs a handler between two of its own instructions, and a wait for the GPU can take many seconds:
         # the answer comes from a thread, which the interpreter's wakeup descriptor tells at once.

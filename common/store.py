@@ -1,6 +1,10 @@
-"""What was computed once, under the key of what it was computed from: pairs of tensors in files that any number of processes share."""
+"""What was computed once, under the key of what it was computed from.
+
+Pairs of tensors lie in files that any number of processes share.
+"""
 
 import uuid
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +20,7 @@ class Store:
     Shards are written whole under a new name and never changed, so any number of processes may share a folder.
     """
 
-    def __init__(self, folder=None):
+    def __init__(self, folder: Path | None = None):
         self.folder = folder
         self._pending = {}
         self._shards = {}  # path -> the open file
@@ -36,7 +40,7 @@ class Store:
                     self._remove(path, error)
 
     def drop_damaged(self, keys):
-        """Remove the shards that hold one of `keys` and are not as they were written: all their entries are made again."""
+        """Remove the damaged ones of the shards that hold one of `keys`: all their entries are made again."""
         wanted = set(keys)
         for path, shard in list(self._shards.items()):
             if not wanted.isdisjoint(_keys_in(shard)) and (damaged := files.first_damage(shard)):

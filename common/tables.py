@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command_line import UserError
+from common.errors import UserError
 from common.pairs import Pair, fault, read_file
 
 TABLE_KINDS = ("parquet", "arrow")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.command_line import UserError
+from common.errors import UserError
 
 CHUNK_BYTES = 512 * 2**20
 DIFFUSERS_STEM = "diffusion_pytorch_model"

@@ -17,8 +17,12 @@ from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import UserError, flag, local_path, parse, run
-from common.flags import ModelFlags, check_model
+from common.command_line import parse
+from common.errors import UserError
+from common.flag_checks import check_model
+from common.flag_facts import flag, local_path
+from common.model_flags import ModelFlags
+from common.running import run
 
 READ = ("hair", "eyes", "clothing", "background")
 

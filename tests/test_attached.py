@@ -7,7 +7,7 @@ import pytest
 
 from common import hub
 from common.attached import Attached, find_attached
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def touch(*paths):

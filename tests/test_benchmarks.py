@@ -12,8 +12,9 @@ import torch
 
 from benchmarks import table, train_step
 from common.batching import Examples
-from common.command_line import UserError, run
 from common.engine import Engine
+from common.errors import UserError
+from common.running import run
 
 GPU = dict(gpu="NVIDIA T4", matmul_tflops=25.0)
 FIGURES = dict(

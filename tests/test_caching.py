@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 from common import caching, dataset, device, encoding, loading
-from common.command_line import UserError
+from common.errors import UserError
 from common.framing import frame
 
 PROMPTS = ["a smiling boy with blue eyes", "", "Ünïcode 日本, and 7 more?", "a laughing cat in front of the sea " * 30]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train_opt
-from common import assembly, command_line, dataset, device, loading, pass_plan
+from common import assembly, command_line, dataset, device, loading, pass_plan, running
 from common.cards import unsupported_card
 from common.device import GIB
 
@@ -61,7 +61,7 @@ def test_a_p100_is_one_line_before_anything_is_read_or_encoded(cuda, script, tmp
     monkeypatch.setattr(loading, "find_model", lambda *given: pytest.fail("a model was looked for"))
     main = __import__(script).main
     with pytest.raises(SystemExit) as ended:
-        command_line.run(lambda: main(["--demo", "--output_dir", str(tmp_path / "out")]))
+        running.run(lambda: main(["--demo", "--output_dir", str(tmp_path / "out")]))
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
     assert ended.value.code == 2 and "Tesla P100-PCIE-16GB (sm_60)" in line and "Kaggle: choose GPU T4 x2" in line

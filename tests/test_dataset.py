@@ -9,8 +9,8 @@ from pictures import picture, sized
 from PIL import ImageFile, WebPImagePlugin
 
 from common import dataset
-from common.command_line import UserError
 from common.dataset import load_samples
+from common.errors import UserError
 
 CAPTIONS = {"a.png": "a red house", "b.jpg": "a blue cat, sleeping", "sub/c.webp": "Ünïcode: 日本"}
 SIZES = {"a.png": (40, 30), "b.jpg": (33, 64), "sub/c.webp": (50, 50)}

@@ -12,7 +12,7 @@ from pictures import black_ink_profile, icc_profile, picture, sample_of, sized
 from PIL import Image, ImageCms
 
 from common import dataset, decoding
-from common.command_line import UserError
+from common.errors import UserError
 from common.framing import frame, pixels, time_ids
 
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'

@@ -10,7 +10,7 @@ from test_foreign_adapters import UNET, merged_weights
 from test_formats import ATTENTION, RESIDUAL, shake
 
 from common import adapter_names, adapters, diffusers_format, dora, kohya
-from common.command_line import UserError
+from common.errors import UserError
 
 
 @pytest.fixture(scope="module")

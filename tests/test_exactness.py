@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import exactness
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def test_two_runs_are_compared_and_plotted(root, start, tmp_path):

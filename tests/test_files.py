@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from common import adapter_reading, caching, files
-from common.command_line import UserError
+from common.errors import UserError
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).view(3, 4),

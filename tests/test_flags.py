@@ -8,13 +8,20 @@ from typing import List, Optional, get_args
 
 import pytest
 
+import infer
+import train_dora
 import train_opt
+import train_qlora
 import train_sdxl
-from common.command_line import Parser, UserError, flag, parse
-from common.flags import ATTENTION_PROJECTIONS, TrainFlags, check
+from common.command_line import Parser, parse
+from common.errors import UserError
+from common.flag_checks import check
+from common.flag_facts import GROUPS, SHARE, default_of, flag, names_where
+from common.flags import ATTENTION_PROJECTIONS, TrainFlags
 
 FIELDS = {field.name: field for field in dataclasses.fields(train_opt.Flags)}
 SCRIPTS = [train_opt, train_sdxl]
+ALL_SCRIPTS = [*SCRIPTS, train_qlora, train_dora, infer]
 
 DOCUMENTED = {  # the table of the product, one row per flag: train_sdxl, train_opt
     "resolution": (1024, 768),
@@ -50,10 +57,6 @@ DOCUMENTED = {  # the table of the product, one row per flag: train_sdxl, train_
 }
 
 
-def default_of(field):
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
 def refusal(argv, script=train_opt):
     """The one line that `argv` gets; in this process."""
     with pytest.raises(UserError) as caught:
@@ -71,17 +74,58 @@ def test_help_comes_without_torch(root, answer, script):
     assert (status, errors) == (0, "") and "--lora_rank" in said
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_help_of_every_flag_names_its_default_and_both_spellings(script, monkeypatch):
+def entries_of(text):
+    """{name: how it is typed, its help} of a --help, line breaks undone."""
+    text = re.sub(r"\n {4,}", " ", text)
+    return {name: re.sub(" +", " ", entry) for name, entry in re.findall(r"^  --(\w+)(.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_the_help_shows_one_spelling_and_the_default_of_every_flag_in_100_columns(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    text = re.sub(r"\n {4,}", " ", Parser(script.Flags).format_help())  # help that stands under its flag
-    entries = dict(re.findall(r"^  --(\w+)[ ,](.*)$", text, re.MULTILINE))
+    text = Parser(script.Flags).format_help()
+    assert max(map(len, text.splitlines())) <= 100
+    entries = entries_of(text)
     for field in dataclasses.fields(script.Flags):
-        default, entry = default_of(field), entries[field.name]
+        default = default_of(field)
+        entry = entries[field.name]
         shown = "none" if default in (None, []) else " ".join(default) if isinstance(default, list) else str(default)
         assert entry.endswith(f"(default: {shown})"), entry
-        assert "_" not in field.name or f"--{field.name.replace('_', '-')}" in entry
-        assert len(field.metadata["help"]) > 10
+        assert f"--{field.name.replace('_', '-')} " not in entry or "_" not in field.name
+        is_switch = bool in (field.type, *get_args(field.type))
+        assert entry.startswith(f" / --no_{field.name} ") == is_switch
+        assert len(field.metadata["help"]) > 6
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_every_flag_has_a_group_and_every_number_a_range(script):
+    for field in dataclasses.fields(script.Flags):
+        assert field.metadata["group"] in GROUPS and field.metadata["help"], field.name
+        is_number = {int, float} & {field.type, *get_args(field.type)}
+        assert bool(is_number) == ("range" in field.metadata), field.name
+
+
+@pytest.mark.parametrize("facts", [dict(rnage=SHARE), dict(group="optimization"), dict(resume="never")])
+def test_a_fact_that_nobody_knows_fails_where_it_is_written(facts):
+    with pytest.raises((TypeError, ValueError), match=next(iter(facts))):
+        flag(1, "how many", **facts)
+
+
+def test_the_flags_that_a_resumed_run_may_change_without_a_word():
+    free = "resume_from_checkpoint max_train_minutes output_dir save_peft export_dora_as_lora cache_dir report_to"
+    assert {*free.split(), "train_batch_size", "gradient_accumulation_steps"} == set(
+        names_where(train_dora.Flags, resume="free")
+    )
+
+
+def test_the_flags_on_which_the_memory_of_a_pass_depends():
+    names = (
+        "pretrained_model_name_or_path mixed_precision aspect_ratio_buckets text_cache quantize lora_rank cuda_graph"
+    )
+    names += " lora_target_modules lora_backend lora_dropout gradient_checkpointing train_text_encoder use_8bit_adam"
+    names += " use_ema enable_xformers_memory_efficient_attention"
+    for script in (*SCRIPTS, train_qlora, train_dora):
+        assert set(names.split()) == set(names_where(script.Flags, changes_a_pass=True))
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
@@ -107,11 +151,13 @@ def test_a_subclass_that_overrides_a_default_keeps_the_help_and_the_rest():
         resolution: int = 512
         random_flip: bool = True
         lora_target_modules: List[str] = dataclasses.field(default_factory=lambda: ["to_q"])
+        lora_rank: int = flag(16, "another help")
         max_train_steps: Optional[int] = 7
 
     own = {field.name: field for field in dataclasses.fields(Flags)}
     base = {field.name: field for field in dataclasses.fields(TrainFlags)}
     assert own["resolution"].metadata == base["resolution"].metadata
+    assert own["lora_rank"].metadata == {**base["lora_rank"].metadata, "help": "another help"}
     flags = parse(Flags, [])
     assert (flags.resolution, flags.random_flip, flags.max_train_steps, flags.lora_rank) == (512, True, 7, 16)
     assert not parse(Flags, ["--no_random_flip"]).random_flip

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from common import adapter_loading, adapter_reading, adapters, diffusers_format, kohya, peft_format
 from common.adapter_names import COMPONENTS, kohya_key
-from common.command_line import UserError
+from common.errors import UserError
 
 ATTENTION, FEED_FORWARD = ["to_q", "to_k", "to_v", "to_out.0"], ["ff.net.0.proj", "ff.net.2"]
 RESIDUAL = ["conv_in", "conv1", "conv2", "time_emb_proj", "conv_shortcut", "0.conv", "proj_in", "proj_out"]

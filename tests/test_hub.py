@@ -12,7 +12,7 @@ from original_layout import original_layout
 from safetensors.torch import save_file
 
 from common import hub, loading
-from common.command_line import UserError
+from common.errors import UserError
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from PIL import Image, ImageChops
 
 import infer
 from common import chosen_adapters, columns, device, grids, loading, report, sampling
-from common.command_line import UserError, parse
+from common.command_line import parse
 from common.demo_settings import TINY_DEMO
+from common.errors import UserError
 
 PROMPTS, STEPS = TINY_DEMO["prompts"], 3
 PROMPT = PROMPTS[0]

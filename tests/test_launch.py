@@ -195,7 +195,8 @@ def stop_after(steps):
 
 
 ONE_FAILS = """
-from common.command_line import UserError, run
+from common.errors import UserError
+from common.running import run
 
 def main():
     from common import device
@@ -282,7 +283,7 @@ SLEEPS = """
 import common
 import sys, time
 from common import stopping
-from common.command_line import run
+from common.running import run
 
 def main():
     try:
@@ -413,7 +414,7 @@ def test_a_ctrl_c_within_the_imports_is_one_line(begin, tmp_path, moment):
     (tmp_path / "script.py").write_text(
         "import common\nimport waits\n"
         if "common" in moment
-        else "from common import command_line\ncommand_line.run(lambda: __import__('waits'))"
+        else "from common import running\nrunning.run(lambda: __import__('waits'))"
     )
     run = begin(sys.executable, tmp_path / "script.py")
     wait_until(lambda: "begun" in run.text(), "not begun")

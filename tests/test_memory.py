@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
-from common import caching, command_line, encoding, engine, loading, memory, pass_plan, prediction
+from common import caching, encoding, engine, errors, loading, memory, pass_plan, prediction, running
 
 PROMPT = ["--validation_prompt", "a cat"]
 FRAMING = dict(resolution=64, center_crop=True, aspect_ratio_buckets=False)
@@ -124,7 +124,7 @@ def count_modules():
 
 def test_an_image_that_fits_nowhere_ends_the_run_in_one_line(parts, pictures, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "encode", out_of_memory)
-    with pytest.raises(command_line.UserError, match="out of GPU memory while encoding images: .*--resolution"):
+    with pytest.raises(errors.UserError, match="out of GPU memory while encoding images: .*--resolution"):
         encoding.ImageEncoder(parts.data.model, parts.engine.host)(pictures)
 
 
@@ -203,9 +203,7 @@ def test_a_pass_that_fits_no_more_ends_the_run_with_a_checkpoint_and_advice_that
         passes = []
         third = lambda self, fields: passes.append(len(fields["t"])) or len(passes) > 4  # noqa: E731
         patch.setattr(engine.Engine, "forward_backward", fails_when(third, engine.Engine.forward_backward))
-        with pytest.raises(
-            command_line.UserError, match="one image a pass and every block recomputed: .*--quantize nf4"
-        ):
+        with pytest.raises(errors.UserError, match="one image a pass and every block recomputed: .*--quantize nf4"):
             train(*flags, into=tmp_path)
         assert passes == [4, 4, 4, 4, 4, 2, 1]
     assert (tmp_path / "checkpoint-000002").is_dir()
@@ -247,7 +245,7 @@ def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
 def test_loading_that_does_not_fit_is_one_line_and_status_2(train, monkeypatch, capsys):
     monkeypatch.setattr(loading, "load_unet", out_of_memory)
     with pytest.raises(SystemExit) as raised:
-        command_line.run(lambda: train("--max_train_steps", 1))
+        running.run(lambda: train("--max_train_steps", 1))
     assert raised.value.code == 2
     assert (
         capsys.readouterr().err.splitlines()[-1].partition("error: ")[2].startswith("out of GPU memory while loading: ")

@@ -12,7 +12,7 @@ from test_formats import ATTENTION, FEED_FORWARD, RESIDUAL, drawn, gap, shake
 
 import infer
 from common import adapters, device, diffusers_format, manifest
-from common.command_line import UserError
+from common.errors import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

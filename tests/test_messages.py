@@ -1,5 +1,6 @@
 """What people read when something is wrong: one line that names the flag, what is wrong, and what to do."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 import pytest
 
 import infer
+import train_dora
 import train_opt
 import train_qlora
 import train_sdxl
-from common import command_line
-from common.command_line import UserError, parse
+from common import errors, running
+from common.command_line import parse
+from common.errors import UserError
 from common.hub_ids import check_id
+from common.other_tools import OTHER_NAMES, our_name
 
 
 def refusal(script, *argv):
@@ -32,6 +36,11 @@ HINTS = {
     "--noise_offset 0.1": "--noise_offset is called --offset_noise_strength here",
     "--train-batch 2": "--train-batch is called --train_batch_size here",
     "--output x": "--output is called --output_dir here",
+    "--network_alpha 4": "--network_alpha is called --lora_alpha here",
+    "--fp16": "--fp16 is called --mixed_precision here",
+    "--lr_scheduler_num_cycles 2": "--lr_scheduler_num_cycles is called --lr_num_cycles here",
+    "--shuffle_caption": "--shuffle_caption is called --shuffle_tags here",
+    "--weight_decay 0": "--weight_decay is called --adam_weight_decay here",
     "--use_ema false": "--use_ema false: a switch takes no value; write --use_ema to set it, --no_use_ema to clear it",
     "--use_ema=True": "--use_ema True: a switch takes no value; write --use_ema to set it, --no_use_ema to clear it",
     "--no-random-flip 1": "--no-random-flip 1: a switch takes no value; write --random_flip to set it, --no_random_flip to clear it",
@@ -49,13 +58,24 @@ def test_infer_knows_what_other_tools_call_its_flags():
     assert "called" not in refusal(infer, "--network_alpha", "3")  # it has no such flag
 
 
+def test_every_hint_names_a_flag_and_no_name_is_one_already():
+    scripts = (train_sdxl, train_opt, train_qlora, train_dora, infer)
+    flags = {script: {field.name for field in dataclasses.fields(script.Flags)} for script in scripts}
+    for ours, names in OTHER_NAMES.items():
+        having = [script for script in scripts if ours in flags[script]]
+        assert having, ours
+        for theirs in names.split():
+            assert any(our_name(theirs, flags[script]) == ours for script in having), (ours, theirs)
+            assert any(theirs not in flags[script] for script in having), (ours, theirs)
+
+
 def test_words_that_follow_a_flag_with_a_value_are_that_value():
     assert parse(infer.Flags, ["--compare", "--prompt", "no", "yes", "true"]).prompt == ["no", "yes", "true"]
 
 
 def test_long_values_are_shortened_and_lines_stay_lines():
     message = str(UserError(f"--prompt {'x' * 5000}: is\ntoo long; {'shorten it ' * 500}end"))
-    assert len(message) <= command_line.LONGEST_LINE and "\n" not in message
+    assert len(message) <= errors.LONGEST_LINE and "\n" not in message
     assert message.startswith("--prompt xxx") and message.endswith("shorten it end") and "x" * 400 not in message
     path = "/" + "/".join(["folder"] * 35)
     assert str(UserError(f"--lora {path}: no such file")) == f"--lora {path}: no such file"
@@ -158,7 +178,7 @@ def test_the_start_says_a_scale_that_is_not_one(assemble, capsys):
 def outcome(main, capsys):
     """(exit status, the one line) of a script's run."""
     with pytest.raises(SystemExit) as caught:
-        command_line.run(main)
+        running.run(main)
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     return caught.value.code, line
@@ -195,7 +215,7 @@ def test_where_there_is_no_output_folder_the_traceback_is_in_a_temporary_file(tm
 PRINTS = """
 import sys
 sys.path.insert(0, {root!r})
-from common.command_line import run
+from common.running import run
 def main():
     for i in range(20000):
         print("line", i, flush=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.command_line import UserError
+from common.errors import UserError
 from common.metadata_files import read_rows
 
 

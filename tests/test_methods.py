@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 import train_qlora
 from benchmarks import full_size
 from common import adapters, fused, tiny
-from common.command_line import UserError
+from common.errors import UserError
 from common.flags import ATTENTION_PROJECTIONS
 from common.operations import seeded_dropout
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common import device, loading, model_kind, noise, prediction, schedulers, weights
-from common.command_line import UserError
+from common.errors import UserError
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 SCHEDULER, UNET, VAE = "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common import schedules
-from common.command_line import UserError
+from common.errors import UserError
 
 # ---------------------------------------------------------------- overflows
 

@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from common import packages
-from common.command_line import UserError
+from common.errors import UserError
 from tools import bundle
 
 SCRIPTS = ("train_sdxl", "train_opt", "train_qlora", "train_dora", "infer")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def test_bad_images_count_together_however_they_are_found_out(train, demo, tmp_path):
@@ -152,13 +152,13 @@ def test_a_tokenizer_that_cannot_be_read_is_named(demo, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EFBIG])
 def test_a_disk_that_is_full_is_one_line(capsys, number):
-    from common import command_line
+    from common import running
 
     def full():
         raise OSError(number, os.strerror(number), "cache/shard")
 
     with pytest.raises(SystemExit) as caught:
-        command_line.run(full)
+        running.run(full)
     said = capsys.readouterr().err
     assert caught.value.code == 2 and said.count("\n") == 1 and "cache/shard" in said and os.strerror(number) in said
 
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_is_one_line(capsys, number):
 @pytest.mark.parametrize("name", ["output_dir", "cache_dir"])
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_encoded(name):
     """Rights alone do not tell: to root everything is writable."""
-    from common.flags import check_writable
+    from common.flag_checks import check_writable
 
     with pytest.raises(UserError, match=f"--{name} /proc/x: no right to write in /proc "):
         check_writable(name, "/proc/x")

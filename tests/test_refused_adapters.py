@@ -9,7 +9,7 @@ from test_foreign_adapters import KOHYA_Q, Q, save_adapter_with
 from test_formats import ATTENTION, loaded, peft_folder, shake
 
 from common import adapters, diffusers_format, peft_format
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def pair(layer=f"unet.{Q}", inside=32, outside=32, names=("lora.down.weight", "lora.up.weight")):

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from common import stopping
-from common.command_line import UserError
+from common.errors import UserError
 
 # No warm-up: its first step has a learning rate of 0, and a run that stopped there would have nothing to lose.
 STEPS = ["--max_train_steps", 12, "--checkpointing_steps", 4, "--lr_warmup_steps", 0]

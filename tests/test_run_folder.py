@@ -12,7 +12,7 @@ import torch
 
 import train_opt
 from common import checkpoint, files, run_folder
-from common.command_line import UserError
+from common.errors import UserError
 
 STEPS = ["--max_train_steps", 6, "--checkpointing_steps", 2, "--lr_warmup_steps", 0]
 

@@ -12,7 +12,7 @@ from original_layout import original_layout
 from safetensors.torch import load_file, save_file
 
 from common import device, loading, single_file
-from common.command_line import UserError
+from common.errors import UserError
 
 
 @pytest.fixture(scope="module")

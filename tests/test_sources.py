@@ -7,9 +7,9 @@ import pytest
 from pictures import picture
 
 from common.captions import CaptionOptions, summary
-from common.command_line import UserError
 from common.dataset import load_samples
-from common.flags import find_data_dir
+from common.errors import UserError
+from common.flag_checks import find_data_dir
 
 
 def put(folder, *names, caption="a caption"):

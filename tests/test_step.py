@@ -14,7 +14,7 @@ from peft import LoraConfig
 from PIL import Image, ImageOps
 
 from common import adapters, dataset
-from common.command_line import UserError
+from common.errors import UserError
 from common.framing import frame, pixels
 from common.framing import time_ids as framing_ids
 from common.noise import generator_for

@@ -11,7 +11,7 @@ import pytest
 import train_dora
 import train_qlora
 import train_sdxl
-from common.command_line import UserError
+from common.errors import UserError
 from tools import study
 
 SEEDS, STEPS = (42, 43), 5

@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pictures import picture
 
 from common import dataset
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def png(width):

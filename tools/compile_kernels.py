@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from common.command_line import UserError, run
+from common.errors import UserError
+from common.running import run
 
 RESOLUTIONS = (64, 512, 544, 768, 1024)  # px; 64 and 544: few tiles, and sizes that 16 does not divide
 RANKS = (1, 4, 6, 8, 16, 32, 64, 128)

@@ -21,8 +21,12 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.command_line import UserError, flag, parse, run
-from common.flags import ModelFlags, check
+from common.command_line import parse
+from common.errors import UserError
+from common.flag_checks import check
+from common.flag_facts import flag
+from common.model_flags import ModelFlags
+from common.running import run
 
 METHODS = {  # name -> trainer, and what makes its defaults those of the comparison
     "LoRA": ("train_sdxl", "--lora_rank 16 --lora_alpha 32 --lora_dropout 0.1 --use_8bit_adam"),
