@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from common.device import side_by_side
 from common.errors import UserError
-from common.graphs import side_by_side
 
 TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common import memory, noise
+from common import errors, memory, noise
 from common.adapters import EMA, FlatParameters, without_dropout
 from common.device import Host, free_memory
 from common.engine_state import check_state, first_not_finite, load_optimizer_state, optimizer_state
@@ -174,7 +174,7 @@ class Engine:
                 total = total + self.run_pass(batch.tensors)
             return total
         except RuntimeError as error:
-            if not memory.ran_out(error):
+            if not errors.ran_out(error):
                 raise
 
         # Outside of the block above the failed pass's tensors are free

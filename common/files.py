@@ -177,3 +177,14 @@ def _hash(name: str, tensor: torch.Tensor) -> str:
 
 def _hash_of_metadata(metadata: dict) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
+
+
+def save_png(path, image, text):
+    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)

@@ -15,25 +15,6 @@ def _side_stream(device):
     return torch.cuda.Stream(device)
 
 
-@functools.lru_cache
-def _parallel_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(8)]
-
-
-def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
-    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
-    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    try:
-        for i, function in enumerate(functions):
-            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
-                function()
-    finally:
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
-
-
 class Graphed:
     """A function of named tensors, captured once per set of shapes.
 

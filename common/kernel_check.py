@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from common import operations
-from common.memory import ran_out
+from common.errors import ran_out
 from common.operations import Operation
 
 # Largest error of an element, as a share of the largest element: some roundings of the dtype.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 def save_image(flags, column, index, prompt, seed, image):
     """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
-    from common import report
+    from common import files
 
     names = ("steps", "guidance_scale", "guidance_rescale", "scheduler", "resolution", "image", "strength")
     settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
@@ -25,7 +25,7 @@ def save_image(flags, column, index, prompt, seed, image):
     facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
     path = _unused(Path(flags.output_dir) / f"images/{column.stem}_{index:02d}_{seed}.png")
     parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
+    files.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
     return {"file": f"images/{path.name}", "sha256": sha256(path), **record}
 
 
@@ -105,7 +105,7 @@ def write_comparison(flags, host, manifest):
     """
     from PIL import Image
 
-    from common import grids, report
+    from common import files, grids
 
     output_dir = Path(flags.output_dir)
     titles = [column["title"] for column in manifest["columns"]]
@@ -133,7 +133,7 @@ def write_comparison(flags, host, manifest):
             )
     sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
     manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
+    files.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
 
 
 def difference(image, other):

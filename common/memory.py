@@ -1,32 +1,9 @@
-"""Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
+"""Out of GPU memory: what is tried next."""
 
 from collections.abc import Callable
 
-import torch
-
 from common import device
-from common.errors import UserError
-
-ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
-# All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
-ADVICE = (
-    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
-    " --resume_from_checkpoint latest takes all of these"
-)
-
-
-class OutOfMemory(UserError):
-    """GPU memory is used up, and there is no leaner way left to try."""
-
-    def __init__(self, doing: str, advice: str = ADVICE) -> None:
-        super().__init__(f"out of GPU memory {doing}: {advice}")
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that GPU memory is used up: not every library raises torch's own class."""
-    if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+from common.errors import OutOfMemory, ran_out
 
 
 class StepDown:

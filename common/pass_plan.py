@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from common import caching, device, kernel_check, memory
+from common import caching, device, errors, kernel_check
 from common.device import GIB
 from common.files import write_json
 from common.flag_facts import names_where
@@ -73,11 +73,13 @@ class PassPlan:
         return True
 
 
-def smallest_pass_too_large(recompute: BlockRecompute | None) -> memory.OutOfMemory:
+def smallest_pass_too_large(recompute: BlockRecompute | None) -> errors.OutOfMemory:
     """The one line for a card that has no room for one image a pass."""
     if recompute is None:
-        return memory.OutOfMemory("with one image a pass", f"add --gradient_checkpointing, or {memory.ADVICE}")
-    return memory.OutOfMemory("with one image a pass and every block recomputed")
+        return errors.OutOfMemory(
+            "with one image a pass", f"add --gradient_checkpointing, or {errors.OUT_OF_MEMORY_ADVICE}"
+        )
+    return errors.OutOfMemory("with one image a pass and every block recomputed")
 
 
 # ---------------------------------------------------------------- chosen for a run
@@ -224,7 +226,7 @@ def _probe(engine, batch):
     try:
         engine.forward_backward({name: tensor.to(engine.host.device) for name, tensor in batch.tensors.items()})
     except RuntimeError as error:
-        if memory.ran_out(error):
+        if errors.ran_out(error):
             raise smallest_pass_too_large(engine.recompute) from None
         raise
     lowest = torch.cuda.max_memory_allocated() - before
@@ -263,7 +265,7 @@ def _seconds_per_image(engine, make_batches, micro_batch, kept):
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - started_s) / micro_batch
     except RuntimeError as error:
-        if not memory.ran_out(error):
+        if not errors.ran_out(error):
             raise
         seconds = math.inf
 

@@ -154,14 +154,3 @@ def _running_mean(values, window):
     for value in values:
         sums.append(sums[-1] + value)
     return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
-
-
-def save_png(path, image, text):
-    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for name, value in text.items():
-        info.add_text(name, value)
-    with replacing(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)

@@ -12,8 +12,8 @@ from common import (
     device,
     diffusers_format,
     dora,
+    errors,
     kohya,
-    memory,
     peft_format,
     report,
     run_folder,
@@ -112,8 +112,8 @@ class Results:
         self.engine.run_pass.clear()  # its memory is needed for the pictures; the next steps capture it again
         try:
             images = self._pictures()
-        except (RuntimeError, memory.OutOfMemory) as error:
-            if not memory.ran_out(error):
+        except (RuntimeError, errors.OutOfMemory) as error:
+            if not errors.ran_out(error):
                 raise
             self.host.say(f"no validation images of step {step}: out of GPU memory; everything trained so far is saved")
             images = []

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common import launch, stopping
+from common import errors, launch, stopping
 from common.errors import UserError, one_line
 
 # What a training's "ended" says when there is nothing to go on with.
@@ -56,10 +56,8 @@ def _told(error: BaseException) -> tuple[str, int]:
 
     # Only what has imported torch can raise its errors: the import costs nothing here.
     if isinstance(error, RuntimeError):
-        from common import memory
-
-        if memory.ran_out(error):
-            return f"error: {memory.OutOfMemory('while loading')}", 2
+        if errors.ran_out(error):
+            return f"error: {errors.OutOfMemory('while loading')}", 2
     return _unforeseen(error), 1
 
 

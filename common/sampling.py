@@ -7,7 +7,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from common import adapter_loading, device, fused_unet, loading, memory
+from common import adapter_loading, device, errors, fused_unet, loading, memory
 from common.adapters import without_dropout
 from common.errors import UserError
 from common.graphs import Graphed
@@ -240,7 +240,7 @@ class Sampler:
         try:
             return self._render(adapters, prompt, seeds, settings, on_step)
         except RuntimeError as error:
-            if not memory.ran_out(error):
+            if not errors.ran_out(error):
                 raise
         # outside of this block the failed call's tensors are free
         self.pipeline.vae.to(

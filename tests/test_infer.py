@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLImg2ImgPipel
 from PIL import Image, ImageChops
 
 import infer
-from common import chosen_adapters, columns, device, grids, loading, report, sampling
+from common import chosen_adapters, columns, device, files, grids, loading, sampling
 from common.command_line import parse
 from common.demo_settings import TINY_DEMO
 from common.errors import UserError
@@ -219,11 +219,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     image = Image.new("RGB", (8, 8))
-    report.save_png(tmp_path / "a.png", image, {})
+    files.save_png(tmp_path / "a.png", image, {})
     before = (tmp_path / "a.png").read_bytes()
     monkeypatch.setattr(Image.Image, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        report.save_png(tmp_path / "a.png", image, {})
+        files.save_png(tmp_path / "a.png", image, {})
     assert (tmp_path / "a.png").read_bytes() == before
 
 

@@ -50,7 +50,7 @@ def fails_first(times, original):
     ],
 )
 def test_an_error_of_any_library_that_says_so_counts(error, expected):
-    assert memory.ran_out(error) is expected
+    assert errors.ran_out(error) is expected
 
 
 # ---------------------------------------------------------------- encoding
@@ -238,7 +238,7 @@ def test_measuring_that_does_not_fit_is_one_line(monkeypatch):
     stub.host = SimpleNamespace(device=torch.device("cpu"), start_new_peak=lambda: None)
     stub.recompute = None
     batch = type("Batch", (), {"tensors": {}})
-    with pytest.raises(memory.OutOfMemory, match="with one image a pass: add --gradient_checkpointing, or "):
+    with pytest.raises(errors.OutOfMemory, match="with one image a pass: add --gradient_checkpointing, or "):
         pass_plan._probe(stub, batch)
 
 
@@ -256,7 +256,7 @@ def test_the_cache_is_not_filled_by_what_failed(parts, pictures, monkeypatch):
     store = caching.Store()
     monkeypatch.setattr(AutoencoderKL, "encode", out_of_memory)
     encoder = encoding.ImageEncoder(parts.data.model, parts.engine.host)
-    with pytest.raises(memory.OutOfMemory):
+    with pytest.raises(errors.OutOfMemory):
         caching._encode_batch([(None, pictures[0])], store, encoder, parts.engine.host)
     assert not store._pending
 
