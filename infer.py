@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
 
-from common import hub, manifest, render_checks, run_folder
-from common.chosen_adapters import chosen_adapters
-from common.command_line import DEMO_ROOT, parse, print_config
+from common import run_folder
+from common.cli import hub, render_checks
+from common.cli.command_line import DEMO_ROOT, parse, print_config
+from common.cli.flag_facts import ANY, FROM_ONE, FROM_ZERO, SEED, allowing, flag, local_path, multiple_of
+from common.cli.model_flags import ModelFlags
+from common.cli.running import run
 from common.errors import UserError
-from common.flag_facts import ANY, FROM_ONE, FROM_ZERO, SEED, allowing, flag, local_path, multiple_of
-from common.model_flags import ModelFlags
-from common.running import run
-from common.schedulers import SCHEDULERS, default_guidance_rescale
+from common.model.schedulers import SCHEDULERS, default_guidance_rescale
+from common.render import manifest
+from common.render.chosen_adapters import chosen_adapters
 
 REFERENCE_PROMPTS = [
     "Naruto Uzumaki eating ramen",
@@ -123,15 +125,17 @@ def main(argv=None):
         return print_config(flags)
     hub.check(flags)
 
-    from common import adapter_reading, device, loading, sampling
-    from common.columns import make_columns
-    from common.tiny import demo_assets
+    from common.adapter_files import reading
+    from common.model import device, loading
+    from common.model.tiny import demo_assets
+    from common.render import sampling
+    from common.render.columns import make_columns
 
     # What is given: files and an image to start from
     if flags.demo:
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
-    files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
+    files = [reading.find_adapter(adapter.path) for adapter in adapters]
     image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
@@ -162,7 +166,7 @@ def main(argv=None):
 
 def settings_of(flags, image):
     """What every image depends on, whatever its prompt, seed and adapters."""
-    from common import sampling
+    from common.render import sampling
 
     return sampling.Settings(
         resolution=flags.resolution,
@@ -222,7 +226,7 @@ def render(flags, sampler, columns, settings):
 
 def prompts_of(flags):
     """Each of --prompt once, or the demo's own, or the reference prompts."""
-    from common.demo_settings import demo_settings
+    from common.cli.demo_settings import demo_settings
 
     if flags.prompt:
         return list(dict.fromkeys(flags.prompt))
@@ -238,7 +242,7 @@ def warn_of_long_prompts(sampler, prompts):
 
 def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
-    from common import merging
+    from common.adapter_files import merging
 
     host = sampler.host
     place = Path(flags.merge)

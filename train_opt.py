@@ -8,11 +8,11 @@ import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one l
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from common import hub
-from common.command_line import parse, print_config
-from common.flag_checks import check
-from common.flags import TrainFlags
-from common.running import run
+from common.cli import hub
+from common.cli.command_line import parse, print_config
+from common.cli.flag_checks import check
+from common.cli.flags import TrainFlags
+from common.cli.running import run
 
 
 @dataclass
@@ -40,7 +40,8 @@ def main(argv=None):
         return print_config(flags)
     hub.check(flags)
 
-    from common import adapters, assembly, device, loading
+    from common.model import adapters, device, loading
+    from common.train import assembly
 
     host = device.start(flags.mixed_precision, flags.seed)
     data = assembly.load_data(flags, host)  # image, caption -> Sample -> cached latents and text

@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NoReturn
 
-from common import packages
-from common.machine import OPTIONAL, Facts, probe
-from common.verdict import SCRIPTS, Estimate, Script, Verdict, dotted, judge
+from common.system import packages
+from common.system.machine import OPTIONAL, Facts, probe
+from common.system.verdict import SCRIPTS, Estimate, Script, Verdict, dotted, judge
 
 WIDTH = 80  # of a notebook's output
 SHOWN = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")

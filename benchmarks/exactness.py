@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import files, report
+from common import files
+from common.cli.running import run
 from common.errors import UserError
-from common.running import run
+from common.train import report
 
 TRAINERS = ("train_sdxl", "train_opt", "train_qlora", "train_dora")
 RUNS = {"as it comes": [], "plainly": ["--no_cuda_graph", "--lora_backend", "peft", "--no_auto_fit"]}

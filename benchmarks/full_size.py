@@ -18,10 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import tiny, tiny_pictures
+from common.cli.flag_checks import check_writable
+from common.cli.running import run
 from common.errors import UserError
-from common.flag_checks import check_writable
-from common.running import run
+from common.model import tiny, tiny_pictures
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.train_step import T4_GIB, t4_attention
-from common import adapter_reading, device, loading, sampling
+from common.adapter_files import reading
+from common.cli.running import run
 from common.errors import UserError
-from common.running import run
+from common.model import device, loading
+from common.render import sampling
 
 PROMPT, SEED, TIMED = "a lighthouse on a cliff above the sea", 0, 3
 
@@ -62,11 +64,11 @@ def main(argv=None):
 
 
 def ours(options):
-    """{"base": (image, seconds, reserved GiB), "adapter": ...} by common/sampling.py."""
+    """{"base": (image, seconds, reserved GiB), "adapter": ...} by common/render/sampling.py."""
     sampler = sampling.Sampler(loading.find_model(options.model), device.start("fp16"), "euler", "gpu")
     columns = {"base": []}
     if options.lora:
-        columns["adapter"] = [(sampler.load(adapter_reading.find_adapter(options.lora)), 1.0)]
+        columns["adapter"] = [(sampler.load(reading.find_adapter(options.lora)), 1.0)]
     sampler.place()
     settings = sampling.Settings(resolution=options.resolution, steps=options.steps)
     return {name: timed(sampler.render, active, PROMPT, [SEED], settings) for name, active in columns.items()}
@@ -93,7 +95,7 @@ def plain(options):
 
     results = {"base": timed(draw)}
     if options.lora:
-        file = adapter_reading.find_adapter(options.lora)
+        file = reading.find_adapter(options.lora)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
         results["adapter"] = timed(draw)
     return results

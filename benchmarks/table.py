@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from common.cli.running import run
 from common.errors import UserError
-from common.running import run
 
 BLOCK = re.compile(r"^<!-- table (?P<label>[^\n]+) -->\n(?P<text>.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
 COLUMNS = [  # (title, key of a row, format)

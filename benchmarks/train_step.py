@@ -29,11 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.table import markdown, read_runs
-from common import device, files, report
-from common.batching import Examples
-from common.engine import Engine
+from common import files
+from common.cli.running import run
+from common.data.batching import Examples
 from common.errors import UserError
-from common.running import run
+from common.model import device
+from common.train import report
+from common.train.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 FORWARD_TFLOP = {512: 1.589, 768: 3.641, 1024: 6.761}  # UNet, per image

@@ -6,7 +6,7 @@ import string
 import torch
 import torch.nn.functional as F
 
-from common import encoding
+from common.data import encoding
 from demo import painting, small, world
 
 VARIANTS = 2  # captions of a picture: different words left out, in another order

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.nn as nn
 
-from common import graphs
+from common.fast import graphs
 from demo import small
 
 WARMUP_STEPS, EMA_DECAY = 100, 0.9995

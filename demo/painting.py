@@ -5,7 +5,7 @@
 
 import torch
 
-from common.noise import generator_for
+from common.model.noise import generator_for
 from demo.canvas import JITTER, Scene
 from demo.clothes import body, hand, headgear
 from demo.heads import back_hair, eyes, face, front_hair, mouth

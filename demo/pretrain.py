@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from common import noise  # noqa: E402
+from common.model import noise  # noqa: E402
 from demo import small, world  # noqa: E402
 from demo.examples import CHUNK, VARIANTS, both_styles, caption_ids, distorted, encode_scenes, roughened  # noqa: E402
 from demo.learning import train_for  # noqa: E402

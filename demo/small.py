@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import demo_settings, tiny
+from common.cli import demo_settings
+from common.model import tiny
 from demo import painting, world
 
 LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off a picture

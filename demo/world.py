@@ -2,7 +2,7 @@
 
 import torch
 
-from common.noise import generator_for
+from common.model.noise import generator_for
 
 STYLES = ("plain", "ink")
 # Colours by value and style (plain, ink): far enough apart to be told from each other after a lossy autoencoder, in either style.

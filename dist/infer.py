@@ -7,7 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-# Made by tools/bundle.py from infer.py and 51 modules; edit those, not this file.
+# Made by tools/bundle.py from infer.py and 61 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -33,7 +33,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -52,9 +52,15 @@ sys.excepthook = _interrupted_or(sys.excepthook)
 sys.modules["torchao"] = None
 '''
 
-# ====================================================================================== common/adapter_checks.py
+# ============================================================================== common/adapter_files/__init__.py
 
-MODULES['common/adapter_checks.py'] = r'''
+MODULES['common/adapter_files/__init__.py'] = r'''
+"""Adapters in and out: one file per format, the writer facing the reader; other tools' files."""
+'''
+
+# ================================================================================ common/adapter_files/checks.py
+
+MODULES['common/adapter_files/checks.py'] = r'''
 """What an adapter file must hold: layers of this model, whole pairs, finite values, a configuration that PEFT knows."""
 
 import dataclasses
@@ -64,7 +70,7 @@ from pathlib import Path
 
 import torch
 
-from common.command_line import UserError
+from common.errors import UserError
 
 # PEFT starts these from decompositions of W and subtracts them from it: without the changed W they mean something else.
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -170,9 +176,185 @@ def check_number(file: Path, name: str, value: float) -> None:
         )
 '''
 
-# ===================================================================================== common/adapter_loading.py
+# ====================================================================== common/adapter_files/diffusers_format.py
 
-MODULES['common/adapter_loading.py'] = r'''
+MODULES['common/adapter_files/diffusers_format.py'] = r'''
+"""diffusers' adapter file, written and read: LAYER.lora.down.weight and .up.weight, PEFT's settings in the metadata."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from common.adapter_files.checks import rendering_config
+from common.adapter_files.names import COMPONENTS, portable
+from common.errors import UserError
+from common.files import write_safetensors
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
+
+
+def save_adapter(
+    path: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
+) -> None:
+    """Write the adapters of the UNet, and of both text encoders if given, with the recipe that trained them.
+
+    The metadata holds what PEFT needs to rebuild the adapters. Without it diffusers would take alpha = rank, and
+    rank 16 / alpha 32 would load at half strength.
+    """
+    from peft import get_peft_model_state_dict
+
+    weights, described = {}, {}
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
+        described |= {f"{component}.{name}": value for name, value in _settings(module.peft_config["default"]).items()}
+    metadata = {
+        "format": "pt",
+        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
+        "recipe": json.dumps(recipe, sort_keys=True),
+    }
+    write_safetensors(path, weights, metadata)
+
+
+def read_settings(file: Path, metadata: dict) -> dict:
+    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata; {} where there are none.
+
+    The keys of such a file are read by layer_reading.py, with those of other tools.
+    Raises:
+        UserError: settings that cannot be read, or that mean something else in the installed PEFT.
+    """
+    try:
+        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
+    except (ValueError, AttributeError):
+        raise UserError(f"--lora {file}: its {ADAPTER_METADATA} cannot be read; the file is damaged") from None
+    components = {component for component, _, _ in fields}
+    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
+    return {component: rendering_config(file, ADAPTER_METADATA, part) for component, part in parts.items()}
+
+
+def _settings(config):
+    """What of a LoraConfig a loader needs.
+
+    Not the dropout of training, which would act while rendering; nor defaults, of which an older PEFT may not know all.
+    """
+    from peft import LoraConfig
+
+    settings = {**config.to_dict(), "lora_dropout": 0.0}
+    defaults = LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "rank_pattern")  # diffusers 0.37 and 0.39 look the pattern up unasked
+    needed = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
+
+
+def _spelt_by_diffusers(component, weights):
+    """PEFT's keys -> diffusers', the same way for every layer.
+
+    Its own conversion respells only the attention layers of a UNet. Of a file with two spellings its loader reads only
+    that of the first key.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    if component != "unet":
+        return convert_state_dict_to_diffusers(weights)
+    return {
+        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
+        for name, tensor in weights.items()
+    }
+'''
+
+# ================================================================================== common/adapter_files/dora.py
+
+MODULES['common/adapter_files/dora.py'] = r'''
+"""DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
+
+DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
+reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers use m with it
+too.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+# What a kohya file with DoRA says of itself. An open proposal would have ComfyUI divide by ||W + s B A|| instead.
+DORA_NORM = "dora_norm"
+METADATA = {
+    DORA_NORM: "base",
+    "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
+    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula "
+    "(comfy/weight_adapter/base.py, weight_decompose); Forge",
+    "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
+}
+
+
+def frozen_weights(unet: torch.nn.Module, files: list[Path]) -> Callable[[str], torch.Tensor]:
+    """name of an adapted layer -> its W as readers have it: a 4-bit layer's is read from the model's `files`."""
+    homes = {}
+
+    def weight(name):
+        held = unet.get_submodule(name).get_base_layer().weight
+        if held.dtype != torch.uint8:
+            return held.detach()
+        if not homes:
+            for file in files:
+                with safe_open(file, "pt") as tensors:
+                    homes.update(dict.fromkeys(tensors.keys(), file))
+        with safe_open(homes[f"{name}.weight"], "pt", device=str(held.device)) as tensors:
+            return tensors.get_tensor(f"{name}.weight")
+
+    return weight
+
+
+def dora_scale(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """PEFT's magnitude m -> the dora_scale [N, 1] with which ComfyUI and Forge compute the same weight.
+
+    For a scale of this shape, with more axes of 1 for a convolution, they compute (W + s B A) dora_scale / ||W||:
+    weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py.
+    """
+    base, merged = row_norms(weight, delta)
+    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
+
+
+def change(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """W' - W, fp32, of the shape of W."""
+    _, merged = row_norms(weight, delta)
+    gain = (magnitude.float().flatten() / merged).view(-1, *[1] * (weight.dim() - 1))
+    return (weight.float() + delta.to(merged.dtype)) * gain - weight.float()
+
+
+def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(||W||, ||W + delta||) over rows, each [N], in fp32."""
+    weight = weight.detach().float()
+    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
+
+
+def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young).
+
+    U and D are of equal size, for fp16's sake. From the eigenvectors of the smaller Gram matrix, in fp64: R of them
+    are needed, and nothing of the other side.
+    """
+    if len(matrix) > matrix.shape[1]:
+        up, down = low_rank(matrix.t(), rank)
+        return down.t(), up.t()
+    values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
+    rank = min(rank, len(values))
+
+    # what is nothing but rounding is not blown up
+    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)
+    roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
+    vectors = vectors[:, -rank:]
+    return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
+'''
+
+# ========================================================================= common/adapter_files/into_pipeline.py
+
+MODULES['common/adapter_files/into_pipeline.py'] = r'''
 """Adapter files -> adapters in a pipeline; what diffusers and PEFT leave out with a warning is an error."""
 
 import warnings
@@ -182,12 +364,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from common.adapter_names import COMPONENTS
-from common.adapter_reading import read_adapter
+from common.adapter_files.names import COMPONENTS
+from common.adapter_files.reading import read_adapter
 
 if TYPE_CHECKING:  # slow to import
     from diffusers import StableDiffusionXLPipeline
-from common.command_line import UserError
+from common.errors import UserError
 
 
 def load_adapter(
@@ -237,9 +419,515 @@ def _check_loaded(file, module, name, weights):
         )
 '''
 
-# ======================================================================================= common/adapter_names.py
+# ================================================================================= common/adapter_files/kohya.py
 
-MODULES['common/adapter_names.py'] = r'''
+MODULES['common/adapter_files/kohya.py'] = r'''
+"""A layer in kohya's format, which ComfyUI, A1111 and Forge read: written as LoRA or DoRA, read with all of LyCORIS.
+
+The format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha` and,
+for DoRA, `dora_scale` [N, 1] of a weight [N, K]. Layers are named by the original SDXL layout with underscores.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.adapter_files import dora, lycoris
+from common.adapter_files.checks import check_number
+from common.adapter_files.names import COMPONENTS, DOWN, MAGNITUDE, UP, kohya_key
+from common.errors import UserError
+from common.files import write_safetensors
+
+
+def save_kohya(
+    path: Path,
+    unet: torch.nn.Module,
+    recipe: dict,
+    text_encoders: tuple[torch.nn.Module, ...] | list = (),
+    *,
+    weight_of: Callable[[str], torch.Tensor] | None = None,
+    dora_rank: int | None = None,
+) -> float:
+    """Write the adapters of the UNet, and of both text encoders if given, in fp16 (dora_scale in fp32).
+
+    Args:
+        weight_of: see dora.frozen_weights; the model's own weights when None.
+        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
+    Returns:
+        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
+    """
+    weight_of = weight_of or dora.frozen_weights(unet, [])
+    tensors = {}
+    squares = torch.zeros(2)  # norms of what `dora_rank` leaves out, and of all
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        for layer, parts in _by_layer(module).items():
+            key = kohya_key(component, layer, unet.config.layers_per_block)
+            up, down = parts["B.weight"], parts["A.weight"]
+            alpha = module.peft_config["default"].lora_alpha
+
+            # DoRA: a scale beside the pair, or another pair in its place
+            if "magnitude_vector" in parts:
+                delta = module.get_submodule(layer).get_delta_weight("default")
+                magnitude, weight = parts["magnitude_vector"], weight_of(layer)
+                if dora_rank:
+                    up, down, norms = _as_lora(dora.change(magnitude, weight, delta), dora_rank)
+                    alpha = len(down)
+                    squares += norms
+                else:
+                    tensors[f"{key}.dora_scale"] = dora.dora_scale(magnitude, weight, delta)
+
+            tensors[f"{key}.{DOWN}"] = down.half()
+            tensors[f"{key}.{UP}"] = up.half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+
+    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
+    write_safetensors(path, tensors, _metadata(unet.peft_config["default"], recipe, dora_rank, share))
+    return share
+
+
+def _by_layer(module):
+    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
+    from peft import get_peft_model_state_dict
+
+    layers = {}
+    for name, tensor in get_peft_model_state_dict(module).items():
+        layer, _, kind = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[kind] = tensor
+    return layers
+
+
+def _as_lora(change, rank):
+    """The best LoRA of `rank` for a change -> (up, down, squared norms of what it leaves out and of all [2])."""
+    up, down = dora.low_rank(change.flatten(1), rank)
+    left_out = (change.flatten(1) - up @ down).square().sum()
+    kernel = change.shape[2:]
+    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
+    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
+
+
+def _metadata(config, recipe, dora_rank, share):
+    """What a file says of itself; modelspec is https://github.com/Stability-AI/ModelSpec, ss_ are kohya's own."""
+    velocity = recipe.get("prediction_type") == "v_prediction"
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(dora_rank or config.r),
+        "ss_network_alpha": str(dora_rank or config.lora_alpha),
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "ss_v_parameterization": str(velocity),
+        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
+    }
+
+    # DoRA, and what has become of it
+    if dora_rank:
+        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
+    elif config.use_dora:
+        metadata |= dora.METADATA
+    return {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)}
+
+
+def read_layer(
+    file: Path, layer: str, *, weight: torch.Tensor, parts: dict, metadata: dict, identities: dict
+) -> tuple[dict, float] | None:
+    """One layer's tensors -> ({PEFT kind: tensor}, alpha); None where they do not make a change of `weight`.
+
+    Args:
+        file, layer: for messages.
+        weight: the frozen weight, [N, K] or [N, channels, height, width].
+        parts: {kind: tensor}; kinds of kohya, LyCORIS and MAGNITUDE, which diffusers writes.
+        metadata: of the file.
+        identities: see lycoris.full_rank.
+    Raises:
+        UserError: an alpha that is no number.
+    """
+    alpha = _alpha(file, layer, parts.get("alpha"))
+    dora_scale = parts.get("dora_scale")
+    magnitude = parts.get(MAGNITUDE)
+    factors = {kind: tensor for kind, tensor in parts.items() if kind not in ("alpha", "dora_scale", MAGNITUDE)}
+
+    # the change as a pair of matrices
+    pair = lycoris.read_pair(factors, alpha)
+    n, k = len(weight), weight[0].numel()
+    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
+        return None
+    if UP not in factors:
+        pair = lycoris.smallest(pair, weight, identities)
+
+    # DoRA: over rows a magnitude, over columns another change
+    if dora_scale is not None:
+        if dora_scale.numel() == n and len(dora_scale) == n:
+            magnitude = _magnitude(weight, pair, dora_scale, metadata)
+        elif tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
+            pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
+        else:
+            return None
+
+    # of the shapes that PEFT gives them
+    kernel = weight.shape[2:]
+    kinds = {
+        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
+        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
+    }
+    if magnitude is not None:
+        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
+    return kinds, pair.scale * len(pair.down)
+
+
+def _alpha(file, layer, tensor):
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise UserError(
+            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
+        )
+    check_number(file, f"the alpha of {layer}", float(tensor))
+    return float(tensor)
+
+
+def _magnitude(weight, pair, dora_scale, metadata):
+    """A dora_scale over rows -> PEFT's magnitude [N].
+
+    In our files it goes with ||W||, in LyCORIS's with ||W + s U D||.
+    """
+    magnitude = dora_scale.float().flatten()
+    if metadata.get(dora.DORA_NORM) == "base":
+        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
+        magnitude = magnitude * merged / base
+    return magnitude
+'''
+
+# ========================================================================= common/adapter_files/layer_reading.py
+
+MODULES['common/adapter_files/layer_reading.py'] = r'''
+"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> PEFT's names and settings."""
+
+from pathlib import Path
+
+from common.adapter_files import diffusers_format, lycoris
+from common.adapter_files.checks import adaptable_layers, misfit
+from common.adapter_files.kohya import read_layer
+from common.adapter_files.names import DOWN, MAGNITUDE, UP, layer_spellings
+
+EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adapter
+_DOWN_SUFFIXES = (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight")
+_UP_SUFFIXES = (".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
+_SUFFIXES = {
+    **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
+    **dict.fromkeys(_DOWN_SUFFIXES, DOWN),
+    **dict.fromkeys(_UP_SUFFIXES, UP),
+}
+
+
+def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tuple[dict, dict]:
+    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere.
+
+    alpha comes from the metadata that diffusers writes, or from tensors, else it is the rank.
+    Returns:
+        as adapter_reading.read_adapter.
+    Raises:
+        UserError: names that this model does not have, layers that are incomplete, an alpha that is no number.
+    """
+    weights_of = {component: adaptable_layers(module) for component, module in modules.items()}
+    layers = _by_layer(file, tensors, layer_spellings(weights_of, modules["unet"].config.layers_per_block))
+
+    # each layer as a pair and, with DoRA, a magnitude
+    weights, alphas, identities = {}, {}, {}
+    for (component, layer), keys in layers.items():
+        weight = weights_of[component][layer]
+        parts = {kind: _readable(tensors[key]).to(weight.device) for kind, key in keys.items()}
+        read = read_layer(file, layer, weight=weight, parts=parts, metadata=metadata, identities=identities)
+        if read is None:
+            raise misfit(file, list(keys.values()), len(tensors))
+        kinds, alpha = read
+        alphas.setdefault(component, {})[layer] = alpha
+        weights.setdefault(component, {}).update({f"{layer}.{kind}": tensor for kind, tensor in kinds.items()})
+
+    # rank and alpha: as diffusers wrote them, or as the tensors say
+    written = diffusers_format.read_settings(file, metadata)
+    by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
+    configs = {
+        component: written[component]
+        if component in written.keys() - by_tensors
+        else lora_arguments(part, alphas[component])
+        for component, part in weights.items()
+    }
+    return weights, configs
+
+
+def _by_layer(file, tensors, spellings):
+    """{(component, layer): {kind: key}}."""
+    layers, unknown = {}, []
+    for key in tensors:
+        name = key.replace(".processor.", ".")
+        if MAGNITUDE in key:
+            name = name.removesuffix(".weight")
+        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
+        place = spellings.get(name.removesuffix(suffix)) if suffix else None
+
+        # no layer of this model, or a second tensor for one place
+        if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
+            unknown.append(key)
+        else:
+            layers.setdefault(place, {})[_SUFFIXES[suffix]] = key
+    if unknown:
+        raise misfit(file, unknown, len(tensors))
+    return layers
+
+
+def _readable(tensor):
+    """8-bit floats as fp16, which holds each of them exactly; torch computes with neither kind."""
+    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+
+
+def lora_arguments(weights: dict, alphas: dict) -> dict:
+    """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
+    suffix = ".lora_A.weight"
+    ranks = {key.removesuffix(suffix): len(tensor) for key, tensor in weights.items() if key.endswith(suffix)}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return dict(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={f"^{layer}": value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={f"^{layer}": value for layer, value in alphas.items() if value != alpha},
+        target_modules=list(ranks),
+        use_dora=any(key.endswith(MAGNITUDE) for key in weights),
+    )
+'''
+
+# =============================================================================== common/adapter_files/lycoris.py
+
+MODULES['common/adapter_files/lycoris.py'] = r'''
+"""What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
+
+The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K],
+for a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard
+products of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R: it loads, scales, mixes and
+merges as one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Pair(NamedTuple):
+    """The change s U D of a weight, see above."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    scale: float = 1.0
+
+    def product(self) -> torch.Tensor:
+        """The change itself, [N, K], fp32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
+def read_pair(tensors: dict, alpha: float | None) -> Pair | None:
+    """The change that {kind: tensor} of one layer means; None when they are not exactly those of an algorithm.
+
+    `alpha` is the layer's, None where the file has none: then the scale is 1. Linear layers and convolutions alike.
+    """
+    read = _ALGORITHMS.get(frozenset(tensors))
+    if read is None:
+        return None
+    try:
+        (up, down), rank = read(tensors)
+    except RuntimeError:  # their shapes do not go together
+        return None
+    return Pair(up, down.flatten(1), 1.0 if alpha is None or rank is None else alpha / rank)
+
+
+def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
+    """The same change, as `full_rank` where that is fewer numbers than a pair of high rank."""
+    (n, rank), k = pair.up.shape, pair.down.shape[1]
+    return pair if rank * (n + k) <= n * k else full_rank(pair.product(), weight, identities)
+
+
+def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
+    """Any change [N, K] as a pair: itself, and an identity on its shorter side.
+
+    In the dtype and on the device of `weight`.
+    `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
+    """
+    size = min(change.shape)
+    if size not in identities:
+        identities[size] = torch.eye(size, dtype=weight.dtype, device=weight.device)
+    change = change.to(weight)
+    return Pair(identities[size], change) if len(change) == size else Pair(change, identities[size])
+
+
+def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> torch.Tensor:
+    """What a DoRA over input columns changes, [N, K]: (W + d) dora_scale / ||W + d|| - W, norms over columns.
+
+    lycoris/modules/locon.py with wd_on_output off; ComfyUI's weight_decompose does the same. `dora_scale` is
+    [1, channels], with more axes of 1 for a convolution.
+    """
+    weight = weight.detach().float()
+    merged = weight + pair.product().to(weight).view(weight.shape)
+    norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
+    gains = (dora_scale.to(weight).flatten() / norms).view(1, -1, *[1] * (weight.dim() - 2))
+    return (merged * gains - weight).flatten(1)
+
+
+# One function per algorithm: {kind: tensor} -> ((U, D), rank that divides alpha).
+
+
+def _lora(t):
+    """U D; a mid [R, R, height, width] is Tucker's core between them (LoCon, lora_mid)."""
+    up, down = t["lora_up.weight"].flatten(1), t["lora_down.weight"]
+    if "lora_mid.weight" in t:
+        up, down = up.float(), _around(t["lora_mid.weight"], down.flatten(1))
+    return (up, down), up.shape[1]
+
+
+def _loha(t):
+    """(w1_a w1_b) o (w2_a w2_b), element by element: of two sums of R outer products a sum of R x R."""
+    up1, down1 = _factor(t, "hada_w1", "hada_t1")
+    up2, down2 = _factor(t, "hada_w2", "hada_t2")
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
+    return (up, down), len(t["hada_w1_b"])
+
+
+def _lokr(t):
+    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks w2's divides it, as in ComfyUI."""
+    up1, down1 = _factor(t, "lokr_w1")
+    up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
+    rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)
+    return (torch.kron(up1, up2), torch.kron(down1, down2)), rank
+
+
+def _factor(t, name, core=None):
+    """One factor as U [n, r], D [r, k]: whole beside an identity, or w_a w_b, or w_a and w_b around a Tucker core."""
+    if name in t:
+        whole = t[name].float().flatten(1)
+        return full_rank(whole, whole, {})[:2]
+    a, b = t[f"{name}_a"].float(), t[f"{name}_b"].float()
+    return (a.t().contiguous(), _around(t[core], b)) if core in t else (a, b.flatten(1))
+
+
+def _around(core, b):
+    """A Tucker core [R, R, height, width] times b [R, channels] -> [R, channels x height x width]."""
+    return torch.einsum("ijhw,jk->ikhw", core.float(), b.float()).flatten(1).contiguous()
+
+
+def _decomposed(name, core=None):
+    return [f"{name}_a", f"{name}_b", *([core] if core else [])]
+
+
+_LORA = ["lora_up.weight", "lora_down.weight"]
+_ALGORITHMS = {
+    frozenset(_LORA): _lora,
+    frozenset([*_LORA, "lora_mid.weight"]): _lora,
+    frozenset(_decomposed("hada_w1") + _decomposed("hada_w2")): _loha,
+    frozenset(_decomposed("hada_w1", "hada_t1") + _decomposed("hada_w2", "hada_t2")): _loha,
+    **{
+        frozenset(w1 + w2): _lokr
+        for w1 in (["lokr_w1"], _decomposed("lokr_w1"))
+        for w2 in (["lokr_w2"], _decomposed("lokr_w2"), _decomposed("lokr_w2", "lokr_t2"))
+    },
+}
+KINDS = frozenset().union(*_ALGORITHMS)
+'''
+
+# =============================================================================== common/adapter_files/merging.py
+
+MODULES['common/adapter_files/merging.py'] = r'''
+"""Adapters fused into the model that they were loaded beside, and that model written as a new diffusers folder."""
+
+import json
+import os
+import shutil
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from common.errors import UserError
+from common.files import write_json
+from common.model.model_kind import SCHEDULER
+
+if TYPE_CHECKING:  # slow to import
+    from diffusers import StableDiffusionXLPipeline
+
+    from common.model.loading import Model
+
+SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
+# byte for byte: saved again, tokenizers lose files that other tools read
+COPIED = ("scheduler", "tokenizer", "tokenizer_2")
+
+
+def merge(
+    pipeline: "StableDiffusionXLPipeline", adapters: list[tuple[str, float]], model: "Model", place: Path, record: dict
+) -> None:
+    """Fuse adapters into a pipeline, layer by layer in place, and write it to a new folder, whole or not at all.
+
+    The folder renders what `set_adapters` renders at the same scales, for several LoRA and DoRA adapters together too.
+
+    Args:
+        adapters: [(name in the pipeline, scale)].
+        model: the loading.Model that the pipeline was loaded from; its own folder is only read.
+        place: Path of the new folder.
+        record: what merge.json in it says.
+    Raises:
+        UserError: no room on the disk, not writable, merged weights that are not finite.
+    """
+    _check_room(pipeline, place)
+    _fuse(pipeline, adapters)
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    try:
+        _write(pipeline, model, partial, record)
+        partial.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--merge {place}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_room(pipeline, place):
+    tensors = chain.from_iterable(getattr(pipeline, name).parameters() for name in SAVED)
+    disk = next(folder for folder in place.absolute().parents if folder.is_dir())
+    needed = sum(tensor.nbytes for tensor in tensors)
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(
+            f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk"
+        )
+
+
+def _fuse(pipeline, adapters):
+    """Add the adapters to the weights and take their layers out: what remains is a plain model."""
+    pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+    try:
+        pipeline.fuse_lora(safe_fusing=True)  # at the scales just set; lora_scale would come on top
+    except ValueError:
+        raise UserError(f"--merge: the merged weights are not finite in {pipeline.dtype}; lower the scales") from None
+    pipeline.unload_lora_weights()
+
+
+def _write(pipeline, model, folder, record):
+    """The weights as the libraries save them; everything that no adapter changes as it lies in the model's folder."""
+    for name in SAVED:
+        getattr(pipeline, name).save_pretrained(folder / name)
+    for name in COPIED:
+        shutil.copytree(model.folder / name, folder / name)
+    shutil.copy(model.folder / "model_index.json", folder)
+    # a flag, or the model's single file, may have said what the scheduler is
+    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:
+        write_json(folder / SCHEDULER, model.scheduler)
+    write_json(folder / "merge.json", record)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes its files unreadable for others
+'''
+
+# ================================================================================= common/adapter_files/names.py
+
+MODULES['common/adapter_files/names.py'] = r'''
 """Names of SDXL's layers in adapter files: those of diffusers, the original layout, kohya, LyCORIS and ComfyUI."""
 
 import re
@@ -350,9 +1038,104 @@ def original_name(name: str, layers_per_block: int) -> str:
     return f"output_blocks.{first + index}.{_PARTS[kind]}.{rest}"
 '''
 
-# ===================================================================================== common/adapter_reading.py
+# =========================================================================== common/adapter_files/peft_format.py
 
-MODULES['common/adapter_reading.py'] = r'''
+MODULES['common/adapter_files/peft_format.py'] = r'''
+"""PEFT's adapter folder, written and read: adapter_model.safetensors and adapter_config.json beside it."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+
+from common.adapter_files.checks import misfitting_keys, rendering_config
+from common.adapter_files.names import COMPONENTS
+from common.errors import UserError
+from common.files import read_safetensors, write_safetensors
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def save_peft(
+    folder: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
+) -> None:
+    """Write the UNet's adapter into `folder`, those of text encoders into its text_encoder and text_encoder_2.
+
+    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it
+    back.
+    """
+    from peft import get_peft_model_state_dict
+
+    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
+        part = folder if component == "unet" else folder / component
+        weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
+        write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
+
+        # the configuration, for use and not for more training
+        config = copy.copy(module.peft_config["default"])
+        config.base_model_name_or_path = recipe["base_model"]
+        config.inference_mode = True
+        config.lora_dropout = 0.0  # of training: the recipe keeps it
+        base = type(module)
+        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        config.save_pretrained(part, auto_mapping_dict=mapping)
+
+
+def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
+    """A folder of the UNet or of one text encoder, and the folders of text encoders that save_peft puts into it.
+
+    Returns:
+        as adapter_reading.read_adapter.
+    Raises:
+        UserError: no configuration, or one that cannot be read or is of another kind of adapter.
+    """
+    nested = [file.parent / component / PEFT_WEIGHTS for component in COMPONENTS[1:]]
+    weights, configs = {}, {}
+    for part in (file, *(part for part in nested if part.exists())):
+        config = _config(part)
+        tensors, _ = read_safetensors(part, from_anywhere=True)
+        named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+        component, named = _component(modules, named)
+        weights[component] = named
+        configs[component] = config
+    return weights, configs
+
+
+def _config(file):
+    """LoraConfig arguments beside a PEFT file."""
+    place = file.parent / PEFT_CONFIG
+    if not place.exists():
+        raise UserError(f"--lora {file}: a PEFT file needs its {PEFT_CONFIG} beside it")
+    try:
+        described = dict(json.loads(place.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
+    if (kind := described.get("peft_type")) != "LORA":
+        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
+    return rendering_config(file, PEFT_CONFIG, described)
+
+
+def _component(modules, weights):
+    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
+    named = {
+        component: weights if component == "unet" else _named_as_in(modules[component], weights)
+        for component in COMPONENTS
+    }
+    return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
+
+
+def _named_as_in(encoder, weights):
+    """The opposite of adapter_names.portable, where `encoder` is one without the prefix."""
+    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
+    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
+'''
+
+# =============================================================================== common/adapter_files/reading.py
+
+MODULES['common/adapter_files/reading.py'] = r'''
 """Adapter files of every format -> weights under PEFT's names: `find_adapter` resolves a path, `read_adapter` reads it.
 
 What would fit in part or change nothing is refused: diffusers and PEFT do both with a warning.
@@ -363,9 +1146,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from common import diffusers_format, layer_reading, peft_format
-from common.adapter_checks import check_values, check_weights
-from common.command_line import UserError
+from common.adapter_files import diffusers_format, layer_reading, peft_format
+from common.adapter_files.checks import check_values, check_weights
+from common.errors import UserError
 from common.files import read_safetensors
 
 
@@ -441,610 +1224,55 @@ def read_adapter(file: Path, modules: dict, say: Callable = print) -> tuple[dict
     return weights, configs
 '''
 
-# ============================================================================================ common/adapters.py
+# ======================================================================================== common/cli/__init__.py
 
-MODULES['common/adapters.py'] = r'''
-"""Which layers get an adapter, and where its numbers lie: in one flat fp32 buffer that PEFT's parameters view."""
-
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-
-import torch
-
-from common.command_line import UserError
-from common.graphs import side_by_side
-
-TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def add_lora(
-    unet: torch.nn.Module,
-    targets: Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_dora: bool = False,
-) -> None:
-    """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
-
-    A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
-    Raises:
-        UserError: a target that matches no layer, or one that cannot be adapted.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    # every target is a layer that can have one
-    adaptable = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
-    for target in targets:
-        found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
-        if not found:
-            raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [type(module).__name__ for module in found if not isinstance(module, adaptable)]:
-            raise UserError(
-                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, "
-                f"this is a {other[0]}"
-            )
-
-    # in fp32: on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
-    unet.add_adapter(config)
-    cast_training_params(unet, torch.float32)
-
-
-def add_text_lora(encoders: Iterable[torch.nn.Module], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
-
-    By PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig, inject_adapter_in_model
-
-    for encoder in encoders:
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
-        inject_adapter_in_model(config, encoder)
-        cast_training_params(encoder, torch.float32)
-        encoder.train()
-
-
-def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """[(name, parameter)] of what will be trained."""
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def count(module: torch.nn.Module) -> int:
-    """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
-    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
-
-
-@contextlib.contextmanager
-def without_dropout(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Inside, `modules` compute as they will after training."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()
-
-
-class FlatParameters:
-    """All trainable numbers in one fp32 buffer and all their gradients in another.
-
-    Norm, clipping, zeroing, all-reduce, EMA and saving are then one operation each, and an optimizer has one parameter
-    per group instead of 1,120.
-
-    Args:
-        groups: [(named parameters, options)]; options are those of a torch optimizer's group (lr, weight_decay).
-        dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
-    """
-
-    def __init__(self, groups: list[tuple[list, dict]], dtype: torch.dtype = torch.float32) -> None:
-        named = [pair for pairs, _ in groups for pair in pairs]
-        self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
-        self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
-        self.grad = torch.zeros_like(self.data)
-        self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
-
-        # PEFT's parameters become views
-        self._parts = {}
-        start = 0
-        for _, parameter in named:
-            part = self._parts[parameter] = slice(start, start := start + parameter.numel())
-            parameter.data = self.data[part].view_as(parameter)
-            parameter.grad = self.grad[part].view_as(parameter)
-
-        # the optimizer's groups are longer views
-        self.groups = []
-        start = 0
-        for pairs, options in groups:
-            part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
-            flat = torch.nn.Parameter(self.data[part])
-            flat.grad = self.grad[part]
-            self.groups.append({"params": [flat], **options})
-
-        self.followers = []  # what else is derived from the parameters: functions that `publish` calls
-
-    def __len__(self) -> int:
-        return self.data.numel()
-
-    def compute_copy(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
-        return self._compute[self._parts[parameter]].view_as(parameter)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """After the numbers changed: renew everything that is derived from them."""
-        if self._compute is not self.data:
-            self._compute.copy_(self.data)
-        side_by_side(self.followers, self.data.device)
-
-
-def make_optimizer(
-    flat: FlatParameters,
-    use_8bit: bool,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-) -> torch.optim.Optimizer:
-    """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
-    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
-    if use_8bit:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(flat.groups, **options)
-    return torch.optim.AdamW(flat.groups, **options, fused=flat.data.is_cuda)
-
-
-class EMA:
-    """Exponential moving average of the flat buffer, with the ramp min(decay, (1 + step) / (10 + step)).
-
-    Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
-    """
-
-    def __init__(self, flat: FlatParameters, decay: float) -> None:
-        self.flat = flat
-        self.decay = decay
-        self.average = flat.data.clone()
-
-    def update(self, step: int) -> None:
-        """Once per optimizer step; `step` counts from 1."""
-        self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
-        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
-        self.flat.data.copy_(self.average)
-        self.flat.publish()
-        try:
-            yield
-        finally:
-            self.flat.data.copy_(trained)
-            self.flat.publish()
+MODULES['common/cli/__init__.py'] = r'''
+"""The command line: flags and what is true of them, checks, hub ids, one line for an error; without torch."""
 '''
 
-# ============================================================================================ common/attached.py
+# ==================================================================================== common/cli/command_line.py
 
-MODULES['common/attached.py'] = r'''
-"""What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
-
-import os
-import time
-from typing import NamedTuple
-
-KAGGLE_INPUT = "/kaggle/input"
-DEPTH = 6  # folders below the root: Kaggle's own layout takes up to five
-SEARCH_S = 1.5  # a data set of a million files is not searched to its end
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-class Attached(NamedTuple):
-    """Folders, each list sorted."""
-
-    models: list[str]  # with model_index.json
-    data: list[str]  # with metadata.jsonl or .csv, or with a .txt beside a picture
-    wheels: list[str]  # with .whl files
-
-
-def find_attached(root: str = KAGGLE_INPUT) -> Attached:
-    """Search `root`, which may be absent; below a model or a data folder nothing more is looked for."""
-    found = Attached([], [], [])
-    started_s = time.monotonic()
-    for folder, below, files in os.walk(root):
-        below.sort()
-        if any(name.endswith(".whl") for name in files):
-            found.wheels.append(folder)
-
-        # A model or a data set ends the search of its branch, as do depth and time.
-        if "model_index.json" in files:
-            found.models.append(folder)
-            below.clear()
-        elif _holds_captions(files):
-            found.data.append(folder)
-            below.clear()
-        elif folder.count(os.sep) - root.count(os.sep) >= DEPTH or time.monotonic() - started_s > SEARCH_S:
-            below.clear()
-    return Attached(*map(sorted, found))
-
-
-def _holds_captions(files: list[str]) -> bool:
-    """Whether these are the files of a folder that `--train_data_dir` can read."""
-    if "metadata.jsonl" in files or "metadata.csv" in files:
-        return True
-    texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
-    return any(os.path.splitext(name)[0] in texts for name in files if name.lower().endswith(IMAGE_SUFFIXES))
-'''
-
-# =============================================================================================== common/cards.py
-
-MODULES['common/cards.py'] = r'''
-"""A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
-
-import re
-
-
-def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
-    """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
-
-    Code for sm_XY runs on cards of the same X and at least that Y. Code for compute_XY runs on every later one
-    (CUDA C++ programming guide, application compatibility). Builds for other makers' cards name neither: not judged.
-
-    Args:
-        name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
-    """
-    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
-    codes = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
-    if not codes or any(_runs(kind, built, capability) for kind, built in codes):
-        return None
-    oldest = min(built for _, built in codes)
-    return (
-        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it,"
-        f" only for sm_{oldest[0]}{oldest[1]} and other cards; choose another GPU (Kaggle: choose GPU T4 x2)"
-    )
-
-
-def _runs(kind, built, capability):
-    return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
-'''
-
-# ===================================================================================== common/chosen_adapters.py
-
-MODULES['common/chosen_adapters.py'] = r'''
-"""The adapters that a command line means: PATH or PATH:SCALE, those that lie in outputs/, and their averaged weights.
-
-Nothing here imports torch: an adapter that is not there is refused at once.
-"""
-
-import re
-from pathlib import Path
-from typing import NamedTuple
-
-from common import run_folder
-from common.command_line import UserError
-
-EMA_FOLDER = "ema_unet"
-
-
-class Adapter(NamedTuple):
-    """An adapter as the user named it: a file or folder, and how strongly it counts."""
-
-    path: Path
-    scale: float
-
-
-def parse_lora(text: str) -> Adapter:
-    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
-
-    Raises:
-        UserError: no such path.
-    """
-    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
-    if scaled and not Path(text).exists():
-        path, scale = Path(scaled[1]), float(scaled[2])
-    else:
-        path, scale = Path(text), 1.0
-    if not path.exists():
-        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
-    return Adapter(path, scale)
-
-
-def chosen_adapters(flags) -> list[Adapter]:
-    """The adapters of --lora, or for --compare those in outputs/; averaged ones with --ema; scaled by --lora_scale.
-
-    Raises:
-        UserError: no such adapter, no averaged weights, nothing to compare.
-    """
-    chosen = [parse_lora(text) for text in flags.lora]
-    if flags.ema:
-        chosen = [_averaged(adapter) for adapter in chosen]
-    if flags.compare and not chosen:
-        chosen = _adapters_in_outputs(flags)
-    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
-
-
-def _averaged(adapter):
-    if not (adapter.path / EMA_FOLDER).is_dir():
-        raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
-    return Adapter(adapter.path / EMA_FOLDER, adapter.scale)
-
-
-def _adapters_in_outputs(flags):
-    """What --compare takes where no adapter is named."""
-    pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
-    places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
-    chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
-    if not chosen:
-        raise UserError(
-            f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
-        )
-    print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
-    return chosen
-'''
-
-# ============================================================================================= common/columns.py
-
-MODULES['common/columns.py'] = r'''
-"""The columns of a comparison: the base model and its adapters, with titles and file names that are their own."""
-
-import itertools
-import re
-from pathlib import Path
-from typing import NamedTuple
-
-from common import manifest
-from common.chosen_adapters import EMA_FOLDER
-from common.command_line import UserError
-
-
-class Column(NamedTuple):
-    """One way to render every prompt."""
-
-    title: str
-    active: list  # [(name in the pipeline, scale)], none of them for the base
-    sources: list  # of the adapters, for the manifest
-    stem: str  # what its files' names begin with
-
-
-def make_columns(flags, sampler, adapters: list, files: list[Path]) -> list[Column]:
-    """Load the adapters: with --compare the base and each adapter are a column, else all of them together are one.
-
-    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
-    """
-    # Every adapter that fits, with its title and source
-    loaded = []
-    for adapter, file in zip(adapters, files):
-        try:
-            name = sampler.load(file)
-        except UserError as error:
-            if flags.lora:
-                raise
-            sampler.host.say(f"left out: {error}")
-            continue
-        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
-        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
-
-    # Side by side, or together
-    if flags.compare and not loaded:
-        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
-    if not flags.compare:
-        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
-        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
-
-    # Titles and file names of their own
-    columns = []
-    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
-        title = unused(title, [column.title for column in columns], "{} ({})")
-        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
-    return columns
-
-
-def stem_of(title: str, used: list[str]) -> str:
-    """`title` as the beginning of a file name that no other column has."""
-    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
-
-
-def unused(name: str, used: list[str], numbered: str) -> str:
-    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
-    names = itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
-    return next(one for one in names if one not in used)
-
-
-def title_of(file: Path, scale: float) -> str:
-    """An adapter's name in pictures and files: its run's folder, with step, EMA, kohya and scale where they matter."""
-    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
-    if folder.name == EMA_FOLDER:
-        title = f"{folder.parent.name} EMA"
-    elif step:
-        title = f"{folder.name} step {int(step[1])}"
-    elif folder.name == "kohya":
-        title = f"{file.stem} kohya"
-    elif folder.name == "peft":
-        title = f"{folder.parent.name} peft"
-    else:
-        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
-    return title if scale == 1 else f"{title} x{scale:g}"
-'''
-
-# ======================================================================================== common/command_line.py
-
-MODULES['common/command_line.py'] = r'''
-"""The command line as a dataclass: `flag()` declares one option, `parse()` reads them, `run()` calls a script's main.
+MODULES['common/cli/command_line.py'] = r'''
+"""The command line as a dataclass: `parse()` reads its flags, and --help shows them in groups.
 
 Nothing here imports torch: `--help`, a misspelt flag and a wrong value are answered at once.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import errno
 import json
 import os
 import re
-import shlex
-import signal
+import shutil
 import sys
-import tempfile
-import traceback
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, TypeVar, get_args
 
-from common import launch, packages, stopping
-from common.places import CACHE_DIR
+from common.cli.flag_facts import GROUPS, SHARE, default_of, local_path
+from common.cli.other_tools import our_name
+from common.errors import UserError
+from common.system import packages
+from common.system.places import CACHE_DIR
 
 packages.require_parser()
 
 import argparse_dataclass  # noqa: E402
 
-from common.other_tools import our_name  # noqa: E402
-
 DEMO_ROOT = Path(CACHE_DIR) / "demo"
-
-
-LONGEST_WORD, LONGEST_LINE = 300, 1500
-
-
-class UserError(Exception):
-    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do; long values are shortened."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-def one_line(text: str) -> str:
-    """`text` without line breaks, and without the middle of what nobody reads to its end."""
-    words = [_without_middle(word, LONGEST_WORD) for word in text.split()]
-    return _without_middle(" ".join(words), LONGEST_LINE)
-
-
-def _without_middle(text: str, longest: int) -> str:
-    """`text` of at most `longest` characters: its beginning and its end."""
-    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
-
-
-def flag(default, help, **metadata):
-    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same.
-
-    Metadata `demo` is the default that `--demo` gives it, in a class that has such a flag.
-    """
-    if isinstance(default, list):
-        return dataclasses.field(
-            default_factory=lambda: list(default), metadata={"help": help, "nargs": "+", **metadata}
-        )
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
-def local_path(text):
-    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return os.path.expanduser(text)
-
-
 TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")
+WIDTH = 100  # columns of --help at most
+HELP_COLUMN = 34
+METAVARS = {int: "N", float: "X", str: "TEXT", local_path: "PATH"}
+Flags = TypeVar("Flags")
 
 
-class Switch(argparse.Action):
-    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
+def parse(cls: type[Flags], argv: Sequence[str] | None = None) -> Flags:
+    """Read `argv` (the command line when None) into the dataclass `cls`.
 
-    def __init__(self, option_strings, dest, **kwargs):
-        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
-        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
-
-
-class Parser(argparse_dataclass.ArgumentParser):
-    """argparse-dataclass with both spellings of a name, switches that can be cleared, repeatable lists, defaults in
-    the help, and errors raised as UserError."""
-
-    def __init__(self, cls):
-        self._shown_defaults = {f.name: _shown(f) for f in dataclasses.fields(cls)}
-        self._optional = {f.name for f in dataclasses.fields(cls) if type(None) in get_args(f.type)}
-        super().__init__(cls, description=cls.__doc__, allow_abbrev=False)
-
-    def add_argument(self, *names, **kwargs):
-        if names[0] == "-h":
-            return super().add_argument(*names, **kwargs)
-        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
-        if str(kwargs.get("action")).startswith("store_") or kwargs.get("type") is bool:
-            kwargs["action"] = Switch
-            kwargs.pop("type", None)
-        elif "nargs" in kwargs:
-            kwargs["action"] = "extend"
-        if dest in self._optional and "type" in kwargs:
-            kwargs["type"] = _or_none(kwargs["type"])
-            if "choices" in kwargs:
-                kwargs["metavar"] = f"{{{','.join(kwargs['choices'])},none}}"
-                kwargs["choices"] = [*kwargs["choices"], None]
-        kwargs["default"] = argparse.SUPPRESS  # only what was typed reaches the dataclass, which owns the defaults
-        kwargs["help"] = f"{kwargs['help']} (default: {self._shown_defaults[dest]})".replace("%", "%%")
-        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
-        return super().add_argument(*spellings, dest=dest, **kwargs)
-
-    def error(self, message):
-        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            message += self._hint(typed)
-        raise UserError(f"{message} (--help lists every flag)")
-
-    def _hint(self, typed):
-        """What may be meant by an unknown flag: another tool's name for one of ours, or a misspelt one."""
-        theirs = typed.lstrip("-").replace("-", "_")
-        if ours := our_name(theirs, set(self._shown_defaults)):
-            return f"; {typed} is called --{ours} here"
-        known = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(typed, known, n=1)
-        return f"; did you mean {close[0]}?" if close else ""
-
-    def refuse_values_of_switches(self, argv):
-        """A switch takes no value: `--use_ema false` would leave a stray word, and `--use_ema=false` an explanation that explains nothing.
-
-        Raises:
-            UserError: naming the two spellings that there are.
-        """
-        switches = {
-            option: action.dest
-            for action in self._actions
-            if isinstance(action, Switch)
-            for option in action.option_strings
-        }
-        for typed, following in zip(argv, [*argv[1:], ""]):
-            option, joined, value = typed.partition("=")
-            value = value if joined else following
-            if option in switches and (joined or value.lower() in TRUTH_VALUES):
-                name = switches[option]
-                raise UserError(
-                    f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it"
-                )
-
-
-def _or_none(convert):
-    """A type for argparse that also takes the word "none"."""
-
-    def converter(text):
-        return None if text.lower() == "none" else convert(text)
-
-    converter.__name__ = convert.__name__
-    return converter
-
-
-def _shown(field):
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return (
-        " ".join(default)
-        if isinstance(default, list) and default
-        else default or ("none" if default in (None, []) else default)
-    )
-
-
-def parse(cls, argv=None):
-    """Read `argv` (the command line when None) into the dataclass `cls`. `--demo` changes defaults; what is typed still wins.
+    `--demo` changes defaults; what is typed still wins.
 
     Raises:
         UserError: for whatever argparse refuses.
@@ -1063,141 +1291,169 @@ def parse(cls, argv=None):
     return parser.parse_args(argv)
 
 
-def _demo_defaults(cls):
-    """What `--demo` changes: see common/demo_settings.py, and the flags' own metadata."""
+def _demo_defaults(cls: type) -> dict[str, Any]:
+    """What `--demo` changes: see common/cli/demo_settings.py, and the flags' own facts."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices this small lose time to a second thread, up to tenfold
-    from common.demo_settings import demo_settings
+    from common.cli.demo_settings import demo_settings
 
     fields = {field.name: field for field in dataclasses.fields(cls)}
     own = {name: field.metadata["demo"] for name, field in fields.items() if "demo" in field.metadata}
     return {name: value for name, value in {**demo_settings(DEMO_ROOT), **own}.items() if name in fields}
 
 
-def print_config(flags):
+def print_config(flags: Any) -> None:
     """What --dry_run shows: the resolved flags as JSON."""
     print(json.dumps(dataclasses.asdict(flags), indent=2))
 
 
-GONE_TO_THE_END = (
-    None,
-    "finished",
-    "early stopping",
-)  # what a training's "ended" says when there is nothing to go on with
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# ---------------------------------------------------------------- the parser
 
 
-def run(main):
-    """Call a script's main; a UserError becomes one line on stderr and exit status 2, as do a full disk and a full GPU.
+class Parser(argparse_dataclass.ArgumentParser):
+    """argparse-dataclass with groups, both spellings of a name, and switches that can be cleared.
 
-    A signal outside of the training loop is one line and exit status 128 + its number: 130 after Ctrl-C. Any other error is one line and
-    1, with its traceback in a file. A training that a signal or the time limit has ended names as its last line the command that goes on.
-    A reader of stdout who leaves (`| head`) does not end the run.
+    Lists are repeatable, the help names defaults, and errors are raised as UserError.
     """
-    stopping.end_in_order()
-    with _outliving_its_reader():
-        try:
-            result = main()
-        except (KeyboardInterrupt, Exception) as error:
-            said, status = _told(error)
-        else:
-            if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
-                print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
-            launch.leave_group()
-            return result
-    if launch.rank() == 0 or status in (1, 2):
-        launch.say_last(said)
-    sys.exit(status)
+
+    def __init__(self, cls: type):
+        self._fields = {field.name: field for field in dataclasses.fields(cls)}
+        self._groups = {}
+        super().__init__(
+            cls,
+            usage="%(prog)s [--flag VALUE ...]",
+            description=cls.__doc__,
+            allow_abbrev=False,
+            formatter_class=_Formatter,
+        )
+
+    def add_argument(self, *names, **kwargs):
+        """Called by argparse for -h, and by argparse-dataclass for each field."""
+        if names[0] == "-h":
+            return super().add_argument(*names, **kwargs)
+        dest = kwargs.pop("dest", names[0][2:].replace("-", "_"))
+        field = self._fields[dest]
+        kwargs |= _reading(field, kwargs)
+
+        # Only what was typed reaches the dataclass, which owns the defaults.
+        kwargs["default"] = argparse.SUPPRESS
+        kwargs["help"] = f"{kwargs['help']} (default: {_shown(default_of(field))})".replace("%", "%%")
+        spellings = dict.fromkeys((f"--{dest}", f"--{dest.replace('_', '-')}"))
+
+        # All groups are made at the first flag, so that they stand in the order of GROUPS; empty ones are not shown.
+        self._groups = self._groups or {title: self.add_argument_group(title) for title in GROUPS}
+        group = self._groups.get(field.metadata.get("group"), super())
+        return group.add_argument(*spellings, dest=dest, **kwargs)
+
+    def error(self, message):
+        for typed in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            message += self._hint(typed)
+        raise UserError(f"{message} (--help lists every flag)")
+
+    def _hint(self, typed: str) -> str:
+        """What may be meant by an unknown flag: another tool's name for one of ours, or a misspelt one."""
+        theirs = typed.lstrip("-").replace("-", "_")
+        if ours := our_name(theirs, set(self._fields)):
+            return f"; {typed} is called --{ours} here"
+        known = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(typed, known, n=1)
+        return f"; did you mean {close[0]}?" if close else ""
+
+    def refuse_values_of_switches(self, argv: Sequence[str]) -> None:
+        """A switch takes no value: argparse would call the `false` of `--use_ema false` a stray word.
+
+        Raises:
+            UserError: naming the two spellings that there are.
+        """
+        switches = [action for action in self._actions if isinstance(action, Switch)]
+        names = {option: action.dest for action in switches for option in action.option_strings}
+        for typed, following in zip(argv, [*argv[1:], ""]):
+            option, joined, value = typed.partition("=")
+            value = value if joined else following
+            if option in names and (joined or value.lower() in TRUTH_VALUES):
+                name = names[option]
+                raise UserError(
+                    f"{option} {value}: a switch takes no value; write --{name} to set it, --no_{name} to clear it"
+                )
 
 
-def _told(error: BaseException) -> tuple[str, int]:
-    """(what is said, the exit status) of an error that ends a script."""
-    if isinstance(error, KeyboardInterrupt):
-        number = error.args[0] if error.args else signal.SIGINT
-        return stopping.ended_by(number), 128 + number
-    if isinstance(error, UserError):
-        return f"error: {error}", 2
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return f"error: {one_line(str(error))}: make room there, or name another place", 2
-    if isinstance(error, RuntimeError):
-        from common import memory
+class Switch(argparse.Action):
+    """A bool: `--x` sets it, `--no_x` (or `--no-x`) clears it."""
 
-        if memory.ran_out(error):
-            return f"error: {memory.OutOfMemory('while loading')}", 2
-    return _unforeseen(error), 1
+    def __init__(self, option_strings, dest, **kwargs):
+        negated = [f"--no{s}{option[2:]}" for option in option_strings for s in "_-"]
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string in self.option_strings[: len(self.option_strings) // 3])
 
 
-def _unforeseen(error: Exception) -> str:
-    """The line for an error that no check has foreseen; its traceback is written to the output folder, or where that is not there to a
-    temporary one."""
-    locals_of = [
-        frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]  # the first are main's
-    output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
-    place = output_dir if output_dir and os.path.isdir(output_dir) else None
-    try:
-        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt", dir=place)
-    except OSError:  # the folder itself may be at fault
-        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt")
-    with open(descriptor, "w") as report:
-        report.write(f"{shlex.join(sys.argv)}\nPython {sys.version}\n\n{''.join(traceback.format_exception(error))}")
-    what = f"{type(error).__name__}: {one_line(str(error))}"
-    return f"error: unforeseen {what}; the traceback is in {file}, please report it with that file"
+def _reading(field: dataclasses.Field, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """argparse's words for how a flag is read; `kwargs` are argparse-dataclass's, of which "type" goes for a switch."""
+    if str(kwargs.get("action")).startswith("store_") or kwargs.get("type") is bool:
+        kwargs.pop("type", None)
+        return {"action": Switch}
+    reading = {"metavar": _metavar(field, kwargs)}
+    if "nargs" in kwargs:
+        reading["action"] = "extend"
+    if type(None) in get_args(field.type):
+        reading["type"] = _or_none(kwargs["type"])
+        if "choices" in kwargs:
+            reading["choices"] = [*kwargs["choices"], None]
+    return reading
 
 
-class _Outlet:
-    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def write(self, text):
-        with self._to_nowhere_if_closed():
-            return self._stream.write(text)
-
-    def flush(self):
-        with self._to_nowhere_if_closed():
-            self._stream.flush()
-
-    @contextlib.contextmanager
-    def _to_nowhere_if_closed(self):
-        try:
-            yield
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self._stream, name)
+def _metavar(field: dataclasses.Field, kwargs: dict[str, Any]) -> str:
+    """What stands for a value in --help: the choices, or one word."""
+    if "choices" in kwargs:
+        none = ["none"] if type(None) in get_args(field.type) else []
+        return "{" + ",".join([*kwargs["choices"], *none]) + "}"
+    usual = "SHARE" if field.metadata.get("range") is SHARE else METAVARS[kwargs["type"]]
+    return field.metadata.get("metavar", usual)
 
 
-@contextlib.contextmanager
-def _outliving_its_reader():
-    with contextlib.redirect_stdout(_Outlet(sys.stdout)), contextlib.redirect_stderr(_Outlet(sys.stderr)):
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+def _or_none(convert):
+    """A type for argparse that also takes the word "none"."""
+
+    def converter(text):
+        return None if text.lower() == "none" else convert(text)
+
+    converter.__name__ = convert.__name__
+    return converter
 
 
-class Described:
-    """Base of flag dataclasses: a subclass that overrides a field gives the new default only, and keeps the help."""
+def _shown(default: Any) -> Any:
+    """A default as --help names it."""
+    if default is None or default == []:
+        return "none"
+    return " ".join(default) if isinstance(default, list) else default
 
-    def __init_subclass__(cls):
-        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        for name in cls.__dict__.get("__annotations__", {}):
-            default = cls.__dict__.get(name)
-            if name in inherited and not isinstance(default, dataclasses.Field):
-                metadata = dict(inherited[name].metadata)
-                setattr(cls, name, flag(default, metadata.pop("help"), **metadata))
+
+class _Formatter(argparse.HelpFormatter):
+    """One spelling of each flag, and WIDTH columns at most."""
+
+    def __init__(self, prog):
+        width = min(WIDTH, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=HELP_COLUMN, width=width)
+
+    def _split_lines(self, text, width):
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)  # paths stay whole
+
+    def _format_action_invocation(self, action):
+        if action.dest == "help":
+            return super()._format_action_invocation(action)
+        name = f"--{action.dest}"
+        if isinstance(action, Switch):
+            return f"{name} / --no_{action.dest}"
+        return f"{name} {action.metavar}" + (" ..." if action.nargs == "+" else "")
 '''
 
-# ======================================================================================= common/demo_settings.py
+# =================================================================================== common/cli/demo_settings.py
 
-MODULES['common/demo_settings.py'] = r'''
+MODULES['common/cli/demo_settings.py'] = r'''
 """What `--demo` means.
 
 It trains the small SDXL on the ink drawings in demo/assets. Where those are absent
-(one-file scripts) or not wanted (tests), the tiny random SDXL of common/tiny.py and its images take their place.
+(one-file scripts) or not wanted (tests), the tiny random SDXL of common/model/tiny.py and its images take their place.
 """
 
 import os
@@ -1242,7 +1498,7 @@ TINY_DEMO = dict(
         "a smiling cat with brown eyes and yellow fur, dressed in blue, in front of a sunset",
     ],
 )
-# Part of the folder names: raise it when common/tiny.py or common/tiny_pictures.py builds something else.
+# Part of the folder names: raise it when common/model/tiny.py or common/model/tiny_pictures.py builds something else.
 VERSION = 2
 
 
@@ -1260,854 +1516,80 @@ def demo_settings(root: Path) -> dict:
     return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **own)
 '''
 
-# ============================================================================================== common/device.py
+# ===================================================================================== common/cli/flag_checks.py
 
-MODULES['common/device.py'] = r'''
-"""--mixed_precision and the hardware -> Host: this process, its device and dtype; and the memory that it takes."""
+MODULES['common/cli/flag_checks.py'] = r'''
+"""What must hold of the flags before anything heavy is imported or anything is written: ranges, places, packages.
 
-import contextlib
-import gc
-import logging
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import timedelta
-from typing import TypeVar
-
-import psutil
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
-
-from common.cards import unsupported_card
-from common.command_line import UserError
-
-GIB = 2**30
-# One process may encode, convert or render while the others wait. The default is 10 minutes.
-LONGEST_WAIT = timedelta(hours=12)
-T = TypeVar("T")
-
-
-@dataclass
-class EarlierPeak:
-    """The highest allocated memory before torch's counter was last reset: torch has one for the whole process."""
-
-    gib: float = 0.0
-
-
-@dataclass(frozen=True)
-class Host:
-    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    _: KW_ONLY
-    reason: str  # why this device and dtype
-    rank: int
-    world: int  # number of processes
-    started_s: float  # when the run began, on the monotonic clock
-    earlier_peak: EarlierPeak = field(default_factory=EarlierPeak)
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def on_cpu(self) -> "Host":
-        """The same process computing on its CPU, in fp32."""
-        return replace(self, device=torch.device("cpu"), dtype=torch.float32)
-
-    def say(self, line: str) -> None:
-        """Print a line once, however many processes there are."""
-        if self.is_main:
-            print(line, flush=True)
-
-    def gather(self, items: list[T]) -> list[T]:
-        """The lists of all processes as one list, on every process."""
-        with _all_processes():
-            return gather_object(items) if self.world > 1 else items
-
-    def barrier(self) -> None:
-        """Return when every process has come here."""
-        with _all_processes():
-            PartialState().wait_for_everyone()
-
-    def main_first(self, make: Callable[[], T]) -> T:
-        """`make()` on the main process, then on the others, which find what it left on the disk.
-
-        Where it fails on the main process, the others end without a word.
-        """
-        if not self.is_main:
-            if self.gather([]) != [True]:
-                raise SystemExit(0)  # the launcher then reports the main process, not this one
-            return make()
-        done = False
-        try:
-            made = make()
-            done = True
-            return made
-        finally:
-            self.gather([done])
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
-        if self.world > 1:
-            with _all_processes():
-                torch.distributed.all_reduce(tensor)
-        return tensor
-
-    def peak_gib(self) -> float:
-        """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
-        if self.device.type != "cuda":
-            return peak_ram_gib()
-        return max(self.earlier_peak.gib, torch.cuda.max_memory_allocated(self.device) / GIB)
-
-    def start_new_peak(self) -> None:
-        """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
-        self.earlier_peak.gib = self.peak_gib()
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-
-@contextlib.contextmanager
-def _all_processes() -> Iterator[None]:
-    """Around a call that all processes make together.
-
-    Raises:
-        UserError: it failed, as it does when another process has ended.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        ended = "another process of this run has ended, and said why; --resume_from_checkpoint latest goes on"
-        raise UserError(f"{ended} ({str(error).splitlines()[0]})") from None
-
-
-def start(mixed_precision: str = "fp16", seed: int = 0) -> Host:
-    """Join the process group of `accelerate launch` or torchrun, if any; choose device and dtype, and say so.
-
-    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
-
-    Raises:
-        UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
-    """
-    started_s = time.monotonic()
-    quieten_libraries()
-    torch.manual_seed(seed)
-
-    # Join the processes; without a GPU they talk by gloo.
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
-    state = PartialState(cpu=use_cpu, timeout=LONGEST_WAIT)
-    device = state.device if state.device.type == "cuda" else torch.device("cpu")
-
-    # Forget what an earlier run in this process has left.
-    free_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    # Choose the dtype, and say it all.
-    dtype, reason = _choose_dtype(device, mixed_precision)
-    place = dict(rank=state.process_index, world=state.num_processes)
-    host = Host(device, dtype, reason=reason, started_s=started_s, **place)
-    idle = torch.cuda.device_count() - host.world if device.type == "cuda" else 0
-    if idle > 0:
-        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
-    processes = f", {host.world} processes" if host.world > 1 else ""
-    host.say(f"device: {device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
-    return host
-
-
-def quieten_libraries() -> None:
-    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def _choose_dtype(device, mixed_precision):
-    """(dtype of the frozen model, why)."""
-    if device.type != "cuda":
-        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
-    name = torch.cuda.get_device_name(device)
-    capability = torch.cuda.get_device_capability(device)
-    if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
-        raise UserError(fault)
-    if mixed_precision == "no":
-        return torch.float32, f"{name}, --mixed_precision no"
-    if mixed_precision == "bf16":
-        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
-        if capability < (8, 0):
-            card = f"{name} (sm_{capability[0]}{capability[1]})"
-            raise UserError(f"--mixed_precision bf16: {card} has no bf16 units; use fp16")
-        return torch.bfloat16, f"{name}, --mixed_precision bf16"
-    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
-
-
-def limit_memory(device: torch.device, max_gib: float | None) -> float:
-    """Hold this process to `max_gib` of GPU memory, or to what is free if that is less or None -> the limit in GiB.
-
-    torch limits the current device, which is this one.
-    """
-    free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
-    limit_gib = min(max_gib or free_gib, free_gib)
-    total_bytes = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)
-    return limit_gib
-
-
-def peak_ram_gib() -> float:
-    """Highest resident memory of this process so far, in GiB."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / GIB
-    import resource  # not there on Windows
-
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
-
-
-def seconds_since_start() -> float:
-    """Seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
-
-
-def free_memory(device: torch.device) -> None:
-    """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
-
-    After an error, call it outside of the `except` block, which still holds the tensors.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-'''
-
-# ==================================================================================== common/diffusers_format.py
-
-MODULES['common/diffusers_format.py'] = r'''
-"""diffusers' adapter file, written and read: LAYER.lora.down.weight and .up.weight, PEFT's settings in the metadata."""
-
-import json
-from pathlib import Path
-
-import torch
-
-from common.adapter_checks import rendering_config
-from common.adapter_names import COMPONENTS, portable
-from common.command_line import UserError
-from common.files import write_safetensors
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers looks for rank, alpha and DoRA
-
-
-def save_adapter(
-    path: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
-) -> None:
-    """Write the adapters of the UNet, and of both text encoders if given, with the recipe that trained them.
-
-    The metadata holds what PEFT needs to rebuild the adapters. Without it diffusers would take alpha = rank, and
-    rank 16 / alpha 32 would load at half strength.
-    """
-    from peft import get_peft_model_state_dict
-
-    weights, described = {}, {}
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        part = {portable(component, name): tensor for name, tensor in get_peft_model_state_dict(module).items()}
-        weights |= {f"{component}.{name}": tensor for name, tensor in _spelt_by_diffusers(component, part).items()}
-        described |= {f"{component}.{name}": value for name, value in _settings(module.peft_config["default"]).items()}
-    metadata = {
-        "format": "pt",
-        ADAPTER_METADATA: json.dumps(described, sort_keys=True),
-        "recipe": json.dumps(recipe, sort_keys=True),
-    }
-    write_safetensors(path, weights, metadata)
-
-
-def read_settings(file: Path, metadata: dict) -> dict:
-    """{component: LoraConfig arguments} that diffusers wrote into a file's metadata; {} where there are none.
-
-    The keys of such a file are read by layer_reading.py, with those of other tools.
-    Raises:
-        UserError: settings that cannot be read, or that mean something else in the installed PEFT.
-    """
-    try:
-        described = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
-        fields = [(*key.partition(".")[::2], value) for key, value in described.items()]
-    except (ValueError, AttributeError):
-        raise UserError(f"--lora {file}: its {ADAPTER_METADATA} cannot be read; the file is damaged") from None
-    components = {component for component, _, _ in fields}
-    parts = {component: {name: value for part, name, value in fields if part == component} for component in components}
-    return {component: rendering_config(file, ADAPTER_METADATA, part) for component, part in parts.items()}
-
-
-def _settings(config):
-    """What of a LoraConfig a loader needs.
-
-    Not the dropout of training, which would act while rendering; nor defaults, of which an older PEFT may not know all.
-    """
-    from peft import LoraConfig
-
-    settings = {**config.to_dict(), "lora_dropout": 0.0}
-    defaults = LoraConfig().to_dict()
-    always = ("r", "lora_alpha", "rank_pattern")  # diffusers 0.37 and 0.39 look the pattern up unasked
-    needed = {name: value for name, value in settings.items() if name in always or value != defaults[name]}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in needed.items()}
-
-
-def _spelt_by_diffusers(component, weights):
-    """PEFT's keys -> diffusers', the same way for every layer.
-
-    Its own conversion respells only the attention layers of a UNet. Of a file with two spellings its loader reads only
-    that of the first key.
-    """
-    from diffusers.utils import convert_state_dict_to_diffusers
-
-    if component != "unet":
-        return convert_state_dict_to_diffusers(weights)
-    return {
-        name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): tensor
-        for name, tensor in weights.items()
-    }
-'''
-
-# ================================================================================================ common/dora.py
-
-MODULES['common/dora.py'] = r'''
-"""DoRA for other tools: as the dora_scale of ComfyUI and Forge, and as a plain LoRA for tools that know no DoRA.
-
-DoRA is W' = (W + s B A) m / ||W + s B A||, norms over rows (arXiv 2402.09353, eq. 5). W is always the weight that the
-reader of the file has: of a run on 4-bit weights the whole one in the model's files. PEFT and diffusers use m with it
-too.
-"""
-
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-from safetensors import safe_open
-
-# What a kohya file with DoRA says of itself. An open proposal would have ComfyUI divide by ||W + s B A|| instead.
-DORA_NORM = "dora_norm"
-METADATA = {
-    DORA_NORM: "base",
-    "dora_formula": "(W + alpha / rank * up @ down) * dora_scale / norm(W), norms over rows",
-    "dora_exact_in": "ComfyUI v0.3.77 and others with this formula "
-    "(comfy/weight_adapter/base.py, weight_decompose); Forge",
-    "dora_wrong_in": "A1111 (norms over columns); kohya's sd-scripts and plain diffusers (dora_scale ignored)",
-}
-
-
-def frozen_weights(unet: torch.nn.Module, files: list[Path]) -> Callable[[str], torch.Tensor]:
-    """name of an adapted layer -> its W as readers have it: a 4-bit layer's is read from the model's `files`."""
-    homes = {}
-
-    def weight(name):
-        held = unet.get_submodule(name).get_base_layer().weight
-        if held.dtype != torch.uint8:
-            return held.detach()
-        if not homes:
-            for file in files:
-                with safe_open(file, "pt") as tensors:
-                    homes.update(dict.fromkeys(tensors.keys(), file))
-        with safe_open(homes[f"{name}.weight"], "pt", device=str(held.device)) as tensors:
-            return tensors.get_tensor(f"{name}.weight")
-
-    return weight
-
-
-def dora_scale(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """PEFT's magnitude m -> the dora_scale [N, 1] with which ComfyUI and Forge compute the same weight.
-
-    For a scale of this shape, with more axes of 1 for a convolution, they compute (W + s B A) dora_scale / ||W||:
-    weight_decompose in https://github.com/comfyanonymous/ComfyUI, comfy/weight_adapter/base.py.
-    """
-    base, merged = row_norms(weight, delta)
-    return (magnitude.float().flatten() * base / merged).view(-1, *[1] * (weight.dim() - 1))
-
-
-def change(magnitude: torch.Tensor, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """W' - W, fp32, of the shape of W."""
-    _, merged = row_norms(weight, delta)
-    gain = (magnitude.float().flatten() / merged).view(-1, *[1] * (weight.dim() - 1))
-    return (weight.float() + delta.to(merged.dtype)) * gain - weight.float()
-
-
-def row_norms(weight: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(||W||, ||W + delta||) over rows, each [N], in fp32."""
-    weight = weight.detach().float()
-    return weight.flatten(1).norm(dim=1), (weight + delta.detach().to(weight)).flatten(1).norm(dim=1)
-
-
-def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The U [N, R], D [R, K] whose product is nearest to a matrix [N, K] (Eckart-Young).
-
-    U and D are of equal size, for fp16's sake. From the eigenvectors of the smaller Gram matrix, in fp64: R of them
-    are needed, and nothing of the other side.
-    """
-    if len(matrix) > matrix.shape[1]:
-        up, down = low_rank(matrix.t(), rank)
-        return down.t(), up.t()
-    values, vectors = torch.linalg.eigh(matrix.double() @ matrix.double().t())  # ascending
-    rank = min(rank, len(values))
-
-    # what is nothing but rounding is not blown up
-    smallest = (1e-12 * values[-1]).clamp(min=torch.finfo(torch.float32).tiny)
-    roots = torch.maximum(values[-rank:], smallest).sqrt().sqrt()
-    vectors = vectors[:, -rank:]
-    return (vectors * roots).float(), (vectors.t() @ matrix.double() / roots[:, None]).float()
-'''
-
-# =============================================================================================== common/files.py
-
-MODULES['common/files.py'] = r'''
-"""Files that a reader finds whole or not at all, on the disk before they count; safetensors files know when a byte has changed."""
-
-import contextlib
-import errno
-import json
-import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-
-import torch
-import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from common.command_line import UserError
-
-HASHES = (
-    "xxh3_64"  # key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under ""
-)
-NO_FOLDER_SYNC = (
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EBADF,
-)  # what file systems answer that cannot sync a folder
-
-
-class DamagedFile(UserError):
-    """A file that is not what was written."""
-
-
-# ---------------------------------------------------------------- whole or absent
-
-
-def partial_name(path: Path) -> Path:
-    """A name beside `path` that no other process uses, to write to until it can take the place of `path`."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Inside, the name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
-    partial = partial_name(path)
-    try:
-        yield partial
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):  # that of the block itself says more
-            partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """The same for a folder, which is yet to be made; one that has the name already goes out of the way first, and then away."""
-    partial = partial_name(folder)
-    try:
-        yield partial
-        _sync(partial)
-        if folder.exists():
-            remove_folder(folder, replaced_by=partial)
-        else:
-            partial.rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def remove_folder(folder: Path, replaced_by: Path | None = None) -> None:
-    """Remove a folder so that it is whole or absent at every instant; another one may take its name."""
-    doomed = partial_name(folder)
-    folder.rename(doomed)
-    if replaced_by is not None:
-        replaced_by.rename(folder)
-    shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlast a power cut (fsync). Windows has no such call for folders."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never a part."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def write_safetensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
-    """The same for tensors, with a hash of each in the metadata.
-
-    Raises:
-        OSError: where it cannot be written; safetensors has an error of its own for that, with the number in its text.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = metadata or {}
-    hashes = {"": _hash_of_metadata(metadata), **{name: _hash(name, tensor) for name, tensor in copies.items()}}
-    with replacing(path) as partial:
-        try:
-            save_file(copies, partial, {**metadata, HASHES: json.dumps(hashes)})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-        partial.chmod(0o644)  # safetensors makes its files unreadable for others
-
-
-def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, dict]:
-    """({name: tensor on the CPU}, metadata) of a safetensors file, each tensor as it was written.
-
-    Args:
-        from_anywhere: another tool may have written it and copied our metadata into it; it is then read as one without hashes.
-    Raises:
-        DamagedFile: naming the file and what in it has changed.
-    """
-    try:
-        with safe_open(path, "pt") as opened:
-            if damaged := first_damage(opened, from_anywhere=from_anywhere):
-                raise DamagedFile(f"{path}: damaged, {damaged} is not what was written; make it or copy it again")
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise DamagedFile(f"{path}: damaged or not a safetensors file ({error}); make it or copy it again") from None
-
-
-def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
-    """What in an open safetensors file is not as it was written; None where all is, and where the file has no hashes.
-
-    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata: it has no hashes of its own.
-    """
-    metadata = dict(opened.metadata() or {})
-    try:
-        hashes = dict(json.loads(metadata.pop(HASHES, "{}")))
-    except (ValueError, TypeError):
-        return "its metadata"
-    if not hashes:
-        return None
-    names = set(opened.keys())
-    wrong = [
-        name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])
-    ]
-    matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
-    if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
-        return None
-    if wrong:
-        return wrong[0]
-    return None if hashes.get("") == _hash_of_metadata(metadata) else "its metadata"
-
-
-def _hash(name: str, tensor: torch.Tensor) -> str:
-    digest = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _hash_of_metadata(metadata: dict) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
-'''
-
-# =============================================================================================== common/flags.py
-
-MODULES['common/flags.py'] = r'''
-"""The flags of the scripts, as documented dataclasses; `check()` refuses what cannot work.
-
-Nothing here imports torch: a wrong value is answered at once.
+Nothing here imports torch: what cannot work is refused at once.
 """
 
 import contextlib
 import importlib.util
-import math
 import netrc
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Literal, Optional
+from typing import Any
 from urllib.parse import urlsplit
 
-from common import packages, run_folder
-from common.command_line import CACHE_DIR, DEMO_ROOT, Described, UserError, flag, local_path
+from common import run_folder
+from common.cli.command_line import DEMO_ROOT
+from common.cli.flag_facts import outside_range
+from common.cli.flags import TrainFlags
+from common.cli.model_flags import ModelFlags
+from common.errors import UserError
+from common.system import packages
 
-ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
 POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' polynomial schedule ends
 
 
-@dataclass
-class ModelFlags(Described):
-    """Which model to load, and how: the same for every script."""
-
-    pretrained_model_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "SDXL: hub id, local folder or single .safetensors file",
-        type=local_path,
-    )
-    pretrained_vae_model_name_or_path: Optional[str] = flag(
-        None,
-        "VAE: hub id or folder; none means madebyollin/sdxl-vae-fp16-fix for a hub model with SDXL's original VAE, else the model's own",
-        type=local_path,
-    )
-    config_name_or_path: str = flag(
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        "where configs and tokenizers of a single-file model come from: hub id or folder",
-        type=local_path,
-    )
-    variant: Optional[str] = flag(
-        "fp16", "weight files to prefer; plain ones are used where a local folder has no such variant"
-    )
-    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model")
-    prediction_type: Optional[str] = flag(
-        None,
-        "what the model predicts, for files that do not say it; none means by its files",
-        choices=["epsilon", "v_prediction"],
-    )
-    zero_terminal_snr: Optional[bool] = flag(
-        None,
-        "the model's last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files",
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
-        "fp16", "precision of the model on a GPU; a CPU computes in fp32"
-    )
-    cache_dir: str = flag(
-        CACHE_DIR,
-        "where encoded images and captions, and unpacked single-file models, are kept between runs",
-        type=local_path,
-    )
-    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop")
-    demo: bool = flag(False, "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU")
-
-
-@dataclass
-class TrainFlags(ModelFlags):
-    """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
-
-    # data
-    dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs")
-    train_data_dir: List[str] = flag(
-        [],
-        "folder of images with metadata.jsonl/.csv or .txt captions, of parquet or arrow files, or written by save_to_disk; repeatable;"
-        " FOLDER:2 shows each of its images twice an epoch, and so does a folder 2_NAME in it; wins over --dataset_name; a name under"
-        " /kaggle/input works too",
-        type=local_path,
-    )
-    image_column: str = flag("image", "column of the images in a hub data set")
-    caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file")
-    max_train_samples: Optional[int] = flag(None, "use only the first N samples")
-    max_bad_images: int = flag(0, "unreadable images are named and skipped; more than this many end the run")
-    resolution: int = flag(
-        1024, "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32"
-    )
-    center_crop: bool = flag(
-        True,
-        "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached",
-    )
-    random_flip: bool = flag(False, "mirror half of the training examples")
-    aspect_ratio_buckets: bool = flag(
-        False,
-        "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution",
-    )
-    caption_dropout: float = flag(
-        0.0, "share of training examples that see the unconditional input instead of their caption"
-    )
-    trigger_word: Optional[str] = flag(
-        None, "word put before every caption, e.g. the name of the style, with a comma after it"
-    )
-    caption_prefix: Optional[str] = flag(
-        None, "text put before every caption, and before the trigger word, with a comma after it"
-    )
-    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it")
-    shuffle_tags: bool = flag(False, "train each caption with the parts between its commas in several random orders")
-    keep_tokens: int = flag(0, "this many first tags of a caption stay first and are never dropped")
-    tag_dropout: float = flag(0.0, "share of a caption's other tags that a variant of it lacks")
-    caption_variants: int = flag(
-        8,
-        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch; 0.3 MB of text cache for each",
-    )
-    text_cache: Literal["ram", "disk", "none"] = flag(
-        "ram", "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step"
-    )
-    # adapter
-    quantize: Literal["none", "nf4"] = flag(
-        "none", "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)"
-    )
-    lora_rank: int = flag(16, "rank r of the adapter")
-    lora_alpha: Optional[int] = flag(
-        None, "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1"
-    )
-    lora_dropout: float = flag(
-        0.0,
-        "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split",
-    )
-    lora_target_modules: List[str] = flag(
-        ATTENTION_PROJECTIONS, "UNet layers that get an adapter, by the end of their names"
-    )
-    lora_backend: Literal["fused", "peft"] = flag(
-        "fused",
-        "forward passes: adapted layers as one function, frozen ones with fewer passes over memory; or PEFT's and diffusers' own",
-    )
-    auto_fit: bool = flag(
-        True, "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays"
-    )
-    max_vram_gb: Optional[float] = flag(None, "GiB of GPU memory to stay within; none means what is free")
-    cuda_graph: bool = flag(True, "on a GPU, launch the kernels of a pass once and replay them")
-    train_text_encoder: bool = flag(
-        False,
-        "give both text encoders LoRA too (q, k, v, out projections; never DoRA); captions are then encoded in every step",
-    )
-    text_encoder_lr: float = flag(5e-5, "peak learning rate of the text encoders' adapters")
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "attention by xformers instead of torch's own kernels"
-    )
-    # optimisation
-    train_batch_size: int = flag(1, "examples in one forward pass on one device")
-    gradient_accumulation_steps: int = flag(
-        4,
-        "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several processes share out",
-    )
-    gradient_checkpointing: bool = flag(
-        True, "recompute activations in the backward pass: less memory, a third more work"
-    )
-    num_train_epochs: int = flag(10, "passes over the data, unless --max_train_steps is given")
-    max_train_steps: Optional[int] = flag(None, "optimizer steps; wins over --num_train_epochs")
-    learning_rate: float = flag(1e-4, "peak learning rate")
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = flag("cosine", "schedule of the learning rate over the optimizer steps")
-    lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up")
-    lr_num_cycles: int = flag(2, "cosines of cosine_with_restarts; 1 never restarts")
-    lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear")
-    use_8bit_adam: bool = flag(False, "AdamW with 8-bit state (bitsandbytes)")
-    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
-    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
-    adam_weight_decay: float = flag(1e-2, "decoupled weight decay")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches clipping off")
-    seed: int = flag(42, "seed of data order, noise, timesteps and adapter initialisation")
-    # loss
-    min_snr_gamma: Optional[float] = flag(
-        None, "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE"
-    )
-    offset_noise_strength: float = flag(0.0, "strength of noise that is constant over an image's channel")
-    use_ema: bool = flag(False, "keep an exponential moving average of the adapter, saved to ema_unet/")
-    ema_decay: float = flag(0.9999, "decay of the average, reached by the ramp (1 + step) / (10 + step)")
-    # output
-    output_dir: str = flag("outputs/train", "where everything the run writes goes", type=local_path)
-    save_peft: bool = flag(
-        False, "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it"
-    )
-    checkpointing_steps: int = flag(500, "optimizer steps between checkpoints; 0 writes none on the way")
-    checkpoints_total_limit: Optional[int] = flag(
-        3, "keep this many newest checkpoints; the weight files of all steps stay"
-    )
-    resume_from_checkpoint: Optional[str] = flag(
-        None, "'latest' or the path of a checkpoint folder: go on exactly where it was", type=local_path
-    )
-    max_train_minutes: Optional[float] = flag(
-        None, "stop early, with everything saved, this many minutes after the start"
-    )
-    report_to: Literal["none", "tensorboard", "wandb"] = flag(
-        "none", "tracker that gets the numbers of metrics.jsonl too"
-    )
-    validation_prompt: List[str] = flag([], "prompt to draw while training; repeatable")
-    validation_steps: int = flag(
-        500,
-        "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)",
-    )
-    validation_split: float = flag(0.0, "share of the data held out for a validation loss at fixed noise and timesteps")
-    early_stopping_patience: Optional[int] = flag(
-        None, "stop after this many validations without a better held-out loss"
-    )
-
-    def __post_init__(self):
-        if self.lora_alpha is None:
-            self.lora_alpha = self.lora_rank
-
-
-def check(flags):
+def check(flags: TrainFlags) -> None:
     """Refuse values that cannot work, before anything heavy is imported or anything is written.
 
     Raises:
         UserError: naming the flag, the value and the cure.
     """
-    positive = "lora_rank lora_alpha train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps max_train_samples "
-    positive += "learning_rate text_encoder_lr min_snr_gamma max_train_minutes validation_steps early_stopping_patience checkpoints_total_limit max_vram_gb"
-    positive += " caption_variants lr_num_cycles lr_power"
-    for name in positive.split():
-        value = getattr(flags, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: must be greater than 0, and finite")
-    from_zero = (
-        "max_bad_images keep_tokens lr_warmup_steps adam_weight_decay adam_epsilon max_grad_norm offset_noise_strength"
-    )
-    for name in f"{from_zero} checkpointing_steps".split():
-        if not 0 <= getattr(flags, name) < math.inf:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be 0 or greater, and finite")
-    for name in "caption_dropout tag_dropout lora_dropout adam_beta1 adam_beta2 ema_decay validation_split".split():
-        if not 0 <= getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 0 and less than 1")
-    if flags.resolution < 64 or flags.resolution % 32:
-        nearest = max(64, round(flags.resolution / 32) * 32)
-        raise UserError(
-            f"--resolution {flags.resolution}: must be a multiple of 32, at least 64; the nearest is {nearest}"
-        )
+    check_ranges(flags)
+
+    # What needs another flag beside it.
     if flags.early_stopping_patience and not flags.validation_split:
         raise UserError("--early_stopping_patience needs a held-out loss: add --validation_split 0.05")
     if flags.keep_tokens and not (flags.shuffle_tags or flags.tag_dropout):
         raise UserError(
-            f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves; add --shuffle_tags or --tag_dropout"
+            f"--keep_tokens {flags.keep_tokens}: keeps tags in place that nothing moves;"
+            " add --shuffle_tags or --tag_dropout"
         )
+
     if flags.lr_scheduler == "polynomial" and flags.learning_rate <= POLYNOMIAL_END:
         raise UserError(
-            f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END}; give more, or another --lr_scheduler"
+            f"--learning_rate {flags.learning_rate}: polynomial ends at {POLYNOMIAL_END};"
+            " give more, or another --lr_scheduler"
         )
     if not all(name.strip() for name in flags.lora_target_modules):
         raise UserError(
             "--lora_target_modules: an empty name would mean every layer; give the ends of layer names, e.g. to_q to_k"
         )
+
     _check_places(flags)
     _check_packages(flags)
     check_model(flags)
 
 
-def check_model(flags):
-    """The part of `check` that every script needs: packages, a model that is meant to be local, and a place for what is written."""
+def check_ranges(flags: Any) -> None:
+    """Every number is in the range that stands at its flag.
+
+    Raises:
+        UserError: naming the flag, the value and what it must be.
+    """
+    if complaint := outside_range(flags):
+        raise UserError(complaint)
+
+
+def check_model(flags: ModelFlags) -> None:
+    """What every script needs: packages, a model that is there if it is meant to be local, and places to write to."""
     if found := packages.lacking():
         raise UserError(packages.refusal(found))
-    if not 0 <= flags.seed < 2**32:
-        raise UserError(f"--seed {flags.seed}: must be at least 0 and less than 2^32")
     for name in ("output_dir", "cache_dir"):
         check_writable(name, getattr(flags, name))
     for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
@@ -2119,7 +1601,7 @@ def check_model(flags):
             raise UserError(f"--{name} {place}: no such folder or file")
 
 
-def check_writable(name, place):
+def check_writable(name: str, place: str) -> None:
     """A folder that is there with the right to write in it, or that can be made."""
     path = Path(place).absolute()
     nearest = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
@@ -2128,9 +1610,8 @@ def check_writable(name, place):
     try:  # rights alone do not tell: a disk may be read-only, and /proc takes no folders
         tempfile.TemporaryDirectory(dir=nearest).cleanup()
     except OSError as error:
-        raise UserError(
-            f"--{name} {place}: no right to write in {nearest} ({error.strerror}); name another folder"
-        ) from None
+        said = f"no right to write in {nearest} ({error.strerror})"
+        raise UserError(f"--{name} {place}: {said}; name another folder") from None
 
 
 def _of_the_demo(place):
@@ -2138,22 +1619,26 @@ def _of_the_demo(place):
 
 
 def _check_places(flags):
-    output, resume = Path(flags.output_dir), flags.resume_from_checkpoint
+    output = Path(flags.output_dir)
+    resume = flags.resume_from_checkpoint
     for name in flags.train_data_dir:
         if not _of_the_demo(name):
             _check_data_dir(name, output)
     if resume not in (None, "latest") and not os.path.isdir(resume):
         raise UserError(f"--resume_from_checkpoint {resume}: no such checkpoint folder")
     run_folder.check_free(output)
+
+    # A run that is there is gone on with, or left alone.
     continues = resume == "latest" or (resume and Path(resume).resolve().parent == output.resolve())
     if not continues and any((output / name).exists() for name in ("metrics.jsonl", run_folder.WEIGHTS)):
         raise UserError(
-            f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest, or name another folder"
+            f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint latest,"
+            " or name another folder"
         )
     if resume == "latest" and (output / run_folder.WEIGHTS).exists() and not run_folder.find_checkpoints(output):
         raise UserError(
-            f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over, and no checkpoint to go on from;"
-            " name another --output_dir"
+            f"--resume_from_checkpoint latest: {output} holds a finished run, which would be written over,"
+            " and no checkpoint to go on from; name another --output_dir"
         )
 
 
@@ -2167,16 +1652,18 @@ def _check_data_dir(name, output):
 
 
 def _check_packages(flags):
-    wanted = [("bitsandbytes", "--use_8bit_adam")] if flags.use_8bit_adam else []
-    wanted += [("bitsandbytes", "--quantize nf4")] if flags.quantize == "nf4" else []
-    wanted += (
-        [("xformers", "--enable_xformers_memory_efficient_attention")]
-        if flags.enable_xformers_memory_efficient_attention
-        else []
+    wanted = (  # (whether it is asked for, package, by what)
+        (flags.use_8bit_adam, "bitsandbytes", "--use_8bit_adam"),
+        (flags.quantize == "nf4", "bitsandbytes", "--quantize nf4"),
+        (
+            flags.enable_xformers_memory_efficient_attention,
+            "xformers",
+            "--enable_xformers_memory_efficient_attention",
+        ),
+        (flags.report_to != "none", flags.report_to, f"--report_to {flags.report_to}"),
     )
-    wanted += [(flags.report_to, f"--report_to {flags.report_to}")] if flags.report_to != "none" else []
-    for package, typed in wanted:
-        if importlib.util.find_spec(package) is None:
+    for is_wanted, package, typed in wanted:
+        if is_wanted and importlib.util.find_spec(package) is None:
             raise UserError(f"{typed} needs a package that is not installed: pip install {package}")
     if flags.report_to == "wandb":
         _check_wandb_login()
@@ -2187,22 +1674,20 @@ def _check_wandb_login():
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return
     server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    places = (
-        [os.environ["NETRC"]]
-        if "NETRC" in os.environ
-        else [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
-    )
+    usual = [os.path.expanduser(f"~/{name}") for name in (".netrc", "_netrc")]
+    places = [os.environ["NETRC"]] if "NETRC" in os.environ else usual
     for place in filter(os.path.isfile, places):
         with contextlib.suppress(netrc.NetrcParseError, OSError):
             if netrc.netrc(place).authenticators(server):
                 return
     raise UserError(
-        "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline to keep it on this disk"
+        "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY,"
+        " or WANDB_MODE=offline to keep it on this disk"
     )
 
 
-def find_data_dir(name):
-    """(folder, weight) of a value of --train_data_dir: the folder NAME, or /kaggle/input/NAME, with weight 1; of NAME:2, 2.
+def find_data_dir(name: str) -> tuple[Path, int]:
+    """(folder, weight) of a value of --train_data_dir: of NAME or /kaggle/input/NAME weight 1, of NAME:2 weight 2.
 
     A folder whose own name ends in a colon and a number is found first.
 
@@ -2221,9 +1706,1107 @@ def find_data_dir(name):
     raise UserError(f"--train_data_dir {name}: no such folder (also looked in /kaggle/input)")
 '''
 
-# ========================================================================================== common/fused_unet.py
+# ====================================================================================== common/cli/flag_facts.py
 
-MODULES['common/fused_unet.py'] = r'''
+MODULES['common/cli/flag_facts.py'] = r'''
+"""What is true of one flag stands at its `flag(...)`: help, group, range, whether a resumed run may change it.
+
+Whoever needs the flags of which something is true asks for them here; there is no second list of their names.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+GROUPS = (  # the titles of --help, in its order
+    "trying it out",
+    "pictures",
+    "model",
+    "data",
+    "captions",
+    "adapter",
+    "optimisation",
+    "loss",
+    "memory and speed",
+    "validation",
+    "output",
+)
+
+# ---------------------------------------------------------------- ranges
+
+Range = Callable[[float], str | None]  # of a value: None where the flag may have it, else what it must be
+
+
+def allowing(holds: Callable[[float], bool], must: str) -> Range:
+    """The numbers for which `holds`; of others it is said that they `must`."""
+    return lambda value: None if holds(value) else must
+
+
+def multiple_of(step: int, least: int = 64) -> Range:
+    """Whole multiples of `step` from `least`; of another number the nearest one is named."""
+
+    def complaint(value: float) -> str | None:
+        if value >= least and value % step == 0:
+            return None
+        nearest = max(least, round(value / step) * step)
+        return f"must be a multiple of {step}, at least {least}; the nearest is {nearest}"
+
+    return complaint
+
+
+ANY = allowing(math.isfinite, "must be a number")
+POSITIVE = allowing(lambda value: 0 < value < math.inf, "must be greater than 0, and finite")
+FROM_ZERO = allowing(lambda value: 0 <= value < math.inf, "must be 0 or greater, and finite")
+FROM_ONE = allowing(lambda value: value >= 1, "must be at least 1")
+SHARE = allowing(lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
+SEED = allowing(lambda value: 0 <= value < 2**32, "must be at least 0 and less than 2^32")
+
+# ---------------------------------------------------------------- the declaration
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    range: Range | None = None,
+    resume: Literal["free"] | None = None,
+    changes_a_pass: bool = False,
+    type: Callable[[str], Any] | None = None,
+    choices: list[str] | None = None,
+    metavar: str | None = None,
+    demo: Any = None,
+) -> Any:
+    """One command-line flag. A list default makes it repeatable: `--x a --x b` and `--x a b` are the same.
+
+    Args:
+        group: one of GROUPS, under which --help shows it.
+        range: the numbers it may have.
+        resume: "free" where a resumed run may change it without a word, since it does not change what is computed.
+        changes_a_pass: the memory or the time of a training pass depends on it, so a remembered plan does.
+        type: what makes a value of a text, where that is not the field's type.
+        metavar: what stands for its value in --help, where that is not N, X, SHARE, TEXT or PATH.
+        demo: the default that --demo gives it.
+    Raises:
+        ValueError: a group or a word for `resume` that there is not.
+    """
+    if group not in (None, *GROUPS):
+        raise ValueError(f"group={group!r}: not one of {GROUPS}")
+    if resume not in (None, "free"):
+        raise ValueError(f'resume={resume!r}: "free" or nothing')
+    facts = dict(help=help, group=group, range=range, resume=resume, changes_a_pass=changes_a_pass)
+    facts |= dict(type=type, choices=choices, metavar=metavar, demo=demo)
+    return _field(default, {name: fact for name, fact in facts.items() if not (fact is None or fact is False)})
+
+
+def _field(default: Any, facts: dict[str, Any]) -> Any:
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={**facts, "nargs": "+"})
+    return dataclasses.field(default=default, metadata=facts)
+
+
+class Described:
+    """Base of flag dataclasses: a subclass that overrides a flag gives what differs, and keeps the other facts."""
+
+    def __init_subclass__(cls) -> None:
+        inherited = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for name in inherited.keys() & cls.__dict__.get("__annotations__", {}).keys():
+            own = cls.__dict__[name]
+            facts = dict(inherited[name].metadata)
+            if isinstance(own, dataclasses.Field):
+                facts |= own.metadata
+                own = default_of(own)
+            setattr(cls, name, _field(own, facts))
+
+
+def local_path(text: str) -> str:
+    """The type of a flag that names a file or folder (or, for some, a hub id): `~` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return os.path.expanduser(text)
+
+
+# ---------------------------------------------------------------- questions
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of a flag; of a list a new one."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def names_where(flags: Any, **facts: Any) -> list[str]:
+    """The names of the flags, of a dataclass or one of its instances, that have all of `facts`, in their order."""
+    return [
+        field.name
+        for field in dataclasses.fields(flags)
+        if all(field.metadata.get(name) == fact for name, fact in facts.items())
+    ]
+
+
+def outside_range(flags: Any) -> str | None:
+    """What is wrong with the first flag whose value is outside its range: flag, value and what it must be."""
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if "range" in field.metadata and value is not None and (must := field.metadata["range"](value)):
+            return f"--{field.name} {value}: {must}"
+    return None
+'''
+
+# =========================================================================================== common/cli/flags.py
+
+MODULES['common/cli/flags.py'] = r'''
+"""The flags of the trainers, as a documented dataclass. What must hold of several of them stands in flag_checks.py.
+
+Nothing here imports torch: a wrong value is answered at once.
+"""
+
+from dataclasses import dataclass
+from typing import List, Literal, Optional
+
+from common.cli.flag_facts import FROM_ZERO, POSITIVE, SEED, SHARE, flag, local_path, multiple_of
+from common.cli.model_flags import ModelFlags
+
+ATTENTION_PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
+
+
+@dataclass
+class TrainFlags(ModelFlags):
+    """The flags every trainer has. A trainer's own class overrides defaults and adds the flags of its technique."""
+
+    # data
+    dataset_name: str = flag("lambdalabs/naruto-blip-captions", "hub data set of image-caption pairs", group="data")
+    train_data_dir: List[str] = flag(
+        [],
+        "folder of images with metadata.jsonl/.csv or .txt captions, of parquet or arrow files, or written by"
+        " save_to_disk; repeatable; FOLDER:2 shows each of its images twice an epoch, and so does a folder 2_NAME in"
+        " it; wins over --dataset_name; a name under /kaggle/input works too",
+        type=local_path,
+        group="data",
+    )
+    image_column: str = flag("image", "column of the images in a hub data set", group="data")
+    caption_column: str = flag("text", "column of the captions in a hub data set or a metadata file", group="data")
+    max_train_samples: Optional[int] = flag(None, "use only the first N samples", group="data", range=POSITIVE)
+    max_bad_images: int = flag(
+        0, "unreadable images are named and skipped; more than this many end the run", group="data", range=FROM_ZERO
+    )
+    resolution: int = flag(
+        1024,
+        "pixels: side of the square crop, or of the square with the area of a bucket; a multiple of 32",
+        group="data",
+        range=multiple_of(32),
+        metavar="PX",
+    )
+    center_crop: bool = flag(
+        True,
+        "crop the middle; otherwise each image has one random crop, drawn from its content so that it can be cached",
+        group="data",
+    )
+    random_flip: bool = flag(False, "mirror half of the training examples", group="data")
+    aspect_ratio_buckets: bool = flag(
+        False,
+        "keep the aspect ratio: crop to the nearest of the buckets between 1:2 and 2:1 with the area of --resolution",
+        group="data",
+        changes_a_pass=True,
+    )
+    caption_dropout: float = flag(
+        0.0,
+        "share of training examples that see the unconditional input instead of their caption",
+        group="captions",
+        range=SHARE,
+    )
+    trigger_word: Optional[str] = flag(
+        None, "word put before every caption, e.g. the name of the style, with a comma after it", group="captions"
+    )
+    caption_prefix: Optional[str] = flag(
+        None, "text put before every caption, and before the trigger word, with a comma after it", group="captions"
+    )
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it", group="captions")
+    shuffle_tags: bool = flag(
+        False, "train each caption with the parts between its commas in several random orders", group="captions"
+    )
+    keep_tokens: int = flag(
+        0, "this many first tags of a caption stay first and are never dropped", group="captions", range=FROM_ZERO
+    )
+    tag_dropout: float = flag(
+        0.0, "share of a caption's other tags that a variant of it lacks", group="captions", range=SHARE
+    )
+    caption_variants: int = flag(
+        8,
+        "with --shuffle_tags or --tag_dropout: texts made of each caption, one drawn each epoch;"
+        " each takes 0.3 MB of cache",
+        group="captions",
+        range=POSITIVE,
+    )
+    text_cache: Literal["ram", "disk", "none"] = flag(
+        "ram",
+        "text embeddings: encoded once and held in RAM, encoded once and kept on disk, or encoded in every step",
+        group="memory and speed",
+        changes_a_pass=True,
+    )
+    # adapter
+    quantize: Literal["none", "nf4"] = flag(
+        "none",
+        "keep the frozen UNet's linear layers in 16 bits, or in 4 (bitsandbytes NF4, double quantisation)",
+        group="memory and speed",
+        changes_a_pass=True,
+    )
+    lora_rank: int = flag(16, "rank r of the adapter", group="adapter", range=POSITIVE, changes_a_pass=True)
+    lora_alpha: Optional[int] = flag(
+        None,
+        "the adapter is scaled by alpha / rank; none means the rank, so a scale of 1",
+        group="adapter",
+        range=POSITIVE,
+    )
+    lora_dropout: float = flag(
+        0.0,
+        "dropout on the adapter's input; its masks are seeded by step and pass, so they depend on how a batch is split",
+        group="adapter",
+        range=SHARE,
+        changes_a_pass=True,
+    )
+    lora_target_modules: List[str] = flag(
+        ATTENTION_PROJECTIONS,
+        "UNet layers that get an adapter, by the end of their names",
+        group="adapter",
+        changes_a_pass=True,
+    )
+    lora_backend: Literal["fused", "peft"] = flag(
+        "fused",
+        "forward passes: adapted layers as one function, fewer passes over memory; or PEFT's and diffusers' own",
+        group="memory and speed",
+        changes_a_pass=True,
+    )
+    auto_fit: bool = flag(
+        True,
+        "on a GPU, measure how many images fit a pass and what must be recomputed; the effective batch stays",
+        group="memory and speed",
+    )
+    max_vram_gb: Optional[float] = flag(
+        None,
+        "GiB of GPU memory to stay within; none means what is free",
+        group="memory and speed",
+        range=POSITIVE,
+        metavar="GIB",
+    )
+    cuda_graph: bool = flag(
+        True,
+        "on a GPU, launch the kernels of a pass once and replay them",
+        group="memory and speed",
+        changes_a_pass=True,
+    )
+    train_text_encoder: bool = flag(
+        False,
+        "give both text encoders LoRA too (q, k, v, out; never DoRA); captions are then encoded in every step",
+        group="adapter",
+        changes_a_pass=True,
+    )
+    text_encoder_lr: float = flag(
+        5e-5, "peak learning rate of the text encoders' adapters", group="optimisation", range=POSITIVE
+    )
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "attention by xformers instead of torch's own kernels", group="memory and speed", changes_a_pass=True
+    )
+    # optimisation
+    train_batch_size: int = flag(
+        1, "examples in one forward pass on one device", group="memory and speed", range=POSITIVE, resume="free"
+    )
+    gradient_accumulation_steps: int = flag(
+        4,
+        "passes in one optimizer step on one device; effective batch = batch size x accumulation, which several"
+        " processes share out",
+        group="optimisation",
+        range=POSITIVE,
+        resume="free",
+    )
+    gradient_checkpointing: bool = flag(
+        True,
+        "recompute activations in the backward pass: less memory, a third more work",
+        group="memory and speed",
+        changes_a_pass=True,
+    )
+    num_train_epochs: int = flag(
+        10, "passes over the data, unless --max_train_steps is given", group="optimisation", range=POSITIVE
+    )
+    max_train_steps: Optional[int] = flag(
+        None, "optimizer steps; wins over --num_train_epochs", group="optimisation", range=POSITIVE
+    )
+    learning_rate: float = flag(1e-4, "peak learning rate", group="optimisation", range=POSITIVE)
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "schedule of the learning rate over the optimizer steps", group="optimisation")
+    lr_warmup_steps: int = flag(100, "optimizer steps of linear warm-up", group="optimisation", range=FROM_ZERO)
+    lr_num_cycles: int = flag(
+        2, "cosines of cosine_with_restarts; 1 never restarts", group="optimisation", range=POSITIVE
+    )
+    lr_power: float = flag(1.0, "exponent of polynomial; 1 is linear", group="optimisation", range=POSITIVE)
+    use_8bit_adam: bool = flag(
+        False, "AdamW with 8-bit state (bitsandbytes)", group="optimisation", changes_a_pass=True
+    )
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment", group="optimisation", range=SHARE, metavar="X")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment", group="optimisation", range=SHARE, metavar="X")
+    adam_weight_decay: float = flag(1e-2, "decoupled weight decay", group="optimisation", range=FROM_ZERO)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", group="optimisation", range=FROM_ZERO)
+    max_grad_norm: float = flag(
+        1.0, "gradients are clipped to this norm; 0 switches clipping off", group="optimisation", range=FROM_ZERO
+    )
+    seed: int = flag(
+        42, "seed of data order, noise, timesteps and adapter initialisation", group="optimisation", range=SEED
+    )
+    # loss
+    min_snr_gamma: Optional[float] = flag(
+        None,
+        "Min-SNR loss weighting with this gamma (arXiv 2303.09556); none is plain MSE",
+        group="loss",
+        range=POSITIVE,
+    )
+    offset_noise_strength: float = flag(
+        0.0, "strength of noise that is constant over an image's channel", group="loss", range=FROM_ZERO
+    )
+    use_ema: bool = flag(
+        False,
+        "keep an exponential moving average of the adapter, saved to ema_unet/",
+        group="optimisation",
+        changes_a_pass=True,
+    )
+    ema_decay: float = flag(
+        0.9999,
+        "decay of the average, reached by the ramp (1 + step) / (10 + step)",
+        group="optimisation",
+        range=SHARE,
+        metavar="X",
+    )
+    # output
+    output_dir: str = flag(
+        "outputs/train", "where everything the run writes goes", type=local_path, group="output", resume="free"
+    )
+    save_peft: bool = flag(
+        False,
+        "write the final adapter as PEFT folders too: peft/, and text encoders in folders within it",
+        group="output",
+        resume="free",
+    )
+    checkpointing_steps: int = flag(
+        500, "optimizer steps between checkpoints; 0 writes none on the way", group="output", range=FROM_ZERO
+    )
+    checkpoints_total_limit: Optional[int] = flag(
+        3, "keep this many newest checkpoints; the weight files of all steps stay", group="output", range=POSITIVE
+    )
+    resume_from_checkpoint: Optional[str] = flag(
+        None,
+        "'latest' or the path of a checkpoint folder: go on exactly where it was",
+        type=local_path,
+        group="output",
+        resume="free",
+    )
+    max_train_minutes: Optional[float] = flag(
+        None,
+        "stop early, with everything saved, this many minutes after the start",
+        group="output",
+        range=POSITIVE,
+        resume="free",
+        metavar="MINUTES",
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker that gets the numbers of metrics.jsonl too", group="output", resume="free"
+    )
+    validation_prompt: List[str] = flag([], "prompt to render while training; repeatable", group="validation")
+    validation_steps: int = flag(
+        500,
+        "optimizer steps between validations: images (of the average with --use_ema) and held-out loss (without it)",
+        group="validation",
+        range=POSITIVE,
+    )
+    validation_split: float = flag(
+        0.0,
+        "share of the data held out for a validation loss at fixed noise and timesteps",
+        group="validation",
+        range=SHARE,
+    )
+    early_stopping_patience: Optional[int] = flag(
+        None, "stop after this many validations without a better held-out loss", group="validation", range=POSITIVE
+    )
+
+    def __post_init__(self):
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_rank
+'''
+
+# ============================================================================================= common/cli/hub.py
+
+MODULES['common/cli/hub.py'] = r'''
+"""Is it here, and can it be had? Hub ids are answered for quickly, before anything waits on a dead network."""
+
+import json
+import os
+from pathlib import Path
+
+from common.cli.command_line import DEMO_ROOT
+from common.cli.hub_ids import check_id
+from common.errors import UserError
+from common.system import launch
+from common.system.attached import find_attached
+
+PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
+
+FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
+# What makes a VAE the original one, of which FP16_VAE is a drop-in replacement.
+ORIGINAL_VAE = dict(
+    scaling_factor=0.13025,
+    latent_channels=4,
+    block_out_channels=[128, 256, 512, 512],
+    latents_mean=None,
+    latents_std=None,
+)
+PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
+CONFIGS = ("model_index.json", "scheduler/", "tokenizer/", "tokenizer_2/")
+
+
+def check(flags):
+    """Every repo that the flags name and that is not a local path is cached or within reach.
+
+    A default that is not gives way, in `flags`, to what is attached to a Kaggle notebook.
+
+    Raises:
+        UserError: naming the flag, the repo and the ways to work offline.
+    """
+    for name in _flags_of_ids(flags):  # all of them first: an id that is none needs no network to be refused
+        check_id(getattr(flags, name), name)
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
+        _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
+    if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
+        _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
+    model = Path(flags.pretrained_model_name_or_path)
+    vae = flags.pretrained_vae_model_name_or_path
+    if model.is_file() and not os.path.isdir(flags.config_name_or_path):
+        _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
+    if not model.exists() and not _in_demo(model):
+        vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
+    if vae and not Path(vae).is_dir():
+        _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
+
+
+def _flags_of_ids(flags):
+    """The names of the flags whose values are no local paths, and so hub ids."""
+    if "dataset_name" in vars(flags) and not flags.train_data_dir:
+        yield "dataset_name"
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
+        place = getattr(flags, name)
+        if place is not None and not os.path.exists(place) and not _in_demo(place):
+            yield name
+    if os.path.isfile(flags.pretrained_model_name_or_path) and not os.path.isdir(flags.config_name_or_path):
+        yield "config_name_or_path"
+
+
+def _in_demo(place):
+    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
+
+
+def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
+    """`_require` of what the flag `name` says.
+
+    Where a default cannot be had, the flag `into` gets the one attached folder of its kind.
+    """
+    repo_id = getattr(flags, name)
+    into = into or name
+    try:
+        _require(repo_id, repo_type, name, filename)
+    except UserError as error:
+        is_default = repo_id == type(flags).__dataclass_fields__[name].default
+        folders = getattr(find_attached(), kind) if is_default else []
+        if not folders:
+            raise
+        if len(folders) > 1:
+            raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
+        setattr(flags, into, folders if isinstance(getattr(flags, into), list) else folders[0])
+        if launch.rank() == 0:
+            print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
+
+
+def _require(repo_id, repo_type, flag, filename):
+    """Return when `repo_id` is cached (it then holds `filename`, which every such repo has) or the hub knows it."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
+        return
+    offline = "offline, give a local path instead, or try --demo"
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        raise UserError(f"--{flag} {repo_id}: not in the local cache, and HF_HUB_OFFLINE is set; {offline}")
+    try:
+        HfApi().repo_info(repo_id, repo_type=repo_type, timeout=PROBE_S)
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)"
+        ) from None
+    except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
+        raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
+
+
+# ---------------------------------------------------------------- downloading
+
+
+def default_vae(repo_id, revision):
+    """FP16_VAE where the model's own VAE is SDXL's original one.
+
+    None where it is another: the model's UNet knows only that.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        config = json.loads(
+            Path(hf_hub_download(repo_id, "vae/config.json", revision=revision)).read_text(encoding="utf-8")
+        )
+    except LocalEntryNotFoundError:
+        return FP16_VAE  # a cached model whose VAE was never needed
+    except EntryNotFoundError:
+        return None  # a repo that holds a single file
+    return FP16_VAE if all(config.get(name) == value for name, value in ORIGINAL_VAE.items()) else None
+
+
+def download_model(repo_id, variant, revision, *, with_vae, say):
+    """Only the model's files that are used (fp16: about 7 GB, not 14) -> its local folder, or its single file.
+
+    Args:
+        variant: weight files to prefer; parts without it come as plain ones, with a line.
+    Raises:
+        UserError: no such revision, no access, or no safetensors files of a model.
+    """
+    files = _files_of(repo_id, revision)
+    if files is None:
+        return _model_in(download_files(repo_id, None, revision), repo_id)
+    if "model_index.json" not in files:
+        file = _single_file(files, repo_id)
+        say(f"model: {repo_id} holds the single file {file}, and no diffusers folder: taking that")
+        return download_files(repo_id, [file], revision) / file
+    parts = {part: _weights_of(part, files, variant, repo_id) for part in PARTS if part != "vae" or with_vae}
+    plain = [part for part, chosen in parts.items() if variant and not any(f".{variant}" in file for file in chosen)]
+    if plain:
+        say(f"model: {repo_id} has no {variant} files of {', '.join(plain)}: taking the plain ones")
+    configs = [file for file in files if file.startswith(CONFIGS) or file.partition("/")[2] == "config.json"]
+    return download_files(repo_id, configs + sum(parts.values(), []), revision)
+
+
+def download_files(repo_id, patterns, revision=None):
+    """The local folder with the files of `repo_id` that match; with None, what an earlier download has left there.
+
+    Raises:
+        UserError: no access, or nothing there.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=patterns is None)
+        )
+    except GatedRepoError:
+        raise UserError(f"{repo_id}: accept its terms on the hub, then log in (hf auth login)") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{repo_id}: not in the local cache, and the hub cannot be reached; give a local path instead"
+        ) from None
+
+
+def _files_of(repo_id, revision):
+    """Names of all files of a repo, None where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
+    except Exception:  # whatever the HTTP stack of the day raises for a dead network
+        return None
+
+
+def _model_in(folder, repo_id):
+    if (folder / "model_index.json").exists():
+        return folder
+    return folder / _single_file([path.name for path in folder.iterdir()], repo_id)
+
+
+def _single_file(files, repo_id):
+    """The one model file among `files`.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
+    if len(found) == 1:
+        return found[0]
+    what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
+    raise UserError(
+        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what};"
+        " download one file and give its path"
+    )
+
+
+def _weights_of(part, files, variant, repo_id):
+    """The weight files of a part: those of the variant when there are any, else the plain ones."""
+    names = [
+        file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors") and file.count("/") == 1
+    ]
+    chosen = [file for file in names if variant and f".{variant}" in file] or [
+        file for file in names if file.count(".") == 1
+    ]
+    if not chosen:
+        raise UserError(
+            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part}"
+            " (only those are read; pickles can run code)"
+        )
+    return chosen
+'''
+
+# ========================================================================================= common/cli/hub_ids.py
+
+MODULES['common/cli/hub_ids.py'] = r'''
+"""What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
+
+import os
+import re
+from pathlib import PureWindowsPath
+from urllib.parse import urlsplit
+
+from common.errors import UserError
+
+NAME = r"\w(?:[\w.-]*\w)?"
+HUB_ID = re.compile(rf"(?:{NAME}/)?{NAME}", re.ASCII)
+LONGEST = 96
+HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
+INSTEAD = {  # what to do where the value is no hub id
+    "dataset_name": "for a folder of images use --train_data_dir FOLDER",
+    "pretrained_model_name_or_path": "name a folder or .safetensors file that exists, or a hub id OWNER/NAME",
+    "pretrained_vae_model_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+    "config_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
+}
+
+
+def check_id(repo_id: str, flag: str) -> None:
+    """Refuse what cannot be a hub id.
+
+    Raises:
+        UserError: naming the flag, what the value is instead, and the cure.
+    """
+    instead = INSTEAD[flag]
+    if not repo_id.strip():
+        raise UserError(f"--{flag}: is empty; {instead}")
+    if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
+        raise UserError(
+            f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}"
+        )
+
+    # A place on this machine, or nothing that the hub has.
+    if "\\" in repo_id or PureWindowsPath(repo_id).drive:
+        raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
+    if os.path.isdir(repo_id):
+        raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
+    if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
+        raise UserError(
+            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here;"
+            f" {instead}"
+        )
+
+
+def _id_in(address: str) -> str | None:
+    """The cure for the address of a page on the hub: the id in it."""
+    parts = urlsplit(address if "://" in address else f"https://{address}")
+    names = [name for name in parts.path.split("/") if name and name != "datasets"]
+    return f"write its id, {'/'.join(names[:2])}" if parts.hostname in HUBS and len(names) > 1 else None
+'''
+
+# ===================================================================================== common/cli/model_flags.py
+
+MODULES['common/cli/model_flags.py'] = r'''
+"""Which model, at which precision, and where the cache is: the flags that every script has."""
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from common.cli.flag_facts import Described, flag, local_path
+from common.system.places import CACHE_DIR
+
+
+@dataclass
+class ModelFlags(Described):
+    """Which model to load, and how: the same for every script."""
+
+    pretrained_model_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "SDXL: hub id, local folder or single .safetensors file",
+        type=local_path,
+        group="model",
+        changes_a_pass=True,
+    )
+    pretrained_vae_model_name_or_path: Optional[str] = flag(
+        None,
+        "VAE: hub id or folder; none means the model's own, or for a hub model with SDXL's original one"
+        " madebyollin/sdxl-vae-fp16-fix",
+        type=local_path,
+        group="model",
+    )
+    config_name_or_path: str = flag(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "where configs and tokenizers of a single-file model come from: hub id or folder",
+        type=local_path,
+        group="model",
+    )
+    variant: Optional[str] = flag(
+        "fp16", "weight files to prefer; plain ones are used where a local folder has no such variant", group="model"
+    )
+    revision: Optional[str] = flag(None, "branch, tag or commit of the hub model", group="model")
+    prediction_type: Optional[str] = flag(
+        None,
+        "what the model predicts, for files that do not say it; none means by its files",
+        choices=["epsilon", "v_prediction"],
+        group="model",
+    )
+    zero_terminal_snr: Optional[bool] = flag(
+        None,
+        "the last timestep is pure noise (arXiv 2305.08891), for files that do not say it; none means by its files",
+        group="model",
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag(
+        "fp16", "precision of the model on a GPU; a CPU computes in fp32", group="memory and speed", changes_a_pass=True
+    )
+    cache_dir: str = flag(
+        CACHE_DIR,
+        "where encoded images and captions, and unpacked single-file models, are kept between runs",
+        type=local_path,
+        group="output",
+        resume="free",
+    )
+    dry_run: bool = flag(False, "print the resolved configuration as JSON and stop", group="trying it out")
+    demo: bool = flag(
+        False,
+        "a small SDXL and a small data set that come with the suite: no network, minutes on a CPU",
+        group="trying it out",
+    )
+'''
+
+# ===================================================================================== common/cli/other_tools.py
+
+MODULES['common/cli/other_tools.py'] = r'''
+"""What diffusers, kohya's scripts, A1111 and PEFT call our flags: hints for those who come from there."""
+
+OTHER_NAMES = {
+    "learning_rate": "lr unet_lr peak_lr",
+    "lora_rank": "rank r lora_r network_dim dim lora_dim",
+    "lora_alpha": "alpha network_alpha",
+    "lora_dropout": "dropout network_dropout rank_dropout",
+    "lora_target_modules": "target_modules",
+    "train_batch_size": "batch_size train_batch bs per_device_train_batch_size micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps grad_accum_steps",
+    "num_train_epochs": "epochs num_epochs max_train_epochs",
+    "max_train_steps": "steps max_steps num_steps train_steps",
+    "lr_warmup_steps": "warmup_steps warmup lr_warmup",
+    "offset_noise_strength": "noise_offset offset_noise multires_noise_discount",
+    "min_snr_gamma": "snr_gamma",
+    "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
+    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
+    "random_flip": "flip_aug",
+    "use_ema": "ema",
+    "use_8bit_adam": "adam8bit optimizer_type optimizer use_8bit_adamw",
+    "enable_xformers_memory_efficient_attention": "xformers",
+    "mixed_precision": "fp16 bf16 precision dtype full_fp16 full_bf16 torch_dtype",
+    "train_data_dir": "data_dir data train_dir image_dir instance_data_dir instance_data_root",
+    "dataset_name": "dataset",
+    "caption_column": "text_column",
+    "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model ckpt checkpoint",
+    "pretrained_vae_model_name_or_path": "vae vae_path",
+    "output_dir": "output out out_dir outdir save_dir output_name",
+    "resume_from_checkpoint": "resume network_weights",
+    "checkpointing_steps": "save_steps save_every_n_steps checkpoint_every",
+    "checkpoints_total_limit": "save_total_limit save_last_n_steps max_checkpoints",
+    "validation_steps": "sample_every_n_steps validation_epochs",
+    "validation_prompt": "validation_prompts sample_prompts",
+    "report_to": "log_with",
+    "trigger_word": "instance_prompt trigger token_string",
+    "lr_scheduler": "scheduler_type lr_scheduler_type",
+    "lr_num_cycles": "lr_scheduler_num_cycles num_cycles",
+    "lr_power": "lr_scheduler_power",
+    "adam_weight_decay": "weight_decay",
+    "adam_epsilon": "eps epsilon",
+    "max_grad_norm": "grad_clip gradient_clip clip_grad_norm",
+    "text_encoder_lr": "text_lr text_encoder_lr1 text_encoder_learning_rate",
+    "shuffle_tags": "shuffle_caption shuffle_captions",
+    "tag_dropout": "caption_tag_dropout_rate",
+    "text_cache": "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
+    "quantize": "load_in_4bit quantization base_model_precision fp8_base",
+    "prediction_type": "v_parameterization v_pred",
+    "image_column": "img_column",
+    "max_train_samples": "max_samples num_samples",
+    "max_vram_gb": "vram max_memory",
+    "validation_split": "val_split validation_ratio eval_split",
+    "lora": "lora_weights lora_path lora_model adapter adapter_path network_weights",
+    "lora_scale": "lora_weight multiplier network_mul",
+    "prompt": "prompts",
+    "negative_prompt": "negative",
+    "steps": "num_inference_steps inference_steps sampling_steps",
+    "guidance_scale": "guidance cfg cfg_scale scale",
+    "guidance_rescale": "cfg_rescale",
+    "num_images": "num_images_per_prompt num_samples n_samples n_iter images_per_prompt batch_count",
+    "scheduler": "sampler sampler_name",
+    "image": "init_image input_image",
+    "strength": "denoising_strength",
+    "resolution": "size width height image_size",
+}
+
+
+def our_name(theirs: str, known: set[str]) -> str | None:
+    """What another tool's flag is called here; None where no flag of `known` is meant.
+
+    Args:
+        theirs: without dashes before it, and with underscores in it.
+    """
+    return next((ours for ours, names in OTHER_NAMES.items() if theirs in names.split() and ours in known), None)
+'''
+
+# =================================================================================== common/cli/render_checks.py
+
+MODULES['common/cli/render_checks.py'] = r'''
+"""What infer.py refuses before anything heavy is imported: values out of range, contradictions, taken places."""
+
+import os
+from pathlib import Path
+
+from common import run_folder
+from common.cli.flag_checks import check_model, check_ranges
+from common.errors import UserError
+
+
+def check(flags) -> None:
+    """Refuse values that cannot work, before anything heavy is imported or anything is written.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    # Ranges, and the image to start from
+    check_ranges(flags)
+    if flags.image and int(flags.steps * flags.strength) < 1:
+        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
+    if flags.image and not os.path.isfile(flags.image):
+        raise UserError(f"--image {flags.image}: no such file")
+
+    # Adapters, places and the model
+    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
+        name = "--ema" if flags.ema else "--lora_scale"
+        raise UserError(f"{name}: there is no adapter it could apply to; add --lora PATH")
+    if flags.merge is not None:
+        check_merge(flags)
+    run_folder.check_free(Path(flags.output_dir))
+    check_model(flags)
+
+
+def check_merge(flags) -> None:
+    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
+
+    Raises:
+        UserError: naming the flag, the value and the cure.
+    """
+    place = Path(flags.merge)
+    model = Path(flags.pretrained_model_name_or_path)
+    if not flags.lora:
+        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
+    for name in ("compare", "prompt", "image"):
+        if getattr(flags, name):
+            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
+    if place.resolve().is_relative_to(model.resolve()):
+        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
+    if os.path.lexists(place):
+        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
+'''
+
+# ========================================================================================= common/cli/running.py
+
+MODULES['common/cli/running.py'] = r'''
+"""`run()` calls a script's main, and says in one line how it ended where it did not end well."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from common import errors
+from common.errors import UserError, one_line
+from common.system import launch, stopping
+
+# What a training's "ended" says when there is nothing to go on with.
+GONE_TO_THE_END = (None, "finished", "early stopping")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def run(main: Callable[[], Any]) -> Any:
+    """Call a script's main -> its result. A UserError becomes one line on stderr and exit status 2.
+
+    So do a full disk and a full GPU. A signal outside of the training loop is one line and exit status 128 + its
+    number: 130 after Ctrl-C. Any other error is one line and 1, with its traceback in a file. A training that a signal
+    or the time limit has ended names as its last line the command that goes on. A reader of stdout who leaves
+    (`| head`) does not end the run.
+    """
+    stopping.end_in_order()
+    with _outliving_its_reader():
+        try:
+            result = main()
+        except (KeyboardInterrupt, Exception) as error:
+            said, status = _told(error)
+        else:
+            if isinstance(result, dict) and result.get("ended") not in GONE_TO_THE_END and launch.rank() == 0:
+                print(f"to go on: {launch.resuming_command(sys.argv)}", flush=True)
+            launch.leave_group()
+            return result
+    if launch.rank() == 0 or status in (1, 2):
+        launch.say_last(said)
+    sys.exit(status)
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """(what is said, the exit status) of an error that ends a script."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.args[0] if error.args else signal.SIGINT
+        return stopping.ended_by(number), 128 + number
+    if isinstance(error, UserError):
+        return f"error: {error}", 2
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"error: {one_line(str(error))}: make room there, or name another place", 2
+
+    # Only what has imported torch can raise its errors: the import costs nothing here.
+    if isinstance(error, RuntimeError):
+        if errors.ran_out(error):
+            return f"error: {errors.OutOfMemory('while loading')}", 2
+    return _unforeseen(error), 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """The line for an error that no check has foreseen.
+
+    Its traceback is written to the output folder, or where that is not there to a temporary one.
+    """
+    # The first frames are main's, whose `flags` name the output folder.
+    locals_of = [frame.f_locals.get("flags") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    output_dir = next((vars(flags).get("output_dir") for flags in locals_of if dataclasses.is_dataclass(flags)), None)
+    place = output_dir if output_dir and os.path.isdir(output_dir) else None
+    try:
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt", dir=place)
+    except OSError:  # the folder itself may be at fault
+        descriptor, file = tempfile.mkstemp(prefix="error_", suffix=".txt")
+
+    with open(descriptor, "w") as report:
+        report.write(f"{shlex.join(sys.argv)}\nPython {sys.version}\n\n{''.join(traceback.format_exception(error))}")
+    what = f"{type(error).__name__}: {one_line(str(error))}"
+    return f"error: unforeseen {what}; the traceback is in {file}, please report it with that file"
+
+
+class _Outlet:
+    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        with self._to_nowhere_if_closed():
+            return self._stream.write(text)
+
+    def flush(self):
+        with self._to_nowhere_if_closed():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _to_nowhere_if_closed(self):
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _outliving_its_reader() -> Iterator[None]:
+    with contextlib.redirect_stdout(_Outlet(sys.stdout)), contextlib.redirect_stderr(_Outlet(sys.stderr)):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+'''
+
+# ============================================================================================== common/errors.py
+
+MODULES['common/errors.py'] = r'''
+"""What ends a script with one line for its user."""
+
+LONGEST_WORD = 300
+LONGEST_LINE = 1500
+
+
+class UserError(Exception):
+    """A fault the user can mend: one line that names the flag or the file, what is wrong and what to do.
+
+    Long values are shortened.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and without the middle of what nobody reads to its end."""
+    words = [_without_middle(word, LONGEST_WORD) for word in text.split()]
+    return _without_middle(" ".join(words), LONGEST_LINE)
+
+
+def _without_middle(text: str, longest: int) -> str:
+    """`text` of at most `longest` characters: its beginning and its end."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
+
+
+# ---------------------------------------------------------------- out of GPU memory
+
+ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
+# All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
+OUT_OF_MEMORY_ADVICE = (
+    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
+    " --resume_from_checkpoint latest takes all of these"
+)
+
+
+class OutOfMemory(UserError):
+    """GPU memory is used up, and there is no leaner way left to try."""
+
+    def __init__(self, doing: str, advice: str = OUT_OF_MEMORY_ADVICE) -> None:
+        super().__init__(f"out of GPU memory {doing}: {advice}")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class, a RuntimeError too."""
+    if isinstance(error, OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+'''
+
+# ======================================================================================= common/fast/__init__.py
+
+MODULES['common/fast/__init__.py'] = r'''
+"""The same numbers, sooner: fused layers, kernels, CUDA graphs. Skip it at first reading."""
+'''
+
+# ================================================================================== common/fast/frozen_layers.py
+
+MODULES['common/fast/frozen_layers.py'] = r'''
 """SDXL's UNet with fewer passes over memory: the layers, parameters and names of diffusers, shorter ways through them.
 
 On a GPU images stay in channels-last order: cuDNN's fp16 convolutions compute in it, and in it an image is a sequence
@@ -2238,8 +2821,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from common.kernel_check import adopt_kernels
-from common.operations import OF_THE_UNET, add_bias, add_norm, geglu, group_norm
+from common.fast.kernel_check import adopt_kernels
+from common.fast.operations import OF_THE_UNET, add_bias, add_norm, geglu, group_norm
 
 
 class _FrozenConv(torch.autograd.Function):
@@ -2406,9 +2989,9 @@ def unfuse_unet(unet: torch.nn.Module) -> None:
             del module.forward
 '''
 
-# ============================================================================================== common/graphs.py
+# ========================================================================================= common/fast/graphs.py
 
-MODULES['common/graphs.py'] = r'''
+MODULES['common/fast/graphs.py'] = r'''
 """CUDA graphs: the thousands of kernels of a pass are launched from Python once, and replayed with one call afterwards.
 
 On a Kaggle or Colab CPU an SDXL LoRA step is bound by launching some 40,000 small kernels, not by the GPU.
@@ -2424,25 +3007,6 @@ import torch
 def _side_stream(device):
     """One for the whole process: cuBLAS keeps 32 MiB for every stream that it has ever worked on."""
     return torch.cuda.Stream(device)
-
-
-@functools.lru_cache
-def _parallel_streams(device):
-    return [torch.cuda.Stream(device) for _ in range(8)]
-
-
-def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
-    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
-    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    try:
-        for i, function in enumerate(functions):
-            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
-                function()
-    finally:
-        for stream in streams:
-            torch.cuda.current_stream().wait_stream(stream)
 
 
 class Graphed:
@@ -2537,143 +3101,9 @@ class Graphed:
         return True
 '''
 
-# =============================================================================================== common/grids.py
+# ============================================================================= common/fast/group_norm_kernels.py
 
-MODULES['common/grids.py'] = r'''
-"""One labelled picture of many, in letters that there is a font for."""
-
-from functools import cache
-from pathlib import Path
-
-CELL_PX, GAP_PX = (256, 512), 10
-MOST_LINES = 20  # of one label: a prompt may have any length
-PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
-
-
-def grid(rows, column_titles, row_labels, footer):
-    """PIL images in rows and columns: titles on top, labels at the left, `footer` in small print below.
-
-    A row grows with a long label. Letters that no font of this machine has are written as their code.
-
-    Args:
-        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
-            label, more makes a file that nobody can send.
-    """
-    from PIL import Image, ImageDraw
-
-    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
-    left = side * 2 // 3
-    titles = [_Text(title, side / 14, side) for title in column_titles]
-    labels = [_label(label, side, left - GAP_PX) for label in row_labels]
-    top = max(title.height for title in titles) + 2 * GAP_PX
-    width = left + len(titles) * (side + GAP_PX) + GAP_PX
-    small_print = _Text(footer, side / 20, width - 2 * GAP_PX)
-    heights = [max(side, label.height) + GAP_PX for label in labels]
-    height = top + sum(heights) + small_print.height + GAP_PX
-
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for j, title in enumerate(titles):
-        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
-        title.write(pen, (x, top - GAP_PX), INK, anchor="md", align="center")
-    y = top
-    for label, images, row_height in zip(labels, rows, heights):
-        label.write(pen, (GAP_PX, y + (row_height - GAP_PX) // 2), INK, anchor="lm")
-        for j, image in enumerate(images):
-            # Enlarged pixels stay sharp: a small image should look like what it is.
-            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
-        y += row_height
-    small_print.write(pen, (GAP_PX, height - GAP_PX), PALE_INK, anchor="ld")
-    return sheet
-
-
-def _label(text, side, width_px):
-    """A row's label: in small print where it would be taller than its pictures."""
-    usual = _Text(text, side / 14, width_px)
-    return usual if usual.height <= side else _Text(text, side / 20, width_px)
-
-
-class _Text:
-    """A text in a font that has its letters, broken into lines of `width_px`."""
-
-    def __init__(self, text, size_px, width_px):
-        from PIL import Image, ImageDraw, ImageFont
-
-        file, text = legible(text)
-        self._font = ImageFont.truetype(file, size_px)
-        lines = _wrap(text, self._font, width_px)
-        self._text = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
-        box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), self._text, self._font)
-        self.height = round(box[3])
-
-    def write(self, pen, place, colour, **options):
-        pen.multiline_text(place, self._text, colour, self._font, **options)
-
-
-def _wrap(text, font, width_px):
-    """Lines of `text` that fit; a word that is too long alone is broken, as are scripts without spaces."""
-    lines = [""]
-    for word in text.split():
-        while font.getlength(word) > width_px:
-            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width_px:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return [line for line in lines if line]
-
-
-# ---------------------------------------------------------------- fonts
-
-
-def legible(text: str) -> tuple[str, str]:
-    """(font file, the text as it can be written with it).
-
-    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the fonts of the machine are looked through.
-    Where none has them all, those that are missing are written as their code (\\u3042): a row of boxes would say nothing.
-    """
-    letters = {ord(letter) for letter in text if not letter.isspace()}
-    for file in (dejavu(), *(_system_fonts() if letters - _letters_of(dejavu()) else ())):
-        if letters <= _letters_of(file):
-            return file, text
-    written = _letters_of(dejavu())
-    return dejavu(), "".join(
-        letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text
-    )
-
-
-def dejavu() -> str:
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
-
-
-@cache
-def _system_fonts() -> list[str]:
-    """The font files in the usual folders of this machine, by name: the same one is taken every time."""
-    from matplotlib import font_manager
-
-    return sorted(font_manager.findSystemFonts())
-
-
-@cache
-def _letters_of(file: str) -> set[int]:
-    """Code points that a font has a glyph for; none where the file cannot be read."""
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        return set(FT2Font(file).get_charmap())
-    except (OSError, RuntimeError):
-        return set()
-'''
-
-# ================================================================================== common/group_norm_kernels.py
-
-MODULES['common/group_norm_kernels.py'] = r'''
+MODULES['common/fast/group_norm_kernels.py'] = r'''
 """Triton kernels of GroupNorm with frozen weights, with what comes before and after it, in two passes over memory.
 
 It reads channels-last images, adds the time embedding before and applies SiLU after. The backward pass gives the
@@ -2976,280 +3406,9 @@ def group_norm(
     return _GroupNorm.apply(x, norm, silu, shift)
 '''
 
-# ================================================================================================= common/hub.py
+# =================================================================================== common/fast/kernel_check.py
 
-MODULES['common/hub.py'] = r'''
-"""Is it here, and can it be had? One place that answers for hub ids, quickly, before anything waits on a dead network."""
-
-import json
-import os
-from pathlib import Path
-
-from common import launch
-from common.attached import find_attached
-from common.command_line import DEMO_ROOT, UserError
-from common.hub_ids import check_id
-
-PROBE_S = 5  # the libraries retry for up to 47 s before they say the same
-
-FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # the original SDXL VAE overflows in fp16
-# What makes a VAE the original one, of which FP16_VAE is a drop-in replacement.
-ORIGINAL_VAE = dict(
-    scaling_factor=0.13025,
-    latent_channels=4,
-    block_out_channels=[128, 256, 512, 512],
-    latents_mean=None,
-    latents_std=None,
-)
-PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
-CONFIGS = ("model_index.json", "scheduler/", "tokenizer/", "tokenizer_2/")
-
-
-def check(flags):
-    """Every repo that the flags name and that is not a local path is cached or within reach.
-
-    A default that is not gives way, in `flags`, to what is attached to a Kaggle notebook.
-
-    Raises:
-        UserError: naming the flag, the repo and the ways to work offline.
-    """
-    for name in _flags_of_ids(flags):  # all of them first: an id that is none needs no network to be refused
-        check_id(getattr(flags, name), name)
-    if "dataset_name" in vars(flags) and not flags.train_data_dir:
-        _require_or_take(flags, "dataset_name", "dataset", "README.md", kind="data", into="train_data_dir")
-    if not os.path.exists(flags.pretrained_model_name_or_path) and not _in_demo(flags.pretrained_model_name_or_path):
-        _require_or_take(flags, "pretrained_model_name_or_path", "model", "model_index.json", kind="models")
-    model, vae = Path(flags.pretrained_model_name_or_path), flags.pretrained_vae_model_name_or_path
-    if model.is_file() and not os.path.isdir(flags.config_name_or_path):
-        _require_or_take(flags, "config_name_or_path", "model", "model_index.json", kind="models")
-    if not model.exists() and not _in_demo(model):
-        vae = vae or default_vae(flags.pretrained_model_name_or_path, flags.revision)
-    if vae and not Path(vae).is_dir():
-        _require(vae, "model", "pretrained_vae_model_name_or_path", "config.json")
-
-
-def _flags_of_ids(flags):
-    """The names of the flags whose values are no local paths, and so hub ids."""
-    if "dataset_name" in vars(flags) and not flags.train_data_dir:
-        yield "dataset_name"
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"):
-        place = getattr(flags, name)
-        if place is not None and not os.path.exists(place) and not _in_demo(place):
-            yield name
-    if os.path.isfile(flags.pretrained_model_name_or_path) and not os.path.isdir(flags.config_name_or_path):
-        yield "config_name_or_path"
-
-
-def _in_demo(place):
-    return Path(place).is_relative_to(DEMO_ROOT)  # built when it is needed
-
-
-def _require_or_take(flags, name, repo_type, filename, *, kind, into=None):
-    """`_require` of what the flag `name` says; where a default cannot be had, the flag `into` gets the one attached folder of its kind."""
-    repo_id, into = getattr(flags, name), into or name
-    try:
-        _require(repo_id, repo_type, name, filename)
-    except UserError as error:
-        is_default = repo_id == type(flags).__dataclass_fields__[name].default
-        folders = getattr(find_attached(), kind) if is_default else []
-        if not folders:
-            raise
-        if len(folders) > 1:
-            raise UserError(f"{error}; attached are {', '.join(folders)}: name one with --{into}") from None
-        setattr(flags, into, folders if isinstance(getattr(flags, into), list) else folders[0])
-        if launch.rank() == 0:
-            print(f"--{name} {repo_id} cannot be had: taking {folders[0]}, which is attached to this notebook")
-
-
-def _require(repo_id, repo_type, flag, filename):
-    """Return when `repo_id` is cached (it then holds `filename`, which every such repo has) or the hub knows it."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if isinstance(try_to_load_from_cache(repo_id, filename, repo_type=repo_type), str):
-        return
-    offline = "offline, give a local path instead, or try --demo"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        raise UserError(f"--{flag} {repo_id}: not in the local cache, and HF_HUB_OFFLINE is set; {offline}")
-    try:
-        HfApi().repo_info(repo_id, repo_type=repo_type, timeout=PROBE_S)
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"--{flag} {repo_id}: no such {repo_type} on the hub, or it needs a login (huggingface-cli login)"
-        ) from None
-    except Exception as error:  # whatever the HTTP stack of the day raises for a dead network
-        raise UserError(f"--{flag} {repo_id}: the hub cannot be reached ({type(error).__name__}); {offline}") from None
-
-
-# ---------------------------------------------------------------- downloading
-
-
-def default_vae(repo_id, revision):
-    """FP16_VAE where the model's own VAE is SDXL's original one; None where it is another, and the model's UNet knows only that."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        config = json.loads(
-            Path(hf_hub_download(repo_id, "vae/config.json", revision=revision)).read_text(encoding="utf-8")
-        )
-    except LocalEntryNotFoundError:
-        return FP16_VAE  # a cached model whose VAE was never needed
-    except EntryNotFoundError:
-        return None  # a repo that holds a single file
-    return FP16_VAE if all(config.get(name) == value for name, value in ORIGINAL_VAE.items()) else None
-
-
-def download_model(repo_id, variant, revision, *, with_vae, say):
-    """The model's files that are used, and no others (fp16: about 7 GB, not 14) -> its local folder, or its single file.
-
-    Args:
-        variant: weight files to prefer; parts without it come as plain ones, with a line.
-    Raises:
-        UserError: no such revision, no access, or no safetensors files of a model.
-    """
-    files = _files_of(repo_id, revision)
-    if files is None:
-        return _model_in(download_files(repo_id, None, revision), repo_id)
-    if "model_index.json" not in files:
-        file = _single_file(files, repo_id)
-        say(f"model: {repo_id} holds the single file {file}, and no diffusers folder: taking that")
-        return download_files(repo_id, [file], revision) / file
-    parts = {part: _weights_of(part, files, variant, repo_id) for part in PARTS if part != "vae" or with_vae}
-    plain = [part for part, chosen in parts.items() if variant and not any(f".{variant}" in file for file in chosen)]
-    if plain:
-        say(f"model: {repo_id} has no {variant} files of {', '.join(plain)}: taking the plain ones")
-    configs = [file for file in files if file.startswith(CONFIGS) or file.partition("/")[2] == "config.json"]
-    return download_files(repo_id, configs + sum(parts.values(), []), revision)
-
-
-def download_files(repo_id, patterns, revision=None):
-    """The local folder with the files of `repo_id` that match; with None, what an earlier download has left there.
-
-    Raises:
-        UserError: no access, or nothing there.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, local_files_only=patterns is None)
-        )
-    except GatedRepoError:
-        raise UserError(f"{repo_id}: accept its terms on the hub, then log in (hf auth login)") from None
-    except LocalEntryNotFoundError:
-        raise UserError(
-            f"{repo_id}: not in the local cache, and the hub cannot be reached; give a local path instead"
-        ) from None
-
-
-def _files_of(repo_id, revision):
-    """Names of all files of a repo, None where the hub cannot be asked."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-
-    try:
-        return HfApi().list_repo_files(repo_id, revision=revision)
-    except RevisionNotFoundError:
-        raise UserError(f"--revision {revision}: {repo_id} has no such branch, tag or commit") from None
-    except Exception:  # whatever the HTTP stack of the day raises for a dead network
-        return None
-
-
-def _model_in(folder, repo_id):
-    if (folder / "model_index.json").exists():
-        return folder
-    return folder / _single_file([path.name for path in folder.iterdir()], repo_id)
-
-
-def _single_file(files, repo_id):
-    """The one model file among `files`.
-
-    Raises:
-        UserError: there is none, or more than one.
-    """
-    found = sorted(file for file in files if file.endswith(".safetensors") and "/" not in file)
-    if len(found) == 1:
-        return found[0]
-    what = f"several single files ({', '.join(found[:3])})" if found else "no safetensors file"
-    raise UserError(
-        f"--pretrained_model_name_or_path {repo_id}: it has no model_index.json and {what}; download one file and give its path"
-    )
-
-
-def _weights_of(part, files, variant, repo_id):
-    """The weight files of a part: those of the variant when there are any, else the plain ones."""
-    names = [
-        file for file in files if file.startswith(f"{part}/") and file.endswith(".safetensors") and file.count("/") == 1
-    ]
-    chosen = [file for file in names if variant and f".{variant}" in file] or [
-        file for file in names if file.count(".") == 1
-    ]
-    if not chosen:
-        raise UserError(
-            f"--pretrained_model_name_or_path {repo_id}: no safetensors files of its {part} (only those are read; pickles can run code)"
-        )
-    return chosen
-'''
-
-# ============================================================================================= common/hub_ids.py
-
-MODULES['common/hub_ids.py'] = r'''
-"""What a hub id looks like, and what else people give where one is wanted: answered before anything is asked."""
-
-import os
-import re
-from pathlib import PureWindowsPath
-from urllib.parse import urlsplit
-
-from common.command_line import UserError
-
-NAME = r"\w(?:[\w.-]*\w)?"
-HUB_ID = re.compile(rf"(?:{NAME}/)?{NAME}", re.ASCII)
-LONGEST = 96
-HUBS = ("huggingface.co", "hf.co", "www.huggingface.co")
-INSTEAD = {  # what to do where the value is no hub id
-    "dataset_name": "for a folder of images use --train_data_dir FOLDER",
-    "pretrained_model_name_or_path": "name a folder or .safetensors file that exists, or a hub id OWNER/NAME",
-    "pretrained_vae_model_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
-    "config_name_or_path": "name a folder that exists, or a hub id OWNER/NAME",
-}
-
-
-def check_id(repo_id: str, flag: str) -> None:
-    """Refuse what cannot be a hub id.
-
-    Raises:
-        UserError: naming the flag, what the value is instead, and the cure.
-    """
-    instead = INSTEAD[flag]
-    if not repo_id.strip():
-        raise UserError(f"--{flag}: is empty; {instead}")
-    if "://" in repo_id or repo_id.partition("/")[0] in HUBS:
-        raise UserError(
-            f"--{flag} {repo_id}: is a web address; {_id_in(repo_id) or f'download what is there, and {instead}'}"
-        )
-    if "\\" in repo_id or PureWindowsPath(repo_id).drive:
-        raise UserError(f"--{flag} {repo_id}: is a Windows path, and nothing is there; {instead}")
-    if os.path.isdir(repo_id):
-        raise UserError(f"--{flag} {repo_id}: is a folder here, not a hub id; {instead}")
-    if not HUB_ID.fullmatch(repo_id) or len(repo_id) > LONGEST or ".." in repo_id or "--" in repo_id:
-        raise UserError(
-            f"--{flag} {repo_id}: is no hub id (OWNER/NAME of letters, digits, - _ .), and no such place is here; {instead}"
-        )
-
-
-def _id_in(address: str) -> str | None:
-    """The cure for the address of a page on the hub: the id in it."""
-    parts = urlsplit(address if "://" in address else f"https://{address}")
-    names = [name for name in parts.path.split("/") if name and name != "datasets"]
-    return f"write its id, {'/'.join(names[:2])}" if parts.hostname in HUBS and len(names) > 1 else None
-'''
-
-# ======================================================================================== common/kernel_check.py
-
-MODULES['common/kernel_check.py'] = r'''
+MODULES['common/fast/kernel_check.py'] = r'''
 """Kernels prove themselves at the start: a small launch of each, forward and backward, against its plain form in fp32.
 
 Triton no longer supports every card that PyTorch does, and some machines have no C compiler or no Triton. A kernel that
@@ -3260,9 +3419,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from common import operations
-from common.memory import ran_out
-from common.operations import Operation
+from common.errors import ran_out
+from common.fast import operations
+from common.fast.operations import Operation
 
 # Largest error of an element, as a share of the largest element: some roundings of the dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -3314,7 +3473,7 @@ def kernel_of(operation: Operation) -> Callable:
     Raises:
         ImportError: there is no Triton.
     """
-    from common import group_norm_kernels, kernels, residual_kernels
+    from common.fast import group_norm_kernels, kernels, residual_kernels
 
     modules = kernels, group_norm_kernels, residual_kernels
     return next(vars(module)[operation.__name__] for module in modules if operation.__name__ in vars(module))
@@ -3427,9 +3586,9 @@ ATTEMPTS = {
 }
 '''
 
-# ============================================================================================= common/kernels.py
+# ======================================================================================== common/fast/kernels.py
 
-MODULES['common/kernels.py'] = r'''
+MODULES['common/fast/kernels.py'] = r'''
 """Triton kernels of the adapter layers and of the gated activation; imported only where there is a GPU and Triton.
 
 The functions below the kernels are the GPU's forms of the operations of the same names in operations.py, which says
@@ -3443,7 +3602,7 @@ import torch
 import triton
 import triton.language as tl
 
-from common.operations import spread_salt
+from common.fast.operations import spread_salt
 
 BLOCK = 1024
 
@@ -3689,350 +3848,945 @@ def update_gain(
     _gain_kernel[(triton.cdiv(rows, 16),)](w, A, B, m=m, gain=gain, b=b, scale=scale, **sizes, **tile, num_warps=4)
 '''
 
-# =============================================================================================== common/kohya.py
+# ===================================================================================== common/fast/operations.py
 
-MODULES['common/kohya.py'] = r'''
-"""A layer in kohya's format, which ComfyUI, A1111 and Forge read: written as LoRA or DoRA, read with all of LyCORIS.
+MODULES['common/fast/operations.py'] = r'''
+"""Operations that kernels compute in fewer passes over memory: seeded dropout, GEGLU, DoRA's gains, normalisations.
 
-The format, https://github.com/kohya-ss/sd-scripts (networks/lora.py): per layer `lora_down`, `lora_up`, `alpha` and,
-for DoRA, `dora_scale` [N, 1] of a weight [N, K]. Layers are named by the original SDXL layout with underscores.
+Every operation has two forms. The plain one below computes anywhere. The kernels of the same name in kernels.py,
+group_norm_kernels.py and residual_kernels.py take its place on a GPU, once kernel_check.py has found that they
+compute the same there.
 """
 
-import json
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
-
-from common import dora, lycoris
-from common.adapter_checks import check_number
-from common.adapter_names import COMPONENTS, DOWN, MAGNITUDE, UP, kohya_key
-from common.command_line import UserError
-from common.files import write_safetensors
+import torch.nn.functional as F
 
 
-def save_kohya(
-    path: Path,
-    unet: torch.nn.Module,
-    recipe: dict,
-    text_encoders: tuple[torch.nn.Module, ...] | list = (),
+class Operation:
+    """A function whose first argument says where it computes.
+
+    Attributes:
+        plain: its form in PyTorch. On a GPU it neither waits nor draws random numbers: a CUDA graph can hold it.
+        on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
+        faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
+    """
+
+    def __init__(self, plain: Callable) -> None:
+        functools.update_wrapper(self, plain)
+        self.plain = self.on_gpu = plain
+        self.faults = {}
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
+
+
+@Operation
+def seeded_dropout(
+    x: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    salt: int,
     *,
-    weight_of: Callable[[str], torch.Tensor] | None = None,
-    dora_rank: int | None = None,
-) -> float:
-    """Write the adapters of the UNet, and of both text encoders if given, in fp16 (dora_scale in fp32).
+    add_to: torch.Tensor | None = None,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """d(x): each element zeroed with probability p, the others divided by 1 - p.
+
+    d is a linear function of x and its own transpose.
+    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
 
     Args:
-        weight_of: see dora.frozen_weights; the model's own weights when None.
-        dora_rank: write DoRA layers as LoRA of this rank instead, for tools that know no DoRA.
-    Returns:
-        the share of the DoRA layers' change that is in the file, by its norm: 1 without `dora_rank`.
+        x: tensor of any shape.
+        seed: int64 scalar tensor on x's device, read when the GPU computes.
+        salt: integer that differs between layers.
+        add_to: when given, it becomes add_to + alpha d(x), in place.
     """
-    weight_of = weight_of or dora.frozen_weights(unet, [])
-    tensors = {}
-    squares = torch.zeros(2)  # norms of what `dora_rank` leaves out, and of all
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        for layer, parts in _by_layer(module).items():
-            key = kohya_key(component, layer, unet.config.layers_per_block)
-            up, down = parts["B.weight"], parts["A.weight"]
-            alpha = module.peft_config["default"].lora_alpha
-
-            # DoRA: a scale beside the pair, or another pair in its place
-            if "magnitude_vector" in parts:
-                delta = module.get_submodule(layer).get_delta_weight("default")
-                magnitude, weight = parts["magnitude_vector"], weight_of(layer)
-                if dora_rank:
-                    up, down, norms = _as_lora(dora.change(magnitude, weight, delta), dora_rank)
-                    alpha = len(down)
-                    squares += norms
-                else:
-                    tensors[f"{key}.dora_scale"] = dora.dora_scale(magnitude, weight, delta)
-
-            tensors[f"{key}.{DOWN}"] = down.half()
-            tensors[f"{key}.{UP}"] = up.half()
-            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
-
-    share = (1 - squares[0] / squares[1]).clamp(min=0).sqrt().item() if dora_rank else 1.0
-    write_safetensors(path, tensors, _metadata(unet.peft_config["default"], recipe, dora_rank, share))
-    return share
+    keep = _uniform(x.numel(), seed, salt).view(x.shape) >= p
+    dropped = torch.where(keep, x.float() * (alpha / (1 - p)), 0.0)
+    return dropped.to(x.dtype) if add_to is None else add_to.add_(dropped)
 
 
-def _by_layer(module):
-    """{layer: {"A.weight": tensor, "B.weight": tensor, "magnitude_vector": tensor of DoRA}}."""
-    from peft import get_peft_model_state_dict
+def _uniform(count, seed, salt):
+    """fp32 [count] in [0, 1): a hash of seed, salt and position, see https://github.com/skeeto/hash-prospector.
 
-    layers = {}
-    for name, tensor in get_peft_model_state_dict(module).items():
-        layer, _, kind = name.rpartition(".lora_")
-        layers.setdefault(layer, {})[kind] = tensor
-    return layers
-
-
-def _as_lora(change, rank):
-    """The best LoRA of `rank` for a change -> (up, down, squared norms of what it leaves out and of all [2])."""
-    up, down = dora.low_rank(change.flatten(1), rank)
-    left_out = (change.flatten(1) - up @ down).square().sum()
-    kernel = change.shape[2:]
-    up, down = up.reshape(len(up), -1, *[1] * len(kernel)), down.reshape(-1, *change.shape[1:])
-    return up, down, torch.stack([left_out, change.square().sum()]).cpu()
+    The hash is one of unsigned 32-bit integers, for which PyTorch has few operations: these are the low bits of int64.
+    """
+    bits_32 = 0xFFFFFFFF
+    bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
+    bits = (bits ^ bits >> 16) * 0x21F0AAAD & bits_32
+    bits = (bits ^ bits >> 15) * 0xD35A2D97 & bits_32
+    return ((bits ^ bits >> 15) >> 8).float() / 2**24
 
 
-def _metadata(config, recipe, dora_rank, share):
-    """What a file says of itself; modelspec is https://github.com/Stability-AI/ModelSpec, ss_ are kohya's own."""
-    velocity = recipe.get("prediction_type") == "v_prediction"
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(dora_rank or config.r),
-        "ss_network_alpha": str(dora_rank or config.lora_alpha),
-        "ss_base_model_version": "sdxl_base_v1-0",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
-        "ss_v_parameterization": str(velocity),
-        "ss_zero_terminal_snr": str(recipe.get("zero_terminal_snr", False)),
-    }
-
-    # DoRA, and what has become of it
-    if dora_rank:
-        metadata["dora_as_lora"] = f"rank {dora_rank} of the DoRA's change: {share:.4f} of its norm"
-    elif config.use_dora:
-        metadata |= dora.METADATA
-    return {**metadata, "format": "pt", "recipe": json.dumps(recipe, sort_keys=True)}
+def spread_salt(salt: int) -> int:
+    """31 bits that differ widely between neighbouring layers."""
+    return salt * 0x5EBCA6B % 2**31
 
 
-def read_layer(
-    file: Path, layer: str, *, weight: torch.Tensor, parts: dict, metadata: dict, identities: dict
-) -> tuple[dict, float] | None:
-    """One layer's tensors -> ({PEFT kind: tensor}, alpha); None where they do not make a change of `weight`.
+@Operation
+def geglu(h: torch.Tensor) -> torch.Tensor:
+    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
+    value, gate = h.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+@Operation
+def gain_backward(
+    dy: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    bias: torch.Tensor | None,
+    gain: torch.Tensor,
+    m: torch.Tensor,
+    dm: torch.Tensor,
+) -> torch.Tensor:
+    """diag(gain) dy in dy's dtype, the gradient before the gain; dm += sum over rows of dy (y - bias) / m, in place.
+
+    dm is the gradient of the magnitude m (arXiv 2402.09353, section 4.3).
+    One call at a time: the kernels of all calls share their counters.
 
     Args:
-        file, layer: for messages.
-        weight: the frozen weight, [N, K] or [N, channels, height, width].
-        parts: {kind: tensor}; kinds of kohya, LyCORIS and MAGNITUDE, which diffusers writes.
-        metadata: of the file.
-        identities: see lycoris.full_rank.
-    Raises:
-        UserError: an alpha that is no number.
+        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
     """
-    alpha = _alpha(file, layer, parts.get("alpha"))
-    dora_scale = parts.get("dora_scale")
-    magnitude = parts.get(MAGNITUDE)
-    factors = {kind: tensor for kind, tensor in parts.items() if kind not in ("alpha", "dora_scale", MAGNITUDE)}
-
-    # the change as a pair of matrices
-    pair = lycoris.read_pair(factors, alpha)
-    n, k = len(weight), weight[0].numel()
-    if pair is None or pair.up.shape[1] != len(pair.down) or (len(pair.up), pair.down.shape[1]) != (n, k):
-        return None
-    if UP not in factors:
-        pair = lycoris.smallest(pair, weight, identities)
-
-    # DoRA: over rows a magnitude, over columns another change
-    if dora_scale is not None:
-        if dora_scale.numel() == n and len(dora_scale) == n:
-            magnitude = _magnitude(weight, pair, dora_scale, metadata)
-        elif tuple(dora_scale.shape[:2]) == (1, weight.shape[1]) and dora_scale.numel() == weight.shape[1]:
-            pair = lycoris.full_rank(lycoris.column_dora(weight, pair, dora_scale), weight, identities)
-        else:
-            return None
-
-    # of the shapes that PEFT gives them
-    kernel = weight.shape[2:]
-    kinds = {
-        "lora_A.weight": pair.down.view(-1, *weight.shape[1:]),
-        "lora_B.weight": pair.up.reshape(n, -1, *[1] * len(kernel)),
-    }
-    if magnitude is not None:
-        kinds[MAGNITUDE] = magnitude.view(1, -1, 1, 1) if kernel else magnitude.flatten()
-    return kinds, pair.scale * len(pair.down)
+    u = y.float() if bias is None else y.float() - bias
+    dm.addcdiv_((dy * u).sum(0), m)
+    return (dy * gain).to(dy.dtype)
 
 
-def _alpha(file, layer, tensor):
-    if tensor is None:
-        return None
-    if tensor.numel() != 1:
-        raise UserError(
-            f"--lora {file}: the alpha of {layer} is a tensor of {tensor.numel()} numbers; the file is damaged"
-        )
-    check_number(file, f"the alpha of {layer}", float(tensor))
-    return float(tensor)
+@Operation
+def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
+    return (w * gain[:, None]).to(w.dtype)
 
 
-def _magnitude(weight, pair, dora_scale, metadata):
-    """A dora_scale over rows -> PEFT's magnitude [N].
+def row_norms(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
+    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
 
-    In our files it goes with ||W||, in LyCORIS's with ||W + s U D||.
+    By n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
     """
-    magnitude = dora_scale.float().flatten()
-    if metadata.get(dora.DORA_NORM) == "base":
-        base, merged = dora.row_norms(weight, pair.product().view(weight.shape))
-        magnitude = magnitude * merged / base
-    return magnitude
+    w = w.float()
+    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
+
+
+@Operation
+def update_gain(
+    w: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    *,
+    m: torch.Tensor,
+    scale: float,
+    gain: torch.Tensor,
+    b: torch.Tensor,
+) -> None:
+    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms` (arXiv 2402.09353, eq. 5).
+
+    Args:
+        w: [N, K]; A: fp32 [r, K]; B: fp32 [N, r]; m, gain: fp32 [N]; b: [N, r] in w's dtype.
+    """
+    torch.div(m, row_norms(w, A, B, scale), out=gain)
+    b.copy_(B * gain[:, None])
+
+
+@Operation
+def group_norm(
+    x: torch.Tensor, norm: torch.nn.GroupNorm, *, silu: bool = False, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
+
+    Args:
+        x: [B, C, H, W]; channels-last on a GPU.
+        norm: torch.nn.GroupNorm whose parameters need no gradient.
+        shift: [B, C] or None.
+    """
+    x = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(y) if silu else y
+
+
+@Operation
+def add_norm(h: torch.Tensor, a: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C].
+
+    The parameters of `norm` need no gradient.
+    """
+    total = h if a is None else a + h
+    return total, norm(total)
+
+
+@Operation
+def add_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
+    return x + (h + bias[:, None, None])
+
+
+OF_DORA = (gain_backward, scale_rows, update_gain)
+OF_THE_UNET = (geglu, group_norm, add_norm, add_bias)
+EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
 '''
 
-# ============================================================================================== common/launch.py
+# =============================================================================== common/fast/residual_kernels.py
 
-MODULES['common/launch.py'] = r'''
-"""How this process was started: alone, by `accelerate launch` or by torchrun; what it says there, and the command that goes on."""
+MODULES['common/fast/residual_kernels.py'] = r'''
+"""Triton kernels of what is added to a residual stream: LayerNorm with the sum before it, and a sum with a bias.
 
+The weights are frozen, so the backward pass gives the gradient of the input only. LayerNorm keeps nothing but its
+input; its sums are in fp32 over deviations from the mean. The functions below the kernels are the GPU's forms of the
+operations of the same names in operations.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """total = h + a, y = LayerNorm(total) (arXiv 1607.06450, eq. 3), one row a program.
+
+    h, a, total, y: [rows, width]; weight, bias: [width].
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(total + offsets, value, mask=mask)
+        # what is stored is what the backward pass will see
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + offsets, residual * r * w + b, mask=mask)
+
+
+@triton.jit
+def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
+    """dx = dtotal + the gradient through LayerNorm(total), one row a program.
+
+    total, dy, dtotal, dx: [rows, width]; weight: [width].
+    """
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
+    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
+    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
+    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
+    """y = x + h + bias, one block a program.
+
+    x, h, y: [n], channels last; bias: [channels].
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
+
+
+class _AddNorm(torch.autograd.Function):
+    """Keeps only the sum for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h, a, norm):
+        h = h.contiguous()
+        a_or_any = h if a is None else a.contiguous()
+        total = h if a is None else torch.empty_like(h)
+        y = torch.empty_like(h)
+        width = h.shape[-1]
+        sizes = dict(width=width, eps=norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width))
+        _add_norm_kernel[(h.numel() // width,)](
+            h, a_or_any, weight=norm.weight, bias=norm.bias, total=total, y=y, **sizes
+        )
+        ctx.save_for_backward(total)
+        ctx.norm, ctx.added = norm, a is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx, dtotal, dy):
+        (total,) = ctx.saved_tensors
+        width = dy.shape[-1]
+        dx = torch.empty_like(total)
+        sizes = dict(width=width, eps=ctx.norm.eps, BLOCK=triton.next_power_of_2(width))
+        _add_norm_backward_kernel[(total.numel() // width,)](
+            total, dy.contiguous(), dtotal=dtotal.contiguous(), weight=ctx.norm.weight, dx=dx, **sizes
+        )
+        return dx, dx if ctx.added else None, None
+
+
+add_norm = _AddNorm.apply
+
+
+class _AddBias(torch.autograd.Function):
+    """Keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = h.contiguous(memory_format=torch.channels_last)
+        y = torch.empty_like(x)
+        n = x.numel()
+        _add_bias_kernel[(triton.cdiv(n, BLOCK),)](x, h, bias, y, channels=x.shape[1], n=n, BLOCK=BLOCK)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, dy, None
+
+
+add_bias = _AddBias.apply
+'''
+
+# =============================================================================================== common/files.py
+
+MODULES['common/files.py'] = r'''
+"""Files that a reader finds whole or not at all, on the disk before they count.
+
+safetensors files know when a byte has changed.
+"""
+
+import contextlib
+import errno
 import json
 import os
 import re
-import shlex
-import signal
-import sys
-import time
-
-SPEAKS_AFTER_S = 2.0  # a launcher that has seen one process fail ends the others well within it
-
-
-def rank():
-    """The place of this process among those of the run, from 0."""
-    return int(os.environ.get("RANK", 0))
-
-
-def say_last(said):
-    """One line on stderr before the process ends, said once: another process than the first speaks only if none has ended the run."""
-    line = f"{os.path.basename(sys.argv[0])}: {said}"
-    if rank():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
-        time.sleep(SPEAKS_AFTER_S)
-        line += f" (process {rank()})"
-    print(line, file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows its content at the end of its own report
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            json.dump({"message": line, "timestamp": int(time.time())}, file)
-
-
-def leave_group():
-    """Take leave of the other processes; without it torch warns at the end."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
-def resuming_command(argv):
-    """The command line `argv` of this script, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
-    kept, words = [], iter(argv)
-    for word in words:
-        if re.fullmatch("--resume[_-]from[_-]checkpoint", word):
-            next(words, None)
-        elif not re.match("--resume[_-]from[_-]checkpoint=", word):
-            kept.append(word)
-    return shlex.join([*_launcher(), *kept, "--resume_from_checkpoint", "latest"])
-
-
-def _launcher():
-    """The words before the script; a launcher's own options are not known here, but for the number of processes."""
-    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # every launch by accelerate sets it
-        return ["accelerate", "launch", "--quiet", *(["--num_processes", world] if world != "1" else [])]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc_per_node", world]
-    return ["python"]
-'''
-
-# ======================================================================================= common/layer_reading.py
-
-MODULES['common/layer_reading.py'] = r'''
-"""Files that name a layer and a kind in every key (kohya, LyCORIS, ComfyUI, diffusers) -> PEFT's names and settings."""
-
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-from common import diffusers_format, lycoris
-from common.adapter_checks import adaptable_layers, misfit
-from common.adapter_names import DOWN, MAGNITUDE, UP, layer_spellings
-from common.kohya import read_layer
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-EMBEDDINGS = "bundle_emb."  # textual inversions that A1111 packs beside an adapter
-_DOWN_SUFFIXES = (".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight", ".lora_A.weight")
-_UP_SUFFIXES = (".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight", ".lora_B.weight")
-_SUFFIXES = {
-    **{f".{kind}": kind for kind in (*lycoris.KINDS, "alpha", "dora_scale", MAGNITUDE)},
-    **dict.fromkeys(_DOWN_SUFFIXES, DOWN),
-    **dict.fromkeys(_UP_SUFFIXES, UP),
-}
+from common.errors import UserError
+
+# Key in a safetensors file's metadata: {tensor name: hash}, and the hash of the other metadata under "".
+HASHES = "xxh3_64"
+# What file systems answer that cannot sync a folder.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF)
 
 
-def read_layers(file: Path, tensors: dict, metadata: dict, modules: dict) -> tuple[dict, dict]:
-    """Keys LAYER.KIND, where the layer may have any of the names it has anywhere.
-
-    alpha comes from the metadata that diffusers writes, or from tensors, else it is the rank.
-    Returns:
-        as adapter_reading.read_adapter.
-    Raises:
-        UserError: names that this model does not have, layers that are incomplete, an alpha that is no number.
-    """
-    weights_of = {component: adaptable_layers(module) for component, module in modules.items()}
-    layers = _by_layer(file, tensors, layer_spellings(weights_of, modules["unet"].config.layers_per_block))
-
-    # each layer as a pair and, with DoRA, a magnitude
-    weights, alphas, identities = {}, {}, {}
-    for (component, layer), keys in layers.items():
-        weight = weights_of[component][layer]
-        parts = {kind: _readable(tensors[key]).to(weight.device) for kind, key in keys.items()}
-        read = read_layer(file, layer, weight=weight, parts=parts, metadata=metadata, identities=identities)
-        if read is None:
-            raise misfit(file, list(keys.values()), len(tensors))
-        kinds, alpha = read
-        alphas.setdefault(component, {})[layer] = alpha
-        weights.setdefault(component, {}).update({f"{layer}.{kind}": tensor for kind, tensor in kinds.items()})
-
-    # rank and alpha: as diffusers wrote them, or as the tensors say
-    written = diffusers_format.read_settings(file, metadata)
-    by_tensors = {component for (component, _), keys in layers.items() if keys.keys() - {DOWN, UP, MAGNITUDE}}
-    configs = {
-        component: written[component]
-        if component in written.keys() - by_tensors
-        else lora_arguments(part, alphas[component])
-        for component, part in weights.items()
-    }
-    return weights, configs
+class DamagedFile(UserError):
+    """A file that is not what was written."""
 
 
-def _by_layer(file, tensors, spellings):
-    """{(component, layer): {kind: key}}."""
-    layers, unknown = {}, []
-    for key in tensors:
-        name = key.replace(".processor.", ".")
-        if MAGNITUDE in key:
-            name = name.removesuffix(".weight")
-        suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
-        place = spellings.get(name.removesuffix(suffix)) if suffix else None
+# ---------------------------------------------------------------- whole or absent
 
-        # no layer of this model, or a second tensor for one place
-        if place is None or _SUFFIXES[suffix] in layers.get(place, {}):
-            unknown.append(key)
+
+def partial_name(path: Path) -> Path:
+    """A name beside `path` that no other process uses, to write to until it can take the place of `path`."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name to write to: afterwards it is on the disk and takes the place of `path`; after an error it is gone."""
+    partial = partial_name(path)
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # that of the block itself says more
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder, which is yet to be made; one that has the name already is removed."""
+    partial = partial_name(folder)
+    try:
+        yield partial
+        _sync(partial)
+        if folder.exists():
+            remove_folder(folder, replaced_by=partial)
         else:
-            layers.setdefault(place, {})[_SUFFIXES[suffix]] = key
-    if unknown:
-        raise misfit(file, unknown, len(tensors))
-    return layers
+            partial.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _readable(tensor):
-    """8-bit floats as fp16, which holds each of them exactly; torch computes with neither kind."""
-    return tensor.half() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+def remove_folder(folder: Path, replaced_by: Path | None = None) -> None:
+    """Remove a folder so that it is whole or absent at every instant; another one may take its name."""
+    doomed = partial_name(folder)
+    folder.rename(doomed)
+    if replaced_by is not None:
+        replaced_by.rename(folder)
+    shutil.rmtree(doomed)
 
 
-def lora_arguments(weights: dict, alphas: dict) -> dict:
-    """LoraConfig arguments for {PEFT key: tensor} of one component and the alpha of each of its layers."""
-    suffix = ".lora_A.weight"
-    ranks = {key.removesuffix(suffix): len(tensor) for key, tensor in weights.items() if key.endswith(suffix)}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return dict(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern={f"^{layer}": value for layer, value in ranks.items() if value != rank},
-        alpha_pattern={f"^{layer}": value for layer, value in alphas.items() if value != alpha},
-        target_modules=list(ranks),
-        use_dora=any(key.endswith(MAGNITUDE) for key in weights),
-    )
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut (fsync).
+
+    Windows has no such call for folders.
+    """
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never a part."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def write_safetensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    """The same for tensors, with a hash of each in the metadata.
+
+    Raises:
+        OSError: where it cannot be written; safetensors has an error of its own for that, with the number in its text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = metadata or {}
+    hashes = {"": _hash_of_metadata(metadata), **{name: _hash(name, tensor) for name, tensor in copies.items()}}
+    with replacing(path) as partial:
+        try:
+            save_file(copies, partial, {**metadata, HASHES: json.dumps(hashes)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        partial.chmod(0o644)  # safetensors makes its files unreadable for others
+
+
+def read_safetensors(path: Path, *, from_anywhere: bool = False) -> tuple[dict, dict]:
+    """({name: tensor on the CPU}, metadata) of a safetensors file, each tensor as it was written.
+
+    Args:
+        from_anywhere: another tool may have written it and copied our metadata into it;
+            it is then read as one without hashes.
+    Raises:
+        DamagedFile: naming the file and what in it has changed.
+    """
+    try:
+        with safe_open(path, "pt") as opened:
+            if damaged := first_damage(opened, from_anywhere=from_anywhere):
+                raise DamagedFile(f"{path}: damaged, {damaged} is not what was written; make it or copy it again")
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+    except SafetensorError as error:
+        raise DamagedFile(f"{path}: damaged or not a safetensors file ({error}); make it or copy it again") from None
+
+
+def first_damage(opened, *, from_anywhere: bool = False) -> str | None:
+    """What in an open safetensors file is not as it was written; None where all is, and where the file has no hashes.
+
+    With `from_anywhere` a file in which no matrix agrees is one of another tool, which kept our metadata:
+    it has no hashes of its own.
+    """
+    metadata = dict(opened.metadata() or {})
+    try:
+        hashes = dict(json.loads(metadata.pop(HASHES, "{}")))
+    except (ValueError, TypeError):
+        return "its metadata"
+    if not hashes:
+        return None
+
+    # Compare what is there with what was written.
+    names = set(opened.keys())
+    wrong = [
+        name for name in hashes if name and (name not in names or _hash(name, opened.get_tensor(name)) != hashes[name])
+    ]
+    matrices = {name for name in names if len(shape := opened.get_slice(name).get_shape()) > 1 and all(shape)}
+    if from_anywhere and len(matrices) > 1 and matrices <= set(wrong):
+        return None
+    if wrong:
+        return wrong[0]
+    return None if hashes.get("") == _hash_of_metadata(metadata) else "its metadata"
+
+
+def _hash(name: str, tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_64(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_of_metadata(metadata: dict) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(metadata, sort_keys=True).encode())
+
+
+def save_png(path, image, text):
+    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_text(name, value)
+    with replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)
 '''
 
-# ============================================================================================= common/loading.py
+# ====================================================================================== common/model/__init__.py
 
-MODULES['common/loading.py'] = r'''
+MODULES['common/model/__init__.py'] = r'''
+"""SDXL and its adapter on the device: loading, weights, what the model predicts, noise, out of memory."""
+'''
+
+# ====================================================================================== common/model/adapters.py
+
+MODULES['common/model/adapters.py'] = r'''
+"""Which layers get an adapter, and where its numbers lie: in one flat fp32 buffer that PEFT's parameters view."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from common.errors import UserError
+from common.model.device import side_by_side
+
+TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def add_lora(
+    unet: torch.nn.Module,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_dora: bool = False,
+) -> None:
+    """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
+
+    A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
+    Raises:
+        UserError: a target that matches no layer, or one that cannot be adapted.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    # every target is a layer that can have one
+    adaptable = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
+    for target in targets:
+        found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
+        if other := [type(module).__name__ for module in found if not isinstance(module, adaptable)]:
+            raise UserError(
+                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, "
+                f"this is a {other[0]}"
+            )
+
+    # in fp32: on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
+    unet.add_adapter(config)
+    cast_training_params(unet, torch.float32)
+
+
+def add_text_lora(encoders: Iterable[torch.nn.Module], rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
+
+    By PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for encoder in encoders:
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
+        inject_adapter_in_model(config, encoder)
+        cast_training_params(encoder, torch.float32)
+        encoder.train()
+
+
+def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """[(name, parameter)] of what will be trained."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def count(module: torch.nn.Module) -> int:
+    """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
+
+
+@contextlib.contextmanager
+def without_dropout(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Inside, `modules` compute as they will after training."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+class FlatParameters:
+    """All trainable numbers in one fp32 buffer and all their gradients in another.
+
+    Norm, clipping, zeroing, all-reduce, EMA and saving are then one operation each, and an optimizer has one parameter
+    per group instead of 1,120.
+
+    Args:
+        groups: [(named parameters, options)]; options are those of a torch optimizer's group (lr, weight_decay).
+        dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
+    """
+
+    def __init__(self, groups: list[tuple[list, dict]], dtype: torch.dtype = torch.float32) -> None:
+        named = [pair for pairs, _ in groups for pair in pairs]
+        self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
+        self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
+        self.grad = torch.zeros_like(self.data)
+        self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
+
+        # PEFT's parameters become views
+        self._parts = {}
+        start = 0
+        for _, parameter in named:
+            part = self._parts[parameter] = slice(start, start := start + parameter.numel())
+            parameter.data = self.data[part].view_as(parameter)
+            parameter.grad = self.grad[part].view_as(parameter)
+
+        # the optimizer's groups are longer views
+        self.groups = []
+        start = 0
+        for pairs, options in groups:
+            part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
+            flat = torch.nn.Parameter(self.data[part])
+            flat.grad = self.grad[part]
+            self.groups.append({"params": [flat], **options})
+
+        self.followers = []  # what else is derived from the parameters: functions that `publish` calls
+
+    def __len__(self) -> int:
+        return self.data.numel()
+
+    def compute_copy(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
+        return self._compute[self._parts[parameter]].view_as(parameter)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """After the numbers changed: renew everything that is derived from them."""
+        if self._compute is not self.data:
+            self._compute.copy_(self.data)
+        side_by_side(self.followers, self.data.device)
+
+
+def make_optimizer(
+    flat: FlatParameters,
+    use_8bit: bool,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> torch.optim.Optimizer:
+    """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
+    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+    if use_8bit:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(flat.groups, **options)
+    return torch.optim.AdamW(flat.groups, **options, fused=flat.data.is_cuda)
+
+
+class EMA:
+    """Exponential moving average of the flat buffer, with the ramp min(decay, (1 + step) / (10 + step)).
+
+    Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
+    """
+
+    def __init__(self, flat: FlatParameters, decay: float) -> None:
+        self.flat = flat
+        self.decay = decay
+        self.average = flat.data.clone()
+
+    def update(self, step: int) -> None:
+        """Once per optimizer step; `step` counts from 1."""
+        self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
+        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
+        self.flat.data.copy_(self.average)
+        self.flat.publish()
+        try:
+            yield
+        finally:
+            self.flat.data.copy_(trained)
+            self.flat.publish()
+'''
+
+# ======================================================================================== common/model/device.py
+
+MODULES['common/model/device.py'] = r'''
+"""--mixed_precision and the hardware -> Host: this process, its device and dtype; and the memory that it takes."""
+
+import contextlib
+import functools
+import gc
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+
+from common.errors import UserError
+from common.system.cards import unsupported_card
+
+GIB = 2**30
+# One process may encode, convert or render while the others wait. The default is 10 minutes.
+LONGEST_WAIT = timedelta(hours=12)
+T = TypeVar("T")
+
+
+@dataclass
+class EarlierPeak:
+    """The highest allocated memory before torch's counter was last reset: torch has one for the whole process."""
+
+    gib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Host:
+    """One process of the run: its device, the dtype of the frozen model, and its place among the processes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    _: KW_ONLY
+    reason: str  # why this device and dtype
+    rank: int
+    world: int  # number of processes
+    started_s: float  # when the run began, on the monotonic clock
+    earlier_peak: EarlierPeak = field(default_factory=EarlierPeak)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_cpu(self) -> "Host":
+        """The same process computing on its CPU, in fp32."""
+        return replace(self, device=torch.device("cpu"), dtype=torch.float32)
+
+    def say(self, line: str) -> None:
+        """Print a line once, however many processes there are."""
+        if self.is_main:
+            print(line, flush=True)
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The lists of all processes as one list, on every process."""
+        with _all_processes():
+            return gather_object(items) if self.world > 1 else items
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        with _all_processes():
+            PartialState().wait_for_everyone()
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """`make()` on the main process, then on the others, which find what it left on the disk.
+
+        Where it fails on the main process, the others end without a word.
+        """
+        if not self.is_main:
+            if self.gather([]) != [True]:
+                raise SystemExit(0)  # the launcher then reports the main process, not this one
+            return make()
+        done = False
+        try:
+            made = make()
+            done = True
+            return made
+        finally:
+            self.gather([done])
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all processes, in place: one all-reduce, or nothing to do for a single process."""
+        if self.world > 1:
+            with _all_processes():
+                torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def peak_gib(self) -> float:
+        """Highest memory of the run so far in GiB: allocated on the GPU, or resident in RAM on a CPU."""
+        if self.device.type != "cuda":
+            return peak_ram_gib()
+        return max(self.earlier_peak.gib, torch.cuda.max_memory_allocated(self.device) / GIB)
+
+    def start_new_peak(self) -> None:
+        """Let torch.cuda.max_memory_allocated count from here; `peak_gib` remembers what was before."""
+        self.earlier_peak.gib = self.peak_gib()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+@contextlib.contextmanager
+def _all_processes() -> Iterator[None]:
+    """Around a call that all processes make together.
+
+    Raises:
+        UserError: it failed, as it does when another process has ended.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        ended = "another process of this run has ended, and said why; --resume_from_checkpoint latest goes on"
+        raise UserError(f"{ended} ({str(error).splitlines()[0]})") from None
+
+
+def start(mixed_precision: str = "fp16", seed: int = 0) -> Host:
+    """Join the process group of `accelerate launch` or torchrun, if any; choose device and dtype, and say so.
+
+    Seeds torch's global generators, from which only adapter initialisation and LoRA dropout draw.
+
+    Raises:
+        UserError: a card that this PyTorch was not built for; bf16 on a card that only emulates it.
+    """
+    started_s = time.monotonic()
+    quieten_libraries()
+    torch.manual_seed(seed)
+
+    # Join the processes; without a GPU they talk by gloo.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU", not torch.cuda.is_available())
+    state = PartialState(cpu=use_cpu, timeout=LONGEST_WAIT)
+    device = state.device if state.device.type == "cuda" else torch.device("cpu")
+
+    # Forget what an earlier run in this process has left.
+    free_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    # Choose the dtype, and say it all.
+    dtype, reason = _choose_dtype(device, mixed_precision)
+    place = dict(rank=state.process_index, world=state.num_processes)
+    host = Host(device, dtype, reason=reason, started_s=started_s, **place)
+    idle = torch.cuda.device_count() - host.world if device.type == "cuda" else 0
+    if idle > 0:
+        host.say(f"note: {idle} more GPU{'s'[: idle > 1]} here, idle: accelerate launch --quiet uses all of them")
+    processes = f", {host.world} processes" if host.world > 1 else ""
+    host.say(f"device: {device.type}, {str(dtype).removeprefix('torch.')}{processes} ({reason})")
+    return host
+
+
+def quieten_libraries() -> None:
+    """Their notices and loading bars would drown the run's own lines; their errors still come through."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _choose_dtype(device, mixed_precision):
+    """(dtype of the frozen model, why)."""
+    if device.type != "cuda":
+        return torch.float32, "no CUDA GPU was found; a CPU computes fp16 ten times slower than fp32"
+    name = torch.cuda.get_device_name(device)
+    capability = torch.cuda.get_device_capability(device)
+    if fault := unsupported_card(name, capability, torch.cuda.get_arch_list()):
+        raise UserError(fault)
+    if mixed_precision == "no":
+        return torch.float32, f"{name}, --mixed_precision no"
+    if mixed_precision == "bf16":
+        # torch.cuda.is_bf16_supported() says True by emulation; only capability 8.0 and up has the units.
+        if capability < (8, 0):
+            card = f"{name} (sm_{capability[0]}{capability[1]})"
+            raise UserError(f"--mixed_precision bf16: {card} has no bf16 units; use fp16")
+        return torch.bfloat16, f"{name}, --mixed_precision bf16"
+    return torch.float16, f"{name}; fp32 adapter weights and loss scaling"
+
+
+def limit_memory(device: torch.device, max_gib: float | None) -> float:
+    """Hold this process to `max_gib` of GPU memory, or to what is free if that is less or None -> the limit in GiB.
+
+    torch limits the current device, which is this one.
+    """
+    free_gib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / GIB
+    limit_gib = min(max_gib or free_gib, free_gib)
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / total_bytes)
+    return limit_gib
+
+
+def peak_ram_gib() -> float:
+    """Highest resident memory of this process so far, in GiB."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / GIB
+    import resource  # not there on Windows
+
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / GIB
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def free_memory(device: torch.device) -> None:
+    """Free what nothing holds any more, models in reference cycles too, and hand the GPU's cached blocks back to it.
+
+    After an error, call it outside of the `except` block, which still holds the tensors.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@functools.lru_cache
+def _parallel_streams(device):
+    return [torch.cuda.Stream(device) for _ in range(8)]
+
+
+def side_by_side(functions: list[Callable[[], None]], device: torch.device) -> None:
+    """Call functions that are independent of each other; on a GPU, eight of their small kernels run at a time."""
+    streams = _parallel_streams(device) if device.type == "cuda" and functions else []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    try:
+        for i, function in enumerate(functions):
+            with torch.cuda.stream(streams[i % len(streams)] if streams else None):
+                function()
+    finally:
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+'''
+
+# ======================================================================================= common/model/loading.py
+
+MODULES['common/model/loading.py'] = r'''
 """A model's name -> its files (Model) -> its parts on the device: noise schedule, VAE, text encoders, UNet.
 
 Whatever the user names (hub id, folder, single file) becomes one diffusers folder first. There is never a second copy
@@ -4050,10 +4804,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from common import hub, model_kind, single_file, weights
-from common.command_line import UserError
-from common.model_kind import Kind
-from common.noise import NoiseSchedule
+from common.cli import hub
+from common.errors import UserError
+from common.model import model_kind, single_file, weights
+from common.model.model_kind import Kind
+from common.model.noise import NoiseSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -4061,8 +4816,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from common.device import Host
-    from common.flags import ModelFlags
+    from common.cli.model_flags import ModelFlags
+    from common.model.device import Host
 
 VAE_FILES = ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -4282,329 +5037,15 @@ def zero_unconditional(model: Model) -> bool:
     return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
 '''
 
-# ============================================================================================= common/lycoris.py
+# ======================================================================================== common/model/memory.py
 
-MODULES['common/lycoris.py'] = r'''
-"""What a layer's tensors in a kohya or LyCORIS file say: the change of its weight as one pair of matrices.
-
-The formulas are those of https://github.com/KohakuBlueleaf/LyCORIS (lycoris/functional). A change of a weight W [N, K],
-for a convolution K = channels x height x width, is s U D with U [N, R], D [R, K] and a scale s. Kronecker and Hadamard
-products of such pairs are pairs again. So every algorithm is exactly a LoRA of some rank R: it loads, scales, mixes and
-merges as one.
-"""
-
-from typing import NamedTuple
-
-import torch
-
-
-class Pair(NamedTuple):
-    """The change s U D of a weight, see above."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    scale: float = 1.0
-
-    def product(self) -> torch.Tensor:
-        """The change itself, [N, K], fp32."""
-        return self.scale * (self.up.float() @ self.down.float())
-
-
-def read_pair(tensors: dict, alpha: float | None) -> Pair | None:
-    """The change that {kind: tensor} of one layer means; None when they are not exactly those of an algorithm.
-
-    `alpha` is the layer's, None where the file has none: then the scale is 1. Linear layers and convolutions alike.
-    """
-    read = _ALGORITHMS.get(frozenset(tensors))
-    if read is None:
-        return None
-    try:
-        (up, down), rank = read(tensors)
-    except RuntimeError:  # their shapes do not go together
-        return None
-    return Pair(up, down.flatten(1), 1.0 if alpha is None or rank is None else alpha / rank)
-
-
-def smallest(pair: Pair, weight: torch.Tensor, identities: dict) -> Pair:
-    """The same change, as `full_rank` where that is fewer numbers than a pair of high rank."""
-    (n, rank), k = pair.up.shape, pair.down.shape[1]
-    return pair if rank * (n + k) <= n * k else full_rank(pair.product(), weight, identities)
-
-
-def full_rank(change: torch.Tensor, weight: torch.Tensor, identities: dict) -> Pair:
-    """Any change [N, K] as a pair: itself, and an identity on its shorter side.
-
-    In the dtype and on the device of `weight`.
-    `identities` {size: matrix} is filled: layers share them, or they would take as much memory as the changes do.
-    """
-    size = min(change.shape)
-    if size not in identities:
-        identities[size] = torch.eye(size, dtype=weight.dtype, device=weight.device)
-    change = change.to(weight)
-    return Pair(identities[size], change) if len(change) == size else Pair(change, identities[size])
-
-
-def column_dora(weight: torch.Tensor, pair: Pair, dora_scale: torch.Tensor) -> torch.Tensor:
-    """What a DoRA over input columns changes, [N, K]: (W + d) dora_scale / ||W + d|| - W, norms over columns.
-
-    lycoris/modules/locon.py with wd_on_output off; ComfyUI's weight_decompose does the same. `dora_scale` is
-    [1, channels], with more axes of 1 for a convolution.
-    """
-    weight = weight.detach().float()
-    merged = weight + pair.product().to(weight).view(weight.shape)
-    norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
-    gains = (dora_scale.to(weight).flatten() / norms).view(1, -1, *[1] * (weight.dim() - 2))
-    return (merged * gains - weight).flatten(1)
-
-
-# One function per algorithm: {kind: tensor} -> ((U, D), rank that divides alpha).
-
-
-def _lora(t):
-    """U D; a mid [R, R, height, width] is Tucker's core between them (LoCon, lora_mid)."""
-    up, down = t["lora_up.weight"].flatten(1), t["lora_down.weight"]
-    if "lora_mid.weight" in t:
-        up, down = up.float(), _around(t["lora_mid.weight"], down.flatten(1))
-    return (up, down), up.shape[1]
-
-
-def _loha(t):
-    """(w1_a w1_b) o (w2_a w2_b), element by element: of two sums of R outer products a sum of R x R."""
-    up1, down1 = _factor(t, "hada_w1", "hada_t1")
-    up2, down2 = _factor(t, "hada_w2", "hada_t2")
-    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
-    down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
-    return (up, down), len(t["hada_w1_b"])
-
-
-def _lokr(t):
-    """kron(w1, w2). alpha counts only where a factor is decomposed; of two ranks w2's divides it, as in ComfyUI."""
-    up1, down1 = _factor(t, "lokr_w1")
-    up2, down2 = _factor(t, "lokr_w2", "lokr_t2")
-    rank = next((len(t[kind]) for kind in ("lokr_w2_b", "lokr_w1_b") if kind in t), None)
-    return (torch.kron(up1, up2), torch.kron(down1, down2)), rank
-
-
-def _factor(t, name, core=None):
-    """One factor as U [n, r], D [r, k]: whole beside an identity, or w_a w_b, or w_a and w_b around a Tucker core."""
-    if name in t:
-        whole = t[name].float().flatten(1)
-        return full_rank(whole, whole, {})[:2]
-    a, b = t[f"{name}_a"].float(), t[f"{name}_b"].float()
-    return (a.t().contiguous(), _around(t[core], b)) if core in t else (a, b.flatten(1))
-
-
-def _around(core, b):
-    """A Tucker core [R, R, height, width] times b [R, channels] -> [R, channels x height x width]."""
-    return torch.einsum("ijhw,jk->ikhw", core.float(), b.float()).flatten(1).contiguous()
-
-
-def _decomposed(name, core=None):
-    return [f"{name}_a", f"{name}_b", *([core] if core else [])]
-
-
-_LORA = ["lora_up.weight", "lora_down.weight"]
-_ALGORITHMS = {
-    frozenset(_LORA): _lora,
-    frozenset([*_LORA, "lora_mid.weight"]): _lora,
-    frozenset(_decomposed("hada_w1") + _decomposed("hada_w2")): _loha,
-    frozenset(_decomposed("hada_w1", "hada_t1") + _decomposed("hada_w2", "hada_t2")): _loha,
-    **{
-        frozenset(w1 + w2): _lokr
-        for w1 in (["lokr_w1"], _decomposed("lokr_w1"))
-        for w2 in (["lokr_w2"], _decomposed("lokr_w2"), _decomposed("lokr_w2", "lokr_t2"))
-    },
-}
-KINDS = frozenset().union(*_ALGORITHMS)
-'''
-
-# ============================================================================================ common/manifest.py
-
-MODULES['common/manifest.py'] = r'''
-"""What infer.py leaves behind: images that carry their parameters, manifest.json, and compare.png.
-
-Heavy libraries are imported where they are used: infer.py answers --help without them.
-"""
-
-import contextlib
-import hashlib
-import itertools
-import json
-from importlib.metadata import version
-from pathlib import Path
-
-
-def save_image(flags, column, index, prompt, seed, image):
-    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
-    from common import report
-
-    names = ("steps", "guidance_scale", "guidance_rescale", "scheduler", "resolution", "image", "strength")
-    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
-    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
-    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
-    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
-    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
-    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
-    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
-    path = _unused(Path(flags.output_dir) / f"images/{column.stem}_{index:02d}_{seed}.png")
-    parameters = "\n".join([*lines, ", ".join(facts)])
-    report.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
-    return {"file": f"images/{path.name}", "sha256": sha256(path), **record}
-
-
-def _unused(path):
-    """`path`, or where an earlier drawing has that name, the first of path_2, path_3, ... that is free."""
-    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
-    return next(name for name in itertools.chain([path], numbered) if not name.exists())
-
-
-def write_results(flags, sampler, model, columns, records, load_s):
-    """compare.png and manifest.json -> what the manifest says."""
-    from common import files
-
-    host, output_dir = sampler.host, Path(flags.output_dir)
-    drawn_s = sum(record["seconds"] for record in records)
-    manifest = {
-        **provenance(flags, model),
-        "device": {
-            "type": host.device.type,
-            "dtype": dtype_name(host),
-            "memory": sampler.memory,
-            "reason": host.reason,
-        },
-        "timings": {
-            "load_s": round(load_s, 2),
-            "draw_s": round(drawn_s, 2),
-            "s_per_image": round(drawn_s / len(records), 3),
-        },
-        "peak_gib": round(host.peak_gib(), 2),
-        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
-        "images": records,
-    }
-    keep_earlier(output_dir)
-    if flags.compare:
-        write_comparison(flags, host, manifest)
-    files.write_json(output_dir / "manifest.json", manifest)
-    made = "compare.png, " if flags.compare else ""
-    host.say(
-        f"{len(records)} images, {drawn_s / len(records):.2f} s each; {made}manifest.json and images/ are in {output_dir}"
-    )
-    return manifest
-
-
-def keep_earlier(output_dir):
-    """compare.png and manifest.json are of the last drawing: those of the one before get a number, the same for both."""
-    from common import files
-
-    grid, manifest = output_dir / "compare.png", output_dir / "manifest.json"
-    if not (grid.exists() or manifest.exists()):
-        return
-    number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
-    grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
-    if grid.exists():
-        grid.rename(grid_kept)
-    if manifest.exists():
-        manifest.rename(manifest_kept)
-        with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
-            earlier = dict(json.loads(manifest_kept.read_text()))
-            files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
-
-
-def _numbered(number):
-    return f"compare_{number}.png", f"manifest_{number}.json"
-
-
-def write_comparison(flags, host, manifest):
-    """compare.png, and in the manifest how far each column is from the base: mean absolute difference of pixels, 0 to 255."""
-    from PIL import Image
-
-    from common import grids, report
-
-    output_dir, titles = Path(flags.output_dir), [column["title"] for column in manifest["columns"]]
-    rows = {}  # (prompt, seed) -> one image per column
-    for record in manifest["images"]:
-        with Image.open(output_dir / record["file"]) as image:
-            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
-    for i, column in enumerate(manifest["columns"]):
-        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
-        if i and not column["mean_abs_difference_from_base"]:
-            host.say(f"{column['title']}: not one pixel differs from the base")
-    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
-    model = Path(manifest["model"]["name"]).name
-    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}, guidance {flags.guidance_scale:g}, seed {flags.seed}"
-    for text in [*titles, *labels]:
-        if grids.legible(text)[1] != text:
-            host.say(
-                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK; until then their codes stand there"
-            )
-    sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
-    manifest["grid"] = "compare.png"
-    report.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
-
-
-def difference(image, other):
-    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
-    from PIL import ImageChops, ImageStat
-
-    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
-
-
-def provenance(flags, model):
-    """What was loaded, by which packages: for manifest.json and merge.json."""
-    packages = ("torch", "diffusers", "transformers", "peft")
-    return {
-        "model": {
-            "name": model.name,
-            "vae": str(model.vae),
-            "revision": flags.revision,
-            "variant": model.variant,
-            "prediction_type": model.kind.prediction_type,
-            "zero_terminal_snr": model.kind.zero_terminal_snr,
-        },
-        "versions": {package: version(package) for package in packages},
-    }
-
-
-def dtype_name(host):
-    return str(host.dtype).removeprefix("torch.")
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-'''
-
-# ============================================================================================== common/memory.py
-
-MODULES['common/memory.py'] = r'''
-"""Out of GPU memory, in one place: how it is recognised, what is tried next, and what the last line advises."""
+MODULES['common/model/memory.py'] = r'''
+"""Out of GPU memory: what is tried next."""
 
 from collections.abc import Callable
 
-import torch
-
-from common import device
-from common.command_line import UserError
-
-ALLOCATION_FAILED = ("out of memory", "ALLOC_FAILED")  # torch's and CUDA's words; those of cuBLAS and cuDNN
-# All of it may change when a run is resumed; --lora_rank and --use_8bit_adam may not.
-ADVICE = (
-    "end what else is on this GPU, lower --resolution, or use --quantize nf4;"
-    " --resume_from_checkpoint latest takes all of these"
-)
-
-
-class OutOfMemory(UserError):
-    """GPU memory is used up, and there is no leaner way left to try."""
-
-    def __init__(self, doing: str, advice: str = ADVICE) -> None:
-        super().__init__(f"out of GPU memory {doing}: {advice}")
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that GPU memory is used up: not every library raises torch's own class."""
-    if isinstance(error, (torch.OutOfMemoryError, OutOfMemory)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
+from common.errors import OutOfMemory, ran_out
+from common.model import device
 
 
 class StepDown:
@@ -4640,100 +5081,9 @@ class StepDown:
         raise OutOfMemory(self.doing)
 '''
 
-# ============================================================================================= common/merging.py
+# ==================================================================================== common/model/model_kind.py
 
-MODULES['common/merging.py'] = r'''
-"""Adapters fused into the model that they were loaded beside, and that model written as a new diffusers folder."""
-
-import json
-import os
-import shutil
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError
-
-from common.command_line import UserError
-from common.files import write_json
-from common.model_kind import SCHEDULER
-
-if TYPE_CHECKING:  # slow to import
-    from diffusers import StableDiffusionXLPipeline
-
-    from common.loading import Model
-
-SAVED = ("unet", "text_encoder", "text_encoder_2", "vae")
-# byte for byte: saved again, tokenizers lose files that other tools read
-COPIED = ("scheduler", "tokenizer", "tokenizer_2")
-
-
-def merge(
-    pipeline: "StableDiffusionXLPipeline", adapters: list[tuple[str, float]], model: "Model", place: Path, record: dict
-) -> None:
-    """Fuse adapters into a pipeline, layer by layer in place, and write it to a new folder, whole or not at all.
-
-    The folder renders what `set_adapters` renders at the same scales, for several LoRA and DoRA adapters together too.
-
-    Args:
-        adapters: [(name in the pipeline, scale)].
-        model: the loading.Model that the pipeline was loaded from; its own folder is only read.
-        place: Path of the new folder.
-        record: what merge.json in it says.
-    Raises:
-        UserError: no room on the disk, not writable, merged weights that are not finite.
-    """
-    _check_room(pipeline, place)
-    _fuse(pipeline, adapters)
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
-    try:
-        _write(pipeline, model, partial, record)
-        partial.rename(place)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--merge {place}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_room(pipeline, place):
-    tensors = chain.from_iterable(getattr(pipeline, name).parameters() for name in SAVED)
-    disk = next(folder for folder in place.absolute().parents if folder.is_dir())
-    needed = sum(tensor.nbytes for tensor in tensors)
-    free = shutil.disk_usage(disk).free
-    if needed > free:
-        raise UserError(
-            f"--merge {place}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on that disk"
-        )
-
-
-def _fuse(pipeline, adapters):
-    """Add the adapters to the weights and take their layers out: what remains is a plain model."""
-    pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
-    try:
-        pipeline.fuse_lora(safe_fusing=True)  # at the scales just set; lora_scale would come on top
-    except ValueError:
-        raise UserError(f"--merge: the merged weights are not finite in {pipeline.dtype}; lower the scales") from None
-    pipeline.unload_lora_weights()
-
-
-def _write(pipeline, model, folder, record):
-    """The weights as the libraries save them; everything that no adapter changes as it lies in the model's folder."""
-    for name in SAVED:
-        getattr(pipeline, name).save_pretrained(folder / name)
-    for name in COPIED:
-        shutil.copytree(model.folder / name, folder / name)
-    shutil.copy(model.folder / "model_index.json", folder)
-    # a flag, or the model's single file, may have said what the scheduler is
-    if json.loads((folder / SCHEDULER).read_text()) != model.scheduler:
-        write_json(folder / SCHEDULER, model.scheduler)
-    write_json(folder / "merge.json", record)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors makes its files unreadable for others
-'''
-
-# ========================================================================================== common/model_kind.py
-
-MODULES['common/model_kind.py'] = r'''
+MODULES['common/model/model_kind.py'] = r'''
 """A model's configuration files and the flags -> Kind: is it SDXL, what does its UNet predict, on which noise schedule.
 
 The flags speak where the files are silent.
@@ -4749,7 +5099,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.command_line import UserError
+from common.errors import UserError
 
 PARTS = dict(unet="UNet2DConditionModel", text_encoder="CLIPTextModel", text_encoder_2="CLIPTextModelWithProjection")
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -4977,9 +5327,9 @@ def scheduler_of(config: dict, kind: Kind) -> dict:
     return {**config, **zero_snr} if kind.zero_terminal_snr else config
 '''
 
-# =============================================================================================== common/noise.py
+# ========================================================================================= common/model/noise.py
 
-MODULES['common/noise.py'] = r'''
+MODULES['common/model/noise.py'] = r'''
 """What noise does to a latent, and what the loss makes of it: pure functions of tensors.
 
 Notation: z latent, eps noise, a = alphas_cumprod[t], snr = a / (1 - a). Shapes: [B, C, H, W] unless said otherwise.
@@ -5082,1238 +5432,9 @@ def by_quarter(values: torch.Tensor, t: torch.Tensor, num_timesteps: int) -> tor
     return sums.index_add_(0, t * QUARTERS // num_timesteps, values)
 '''
 
-# ========================================================================================== common/operations.py
+# ==================================================================================== common/model/schedulers.py
 
-MODULES['common/operations.py'] = r'''
-"""Operations that kernels compute in fewer passes over memory: seeded dropout, GEGLU, DoRA's gains, normalisations.
-
-Every operation has two forms. The plain one below computes anywhere. The kernels of the same name in kernels.py,
-group_norm_kernels.py and residual_kernels.py take its place on a GPU, once kernel_check.py has found that they
-compute the same there.
-"""
-
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-
-
-class Operation:
-    """A function whose first argument says where it computes.
-
-    Attributes:
-        plain: its form in PyTorch. On a GPU it neither waits nor draws random numbers: a CUDA graph can hold it.
-        on_gpu: the form that a GPU computes, `plain` until kernels are found to work.
-        faults: {what was tried, see kernel_check: why its kernels cannot be used there, or None}.
-    """
-
-    def __init__(self, plain: Callable) -> None:
-        functools.update_wrapper(self, plain)
-        self.plain = self.on_gpu = plain
-        self.faults = {}
-
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (self.on_gpu if x.is_cuda else self.plain)(x, *args, **kwargs)
-
-
-@Operation
-def seeded_dropout(
-    x: torch.Tensor,
-    p: float,
-    seed: torch.Tensor,
-    salt: int,
-    *,
-    add_to: torch.Tensor | None = None,
-    alpha: float = 1.0,
-) -> torch.Tensor:
-    """d(x): each element zeroed with probability p, the others divided by 1 - p.
-
-    d is a linear function of x and its own transpose.
-    Nothing is stored for the backward pass, and a replayed CUDA graph or a recomputed block makes the same mask again.
-
-    Args:
-        x: tensor of any shape.
-        seed: int64 scalar tensor on x's device, read when the GPU computes.
-        salt: integer that differs between layers.
-        add_to: when given, it becomes add_to + alpha d(x), in place.
-    """
-    keep = _uniform(x.numel(), seed, salt).view(x.shape) >= p
-    dropped = torch.where(keep, x.float() * (alpha / (1 - p)), 0.0)
-    return dropped.to(x.dtype) if add_to is None else add_to.add_(dropped)
-
-
-def _uniform(count, seed, salt):
-    """fp32 [count] in [0, 1): a hash of seed, salt and position, see https://github.com/skeeto/hash-prospector.
-
-    The hash is one of unsigned 32-bit integers, for which PyTorch has few operations: these are the low bits of int64.
-    """
-    bits_32 = 0xFFFFFFFF
-    bits = torch.arange(count, device=seed.device) * 0x9E3779B9 + (seed & bits_32) + spread_salt(salt) & bits_32
-    bits = (bits ^ bits >> 16) * 0x21F0AAAD & bits_32
-    bits = (bits ^ bits >> 15) * 0xD35A2D97 & bits_32
-    return ((bits ^ bits >> 15) >> 8).float() / 2**24
-
-
-def spread_salt(salt: int) -> int:
-    """31 bits that differ widely between neighbouring layers."""
-    return salt * 0x5EBCA6B % 2**31
-
-
-@Operation
-def geglu(h: torch.Tensor) -> torch.Tensor:
-    """value * gelu(gate) of h = [value, gate] along the last dimension: [..., 2D] -> [..., D] (arXiv 2002.05202)."""
-    value, gate = h.chunk(2, dim=-1)
-    return value * F.gelu(gate)
-
-
-@Operation
-def gain_backward(
-    dy: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    bias: torch.Tensor | None,
-    gain: torch.Tensor,
-    m: torch.Tensor,
-    dm: torch.Tensor,
-) -> torch.Tensor:
-    """diag(gain) dy in dy's dtype, the gradient before the gain; dm += sum over rows of dy (y - bias) / m, in place.
-
-    dm is the gradient of the magnitude m (arXiv 2402.09353, section 4.3).
-    One call at a time: the kernels of all calls share their counters.
-
-    Args:
-        dy, y: [M, N]; bias: [N] or None; gain, m, dm: fp32 [N].
-    """
-    u = y.float() if bias is None else y.float() - bias
-    dm.addcdiv_((dy * u).sum(0), m)
-    return (dy * gain).to(dy.dtype)
-
-
-@Operation
-def scale_rows(w: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """diag(gain) w in w's dtype, rounded once: [N, K], fp32 [N] -> [N, K]."""
-    return (w * gain[:, None]).to(w.dtype)
-
-
-def row_norms(w: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """n: the norms of the rows of w + scale B A, in fp32. [N, K], fp32 [r, K], fp32 [N, r] -> [N].
-
-    By n^2 = ||w||^2 + 2 s rowsum((w A^T) o B) + s^2 rowsum((B A A^T) o B), which needs no second matrix like w.
-    """
-    w = w.float()
-    return (w.square().sum(1) + 2 * scale * ((w @ A.t()) * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)).sqrt()
-
-
-@Operation
-def update_gain(
-    w: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    *,
-    m: torch.Tensor,
-    scale: float,
-    gain: torch.Tensor,
-    b: torch.Tensor,
-) -> None:
-    """gain = m / n and b = diag(gain) B, in place; n as in `row_norms` (arXiv 2402.09353, eq. 5).
-
-    Args:
-        w: [N, K]; A: fp32 [r, K]; B: fp32 [N, r]; m, gain: fp32 [N]; b: [N, r] in w's dtype.
-    """
-    torch.div(m, row_norms(w, A, B, scale), out=gain)
-    b.copy_(B * gain[:, None])
-
-
-@Operation
-def group_norm(
-    x: torch.Tensor, norm: torch.nn.GroupNorm, *, silu: bool = False, shift: torch.Tensor | None = None
-) -> torch.Tensor:
-    """silu(GroupNorm(x + shift)), with silu and shift as asked for.
-
-    Args:
-        x: [B, C, H, W]; channels-last on a GPU.
-        norm: torch.nn.GroupNorm whose parameters need no gradient.
-        shift: [B, C] or None.
-    """
-    x = x if shift is None else x + shift[:, :, None, None]
-    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(y) if silu else y
-
-
-@Operation
-def add_norm(h: torch.Tensor, a: torch.Tensor | None, norm: torch.nn.LayerNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h + a, LayerNorm(h + a)), or (h, LayerNorm(h)) when a is None; both [..., C].
-
-    The parameters of `norm` need no gradient.
-    """
-    total = h if a is None else a + h
-    return total, norm(total)
-
-
-@Operation
-def add_bias(x: torch.Tensor, h: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """x + h + bias: [B, C, H, W], the same, and [C], which needs no gradient."""
-    return x + (h + bias[:, None, None])
-
-
-OF_DORA = (gain_backward, scale_rows, update_gain)
-OF_THE_UNET = (geglu, group_norm, add_norm, add_bias)
-EVERY_OPERATION = (seeded_dropout, *OF_DORA, *OF_THE_UNET)
-'''
-
-# ========================================================================================= common/other_tools.py
-
-MODULES['common/other_tools.py'] = r'''
-"""What other trainers and image tools call our flags: hints for those who come from diffusers, kohya's scripts, A1111 or PEFT."""
-
-OTHER_NAMES = {
-    "learning_rate": "lr unet_lr",
-    "lora_rank": "rank r lora_r network_dim dim",
-    "lora_alpha": "alpha network_alpha",
-    "lora_dropout": "dropout network_dropout",
-    "lora_target_modules": "target_modules",
-    "train_batch_size": "batch_size train_batch bs",
-    "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps",
-    "num_train_epochs": "epochs num_epochs max_train_epochs",
-    "max_train_steps": "steps max_steps num_steps train_steps",
-    "lr_warmup_steps": "warmup_steps warmup",
-    "offset_noise_strength": "noise_offset offset_noise",
-    "min_snr_gamma": "snr_gamma",
-    "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
-    "aspect_ratio_buckets": "enable_bucket buckets bucketing",
-    "random_flip": "flip_aug",
-    "use_ema": "ema",
-    "use_8bit_adam": "adam8bit optimizer_type optimizer",
-    "enable_xformers_memory_efficient_attention": "xformers",
-    "mixed_precision": "fp16 bf16 precision dtype",
-    "train_data_dir": "data_dir data train_dir image_dir instance_data_dir",
-    "dataset_name": "dataset",
-    "caption_column": "text_column",
-    "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model",
-    "pretrained_vae_model_name_or_path": "vae vae_path",
-    "output_dir": "output out out_dir outdir save_dir",
-    "resume_from_checkpoint": "resume network_weights",
-    "checkpointing_steps": "save_steps save_every_n_steps",
-    "checkpoints_total_limit": "save_total_limit save_last_n_steps",
-    "validation_steps": "sample_every_n_steps validation_epochs",
-    "validation_prompt": "validation_prompts sample_prompts",
-    "report_to": "log_with",
-    "lora": "lora_weights lora_path lora_model adapter adapter_path",
-    "lora_scale": "lora_weight multiplier",
-    "prompt": "prompts",
-    "negative_prompt": "negative",
-    "steps": "num_inference_steps inference_steps sampling_steps",
-    "guidance_scale": "guidance cfg cfg_scale scale",
-    "num_images": "num_images_per_prompt num_samples n_samples n_iter",
-    "scheduler": "sampler sampler_name",
-    "image": "init_image input_image",
-    "strength": "denoising_strength",
-    "resolution": "size width height image_size",
-}
-
-
-def our_name(theirs: str, known: set[str]) -> str | None:
-    """What another tool's flag (without dashes, underscores inside) is called here; None where no flag of `known` is meant."""
-    return next((ours for ours, names in OTHER_NAMES.items() if theirs in names.split() and ours in known), None)
-'''
-
-# ============================================================================================ common/packages.py
-
-MODULES['common/packages.py'] = r'''
-"""The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
-
-import importlib.util
-import os
-import re
-import sys
-from importlib.metadata import PackageNotFoundError, version
-
-# The same as requirements.txt, which a one-file script does not have beside it.
-# Floors: what Kaggle and Colab ship with (hosts/). Upper bounds: the newest minor release that was tested.
-REQUIREMENTS = {
-    "torch": ">=2.6",  # transformers switches PyTorch off below
-    "diffusers": ">=0.37.1,<0.43",
-    "transformers": ">=5.0,<5.25",
-    "peft": ">=0.19.1,<0.22",
-    "accelerate": ">=1.13,<1.16",
-    "bitsandbytes": ">=0.50.2,<0.51",
-    "datasets": ">=4.0,<5.3",
-    "argparse-dataclass": ">=2.0,<3",
-    "huggingface_hub": ">=1.11,<2.5",
-    "safetensors": ">=0.7,<0.9",
-    "tqdm": ">=4.67",
-    "pillow": ">=11.3",
-    "numpy": ">=2.0",
-    "psutil": ">=5.9.5",
-    "matplotlib": ">=3.10",
-}
-MODULES = {"argparse-dataclass": "argparse_dataclass", "pillow": "PIL"}  # where the name to import is another one
-WHERE_USED = ("bitsandbytes",)  # asked for by the flags that use it
-
-
-def lacking() -> dict[str, str | None]:
-    """{package: its version, or None when it is absent} of what is missing or too old, those of WHERE_USED left out.
-
-    The upper bounds are for pip: a newer package may well work.
-    """
-    found = {}
-    for name, wanted in REQUIREMENTS.items():
-        if name in WHERE_USED:
-            continue
-        if is_absent(name):
-            found[name] = None
-        elif (installed := installed_version(name)) and release(installed) < release(wanted.removeprefix(">=")):
-            found[name] = installed
-    return found
-
-
-def is_absent(name: str) -> bool:
-    return importlib.util.find_spec(MODULES.get(name, name)) is None
-
-
-def installed_version(name: str) -> str | None:
-    """None also where a package lies on the path without its metadata."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def release(text: str) -> tuple[int, ...]:
-    """The numbers a version or a list of bounds begins with: (2, 6, 0) of 2.6.0+cu124."""
-    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split("."))
-
-
-def refusal(found: dict[str, str | None]) -> str:
-    """One line that names what `lacking` found, with the command that brings it."""
-    said = ", ".join(f"{name} is missing" if has is None else f"{name} {has} is too old" for name, has in found.items())
-    return f"{said}: pip install " + " ".join(f'"{name}{REQUIREMENTS[name]}"' for name in found)
-
-
-def require_parser() -> None:
-    """Where argparse-dataclass is absent common.command_line cannot be imported: end with one line and exit status 2."""
-    if is_absent("argparse-dataclass"):
-        print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
-        sys.exit(2)
-'''
-
-# ========================================================================================= common/peft_format.py
-
-MODULES['common/peft_format.py'] = r'''
-"""PEFT's adapter folder, written and read: adapter_model.safetensors and adapter_config.json beside it."""
-
-import copy
-import json
-from pathlib import Path
-
-import torch
-
-from common.adapter_checks import misfitting_keys, rendering_config
-from common.adapter_names import COMPONENTS
-from common.command_line import UserError
-from common.files import read_safetensors, write_safetensors
-
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
-
-
-def save_peft(
-    folder: Path, unet: torch.nn.Module, recipe: dict, text_encoders: tuple[torch.nn.Module, ...] | list = ()
-) -> None:
-    """Write the UNet's adapter into `folder`, those of text encoders into its text_encoder and text_encoder_2.
-
-    As PeftModel.save_pretrained writes it for a whole model, so `PeftModel.from_pretrained(unet, folder)` reads it
-    back.
-    """
-    from peft import get_peft_model_state_dict
-
-    for component, module in zip(COMPONENTS, (unet, *text_encoders)):
-        part = folder if component == "unet" else folder / component
-        weights = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
-        write_safetensors(part / PEFT_WEIGHTS, weights, {"format": "pt", "recipe": json.dumps(recipe, sort_keys=True)})
-
-        # the configuration, for use and not for more training
-        config = copy.copy(module.peft_config["default"])
-        config.base_model_name_or_path = recipe["base_model"]
-        config.inference_mode = True
-        config.lora_dropout = 0.0  # of training: the recipe keeps it
-        base = type(module)
-        mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        config.save_pretrained(part, auto_mapping_dict=mapping)
-
-
-def read_peft(file: Path, modules: dict) -> tuple[dict, dict]:
-    """A folder of the UNet or of one text encoder, and the folders of text encoders that save_peft puts into it.
-
-    Returns:
-        as adapter_reading.read_adapter.
-    Raises:
-        UserError: no configuration, or one that cannot be read or is of another kind of adapter.
-    """
-    nested = [file.parent / component / PEFT_WEIGHTS for component in COMPONENTS[1:]]
-    weights, configs = {}, {}
-    for part in (file, *(part for part in nested if part.exists())):
-        config = _config(part)
-        tensors, _ = read_safetensors(part, from_anywhere=True)
-        named = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-        component, named = _component(modules, named)
-        weights[component] = named
-        configs[component] = config
-    return weights, configs
-
-
-def _config(file):
-    """LoraConfig arguments beside a PEFT file."""
-    place = file.parent / PEFT_CONFIG
-    if not place.exists():
-        raise UserError(f"--lora {file}: a PEFT file needs its {PEFT_CONFIG} beside it")
-    try:
-        described = dict(json.loads(place.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"--lora {place}: cannot be read as JSON; download or copy it again") from None
-    if (kind := described.get("peft_type")) != "LORA":
-        raise UserError(f"--lora {file.parent}: holds a PEFT adapter of type {kind}; only LoRA and DoRA are supported")
-    return rendering_config(file, PEFT_CONFIG, described)
-
-
-def _component(modules, weights):
-    """(component, weights under its names) of the first component that has all the layers; the UNet when none has."""
-    named = {
-        component: weights if component == "unet" else _named_as_in(modules[component], weights)
-        for component in COMPONENTS
-    }
-    return next((pair for pair in named.items() if not misfitting_keys(modules[pair[0]], pair[1])), ("unet", weights))
-
-
-def _named_as_in(encoder, weights):
-    """The opposite of adapter_names.portable, where `encoder` is one without the prefix."""
-    flat = all(not name.startswith("text_model.") for name, _ in encoder.named_modules())
-    return {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in weights.items()}
-'''
-
-# ============================================================================================== common/places.py
-
-MODULES['common/places.py'] = r'''
-"""Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
-
-import os
-
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
-'''
-
-# ======================================================================================= common/render_checks.py
-
-MODULES['common/render_checks.py'] = r'''
-"""What infer.py refuses before anything heavy is imported: values out of range, contradictions, taken places."""
-
-import math
-import os
-from pathlib import Path
-
-from common import run_folder
-from common.command_line import UserError
-from common.flags import check_model
-
-
-def check(flags) -> None:
-    """Refuse values that cannot work, before anything heavy is imported or anything is written.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    # Ranges
-    for name in ("num_images", "steps", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    for name in ("guidance_scale", "lora_scale"):
-        if not math.isfinite(getattr(flags, name)):
-            raise UserError(f"--{name} {getattr(flags, name)}: must be a number")
-    if flags.guidance_rescale is not None and not 0 <= flags.guidance_rescale <= 1:
-        raise UserError(f"--guidance_rescale {flags.guidance_rescale}: must be at least 0 and at most 1")
-    if flags.guidance_scale < 0:
-        raise UserError(f"--guidance_scale {flags.guidance_scale}: must be 0 or greater")
-
-    # The size
-    if flags.resolution < 64 or flags.resolution % 8:
-        nearest = max(64, round(flags.resolution / 8) * 8)
-        raise UserError(
-            f"--resolution {flags.resolution}: must be a multiple of 8, at least 64; the nearest is {nearest}"
-        )
-
-    # The image to start from
-    if not 0 < flags.strength <= 1:
-        raise UserError(f"--strength {flags.strength}: must be more than 0 and at most 1")
-    if flags.image and int(flags.steps * flags.strength) < 1:
-        raise UserError(f"--strength {flags.strength}: of {flags.steps} steps it leaves none; raise one of the two")
-    if flags.image and not os.path.isfile(flags.image):
-        raise UserError(f"--image {flags.image}: no such file")
-
-    # Adapters, places and the model
-    if not flags.lora and not flags.compare and (flags.ema or flags.lora_scale != 1):
-        name = "--ema" if flags.ema else "--lora_scale"
-        raise UserError(f"{name}: there is no adapter it could apply to; add --lora PATH")
-    if flags.merge is not None:
-        check_merge(flags)
-    run_folder.check_free(Path(flags.output_dir))
-    check_model(flags)
-
-
-def check_merge(flags) -> None:
-    """The part of `check` for --merge: there is something to merge, and a new place for it outside of the model.
-
-    Raises:
-        UserError: naming the flag, the value and the cure.
-    """
-    place = Path(flags.merge)
-    model = Path(flags.pretrained_model_name_or_path)
-    if not flags.lora:
-        raise UserError(f"--merge {place}: no adapter to merge; add --lora PATH[:SCALE]")
-    for name in ("compare", "prompt", "image"):
-        if getattr(flags, name):
-            raise UserError(f"--merge {place}: draws nothing, so --{name} has no meaning; leave it out")
-    if place.resolve().is_relative_to(model.resolve()):
-        raise UserError(f"--merge {place}: is in the model's own folder, which stays as it is; name a folder elsewhere")
-    if os.path.lexists(place):
-        raise UserError(f"--merge {place}: exists already, and nothing is written over; name a new folder")
-'''
-
-# ============================================================================================== common/report.py
-
-MODULES['common/report.py'] = r'''
-"""What a run shows: one progress bar, metrics.jsonl, a tracker, training.png, and grids of labelled images."""
-
-import importlib
-import json
-from pathlib import Path
-
-from tqdm import tqdm
-
-from common.files import replacing
-
-# Notebooks cut the bar at 80 columns; the numbers come first and what is left belongs to the bar itself.
-BAR_FORMAT = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
-REQUIRED = ("step", "loss", "mse", "lr")  # what makes a line of metrics.jsonl a row
-TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandBTracker"}
-
-
-class Report:
-    """Numbers of a run, written by the main process only.
-
-    Args:
-        resumed_step: rows after it, from a run that was killed, are dropped from metrics.jsonl.
-        report_to: "none", "tensorboard" or "wandb"; accelerate's trackers do the rest.
-        config: the flags, for the tracker.
-    """
-
-    def __init__(self, output_dir, total_steps, resumed_step, report_to, config, is_main):
-        self.is_main = is_main
-        self.bar = tqdm(total=total_steps, initial=resumed_step, bar_format=BAR_FORMAT, disable=not is_main)
-        if not is_main:
-            return
-        self.path = Path(output_dir) / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step] if resumed_step else []
-        with replacing(self.path) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a")
-        self.plotted_rows, self.rows = 0, len(kept)
-        self.tracker = None
-        if report_to != "none":
-            tracker_class = getattr(importlib.import_module("accelerate.tracking"), TRACKERS[report_to])
-            where = {"logging_dir": str(output_dir)} if report_to == "tensorboard" else {}
-            self.tracker = tracker_class(Path(output_dir).name, **where)
-            self.tracker.start()
-            scalars = {
-                key: value if isinstance(value, (bool, int, float, str)) else str(value)
-                for key, value in config.items()
-            }
-            self.tracker.store_init_configuration(scalars)
-
-    def log(self, row):
-        """One optimizer step: to the bar, the file and the tracker."""
-        if not self.is_main:
-            return
-        self.bar.set_postfix_str(shown_numbers(row), refresh=False)
-        self.bar.update()
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        self.rows += 1
-        if self.tracker:
-            self.tracker.log(
-                {key: value for key, value in row.items() if isinstance(value, (int, float))}, step=row["step"]
-            )
-        if "val_loss" in row:
-            self.plot()
-
-    def plot(self):
-        """Draw training.png anew, unless it shows all there is already. A picture is not worth a run: what goes wrong is said."""
-        if not self.is_main or self.rows == self.plotted_rows:
-            return
-        self.plotted_rows = self.rows
-        try:
-            plot_training(self.path.parent)
-        except Exception as error:
-            self.say(f"training.png could not be drawn ({type(error).__name__}: {error})")
-
-    def say(self, line):
-        """Print a line without breaking the bar."""
-        if self.is_main:
-            self.bar.write(line)
-
-    def close(self):
-        self.bar.close()
-        if self.is_main:
-            self.file.close()
-            self.plot()
-            if self.tracker:
-                self.tracker.finish()
-
-
-def shown_numbers(row):
-    """What the bar says of a step: "loss 0.1234 lr 1.0e-04 2.345 s/img 13.05 GiB"."""
-    return f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['s_per_img']:.3f} s/img {row['peak_gib']:.2f} GiB"
-
-
-def read_metrics(path):
-    """Rows of a metrics.jsonl; a line that is damaged, or cut short by a kill, is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-            if all(isinstance(row[name], (int, float)) for name in REQUIRED):
-                rows.append(row)
-        except (ValueError, KeyError, TypeError):  # no JSON, or not a row of ours
-            continue
-    return rows
-
-
-def plot_training(output_dir):
-    """training.png from metrics.jsonl, a panel each: the loss that is minimised, the mse beside the held-out mse, the learning rate."""
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(Path(output_dir) / "metrics.jsonl")
-    if not rows:
-        return
-    panels = [name for name in ("loss", "mse") if name == "mse" or any(row["loss"] != row["mse"] for row in rows)]
-    figure = Figure(figsize=(9, 2.6 * len(panels) + 1.6), layout="constrained")
-    *above, bottom = figure.subplots(len(panels) + 1, 1, sharex=True, height_ratios=[*[2] * len(panels), 1])
-    for axis, name in zip(above, panels):
-        _draw_loss(axis, rows, name)
-    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="tab:green")
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("optimizer step")
-    for axis in (*above, bottom):
-        axis.spines[["top", "right"]].set_visible(False)
-    with replacing(Path(output_dir) / "training.png") as partial:
-        figure.savefig(partial, format="png", dpi=120)
-
-
-def _draw_loss(axis, rows, name):
-    """One panel: `name` of each step, its running mean, and beside the mse that of the held-out images."""
-    steps, values = [row["step"] for row in rows], [row[name] for row in rows]
-    axis.plot(steps, values, color="0.75", linewidth=0.8, label="each step")
-    axis.plot(steps, _running_mean(values, max(5, len(values) // 20)), color="tab:blue", label="running mean")
-    held_out = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
-    if held_out and name == "mse":
-        axis.plot(*zip(*held_out), color="tab:red", marker="o", markersize=3, label="held out")
-    axis.set_ylabel({"loss": "loss, as weighted", "mse": "mse"}[name])
-    axis.legend(frameon=False)
-
-
-def _running_mean(values, window):
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
-
-
-def save_png(path, image, text):
-    """Write a PIL image as PNG with `text` {chunk name: str} in it; a reader finds all of it or nothing."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for name, value in text.items():
-        info.add_text(name, value)
-    with replacing(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
-'''
-
-# ==================================================================================== common/residual_kernels.py
-
-MODULES['common/residual_kernels.py'] = r'''
-"""Triton kernels of what is added to a residual stream: LayerNorm with the sum before it, and a sum with a bias.
-
-The weights are frozen, so the backward pass gives the gradient of the input only. LayerNorm keeps nothing but its
-input; its sums are in fp32 over deviations from the mean. The functions below the kernels are the GPU's forms of the
-operations of the same names in operations.py.
-"""
-
-import torch
-import triton
-import triton.language as tl
-
-BLOCK = 1024
-
-
-@triton.jit
-def _add_norm_kernel(h, a, weight, bias, total, y, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """total = h + a, y = LayerNorm(total) (arXiv 1607.06450, eq. 3), one row a program.
-
-    h, a, total, y: [rows, width]; weight, bias: [width].
-    """
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    offsets = tl.program_id(0).to(tl.int64) * width + column
-    value = tl.load(h + offsets, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(a + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(total + offsets, value, mask=mask)
-        # what is stored is what the backward pass will see
-        value = value.to(total.dtype.element_ty).to(tl.float32)
-    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
-    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offsets, residual * r * w + b, mask=mask)
-
-
-@triton.jit
-def _add_norm_backward_kernel(total, dy, dtotal, weight, dx, width, eps, BLOCK: tl.constexpr):
-    """dx = dtotal + the gradient through LayerNorm(total), one row a program.
-
-    total, dy, dtotal, dx: [rows, width]; weight: [width].
-    """
-    column = tl.arange(0, BLOCK)
-    mask = column < width
-    offsets = tl.program_id(0).to(tl.int64) * width + column
-    value = tl.load(total + offsets, mask=mask, other=0.0).to(tl.float32)
-    residual = tl.where(mask, value - tl.sum(value, axis=0) / width, 0.0)
-    r = tl.rsqrt(tl.sum(residual * residual, axis=0) / width + eps)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32) * w
-    g = r * (g - tl.sum(g, axis=0) / width - residual * r * r * tl.sum(g * residual, axis=0) / width)
-    tl.store(dx + offsets, g + tl.load(dtotal + offsets, mask=mask, other=0.0).to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _add_bias_kernel(x, h, bias, y, channels, n, BLOCK: tl.constexpr):
-    """y = x + h + bias, one block a program.
-
-    x, h, y: [n], channels last; bias: [channels].
-    """
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    value = tl.load(x + offsets, mask=mask).to(tl.float32) + tl.load(h + offsets, mask=mask).to(tl.float32)
-    tl.store(y + offsets, value + tl.load(bias + offsets % channels, mask=mask).to(tl.float32), mask=mask)
-
-
-class _AddNorm(torch.autograd.Function):
-    """Keeps only the sum for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, h, a, norm):
-        h = h.contiguous()
-        a_or_any = h if a is None else a.contiguous()
-        total = h if a is None else torch.empty_like(h)
-        y = torch.empty_like(h)
-        width = h.shape[-1]
-        sizes = dict(width=width, eps=norm.eps, ADD=a is not None, BLOCK=triton.next_power_of_2(width))
-        _add_norm_kernel[(h.numel() // width,)](
-            h, a_or_any, weight=norm.weight, bias=norm.bias, total=total, y=y, **sizes
-        )
-        ctx.save_for_backward(total)
-        ctx.norm, ctx.added = norm, a is not None
-        return total, y
-
-    @staticmethod
-    def backward(ctx, dtotal, dy):
-        (total,) = ctx.saved_tensors
-        width = dy.shape[-1]
-        dx = torch.empty_like(total)
-        sizes = dict(width=width, eps=ctx.norm.eps, BLOCK=triton.next_power_of_2(width))
-        _add_norm_backward_kernel[(total.numel() // width,)](
-            total, dy.contiguous(), dtotal=dtotal.contiguous(), weight=ctx.norm.weight, dx=dx, **sizes
-        )
-        return dx, dx if ctx.added else None, None
-
-
-add_norm = _AddNorm.apply
-
-
-class _AddBias(torch.autograd.Function):
-    """Keeps nothing for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, h, bias):
-        x = x.contiguous(memory_format=torch.channels_last)
-        h = h.contiguous(memory_format=torch.channels_last)
-        y = torch.empty_like(x)
-        n = x.numel()
-        _add_bias_kernel[(triton.cdiv(n, BLOCK),)](x, h, bias, y, channels=x.shape[1], n=n, BLOCK=BLOCK)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy, dy, None
-
-
-add_bias = _AddBias.apply
-'''
-
-# ========================================================================================== common/run_folder.py
-
-MODULES['common/run_folder.py'] = r'''
-"""An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
-
-Nothing here imports torch: a folder that cannot be used is refused at once.
-"""
-
-import contextlib
-import errno
-import os
-import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
-from common.command_line import UserError
-
-WEIGHTS = "pytorch_lora_weights.safetensors"
-LOCK = ".lock"
-NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer, some network drives
-KAGGLE_INPUT = Path("/kaggle/input")
-WRITTEN_BELOW = (".", "ema_unet", "kohya", "peft", "images")  # where a run writes files through partial ones
-LITTER = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial|(checkpoint-\d+|.+\.(json|jsonl|png|safetensors))\.partial")
-
-
-# ---------------------------------------------------------------- one run at a time
-
-
-@contextlib.contextmanager
-def owned(folder: Path, host) -> Iterator[None]:
-    """Inside, `folder` belongs to this run alone, and what dead runs left half written is gone.
-
-    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is removed.
-
-    Args:
-        host: the device.Host; its main process holds the lock, and all of them hear of a refusal.
-    Raises:
-        UserError: another run is writing there.
-    """
-    is_new = not folder.exists()
-    lock = _take_lock(folder) if host.is_main else None
-    try:
-        if not all(host.gather([lock is not None or not host.is_main])):
-            raise _in_use(folder)
-        if host.is_main:
-            remove_litter(folder)
-        yield
-    finally:
-        if lock is not None:
-            _give_back(lock)
-            if is_new:
-                with contextlib.suppress(OSError):  # not empty
-                    folder.rmdir()
-
-
-def check_free(folder: Path) -> None:
-    """Refuse early, before anything is loaded, what `owned` would refuse. One process of a launch asks: they would meet each other.
-
-    Raises:
-        UserError: another run is writing there.
-    """
-    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).exists():
-        lock = _take_lock(folder)
-        if lock is None:
-            raise _in_use(folder)
-        _give_back(lock)
-
-
-def _take_lock(folder: Path):
-    """The lock of `folder`, taken as far as its file system has locks; None where another process has it."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return lock
-
-
-def _give_back(lock) -> None:
-    """Release a lock, and remove its file while nobody else can have it."""
-    with contextlib.suppress(OSError):  # Windows removes it at the release
-        os.unlink(lock.lock_file)
-    lock.release()
-
-
-def _in_use(folder: Path) -> UserError:
-    return UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another folder")
-
-
-def remove_litter(folder: Path) -> None:
-    """Remove what runs that were killed have left half written."""
-    for place in WRITTEN_BELOW:
-        for path in (folder / place).glob("*.partial"):
-            if LITTER.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def find_checkpoints(folder: Path | str) -> list[Path]:
-    """Complete checkpoint folders, the oldest step first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
-    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(number[1]) if number else 0
-
-
-def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> list[Path]:
-    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; none when there is nothing to resume.
-
-    'latest' is the newest of this output folder, and the older ones in case it is damaged; on Kaggle, where each version of a notebook
-    starts with an empty one, else those of a folder of the same name below /kaggle/input, where the output of an earlier version lies.
-    """
-    if resume_from_checkpoint != "latest":
-        return [Path(resume_from_checkpoint)] if resume_from_checkpoint else []
-    return (find_checkpoints(output_dir) or _of_earlier_versions(Path(output_dir).resolve().name))[::-1]
-
-
-def _of_earlier_versions(name: str) -> list[Path]:
-    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
-    return sorted(
-        (folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of
-    )
-'''
-
-# ============================================================================================ common/sampling.py
-
-MODULES['common/sampling.py'] = r'''
-"""Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
-
-import dataclasses
-import functools
-import math
-
-import torch
-from tqdm import tqdm
-
-from common import adapter_loading, device, fused_unet, loading, memory
-from common.adapters import without_dropout
-from common.command_line import UserError
-from common.graphs import Graphed
-from common.schedulers import default_guidance_rescale, make_scheduler
-
-STEPS, GUIDANCE = 30, 7.5
-# GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
-ALL_GIB, UNET_GIB, IMAGE_GIB = 6.5, 4.8, 4.0
-
-
-def generator(seed):
-    """The CPU generator of one image."""
-    return torch.Generator("cpu").manual_seed(seed)
-
-
-def condition(text, caption, host):
-    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
-    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
-
-
-@torch.no_grad()
-def draw_while_training(unet, text, model, host, prompts, resolution, seed):
-    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
-
-    Returns:
-        list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
-    Raises:
-        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
-    # The pipeline without its VAE, which would take memory while the UNet needs it
-    scheduler = make_scheduler("euler", model.scheduler)
-    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
-    zeros = loading.zero_unconditional(model)
-    pipeline = StableDiffusionXLPipeline(
-        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    # One prompt at a time, each to its latent
-    unconditional = (None, None) if zeros else condition(text, "", host)
-    latents = []
-    with without_dropout([unet, *text.encoders]):
-        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-            prompt_embeds, pooled = condition(text, prompt, host)
-            latents += pipeline(
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=unconditional[0],
-                negative_pooled_prompt_embeds=unconditional[1],
-                height=resolution,
-                width=resolution,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                guidance_rescale=default_guidance_rescale(model.kind),
-                generator=generator(seed + i),
-                output_type="latent",
-            ).images
-    del pipeline
-    device.free_memory(host.device)
-    return _decode(latents, model, host)
-
-
-def _decode(latents, model, host):
-    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
-    from diffusers.image_processor import VaeImageProcessor
-
-    vae = loading.load_vae(model, host)
-    whole = functools.partial(_to_pixels, vae=vae)
-
-    def in_tiles(latent):
-        vae.enable_tiling()
-        return whole(latent)
-
-    def on_cpu(latent):
-        vae.disable_tiling()
-        vae.to("cpu", torch.float32)
-        return whole(latent)
-
-    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
-    decode = memory.StepDown("while decoding", ways, host)
-    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
-
-
-def _to_pixels(latent, vae):
-    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
-    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
-    if config.latents_mean is None:
-        latent = latent / config.scaling_factor
-    else:
-        mean, std = (
-            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
-        )
-        latent = latent * std / config.scaling_factor + mean
-    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
-
-    resolution: int = 1024
-    steps: int = STEPS
-    guidance_scale: float = GUIDANCE
-    guidance_rescale: float = 0.0
-    negative_prompt: str | None = None
-    image: object = None
-    strength: float = 0.6
-
-    @property
-    def steps_run(self):
-        """img2img starts part of the way."""
-        return self.steps if self.image is None else int(self.steps * self.strength)
-
-
-def choose_memory(memory, host, settings, batch_size):
-    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
-
-    Returns:
-        (tier, the reason for it, for people to read).
-    Raises:
-        UserError: a tier that moves weights to and from a GPU, without a GPU.
-    """
-    if host.device.type != "cuda":
-        if memory in ("offload", "sequential"):
-            raise UserError(f"--memory {memory}: needs a CUDA GPU; on a {host.device.type} use --memory auto")
-        return host.device.type, "no GPU"
-    if memory != "auto":
-        return memory, f"--memory {memory}"
-    free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
-    scale = torch.finfo(host.dtype).bits / 16
-    image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
-    for tier, weights_gib in (("gpu", ALL_GIB), ("offload", UNET_GIB)):
-        need_gib = scale * (weights_gib + image_gib)
-        if need_gib <= free_gib:
-            return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
-    return (
-        "sequential",
-        f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow",
-    )
-
-
-class Sampler:
-    """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
-
-    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
-    Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
-    """
-
-    def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
-        import diffusers
-
-        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph, self._most_images = None, None, math.inf
-        # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
-        home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
-        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
-        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
-        self.pipeline = pipeline(
-            vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=loading.load_unet(model, home).eval(),
-            scheduler=make_scheduler(scheduler, model.scheduler),
-            force_zeros_for_empty_prompt=loading.zero_unconditional(model),
-            add_watermarker=False,
-        )
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.vae.enable_slicing()  # a batch is decoded image by image: same pixels, less memory
-
-    def load(self, file):
-        """Load an adapter file; returns the name to activate it by. Before `place`."""
-        name = f"adapter{len(self.adapters):02d}"
-        adapter_loading.load_adapter(self.pipeline, file, name, say=self.host.say)
-        self.adapters.append(name)
-        return name
-
-    def place(self):
-        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
-        unet = self.pipeline.unet
-        if self.memory in ("gpu", "offload"):
-            fused_unet.fuse_unet(unet, self.host.device, self.host.say)
-        if self.memory == "gpu":
-            self._replay(unet)
-        elif self.memory == "offload":
-            self.pipeline.enable_model_cpu_offload(device=self.host.device)
-        elif self.memory == "sequential":
-            fused_unet.unfuse_unet(unet)
-            self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
-
-    def _replay(self, unet):
-        """Let the UNet's passes be captured and replayed, see graphs.Graphed."""
-        launch = unet.forward
-
-        def predict(fields):
-            added = {name: fields[name] for name in ("text_embeds", "time_ids")}
-            return launch(
-                fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False
-            )[0]
-
-        graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
-
-        def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs, **none_of_the_rest):
-            predicted = graph(dict(sample=sample, timestep=timestep, text=encoder_hidden_states, **added_cond_kwargs))
-            return (predicted.clone(),)  # schedulers keep some; the next replay writes over it
-
-        unet.forward = forward
-
-    def _stop_replaying(self):
-        if self._graph:
-            self._graph.clear()
-            del self.pipeline.unet.forward
-            self._graph = None
-
-    def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
-
-        Args:
-            adapters: [(name, scale)] to be active together; none is the base model.
-            on_step: called after every denoising step with the number of images in it.
-        Raises:
-            UserError: out of memory in the smallest plan.
-        """
-        if len(seeds) > self._most_images:
-            parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
-            return [image for part in parts for image in self.render(adapters, prompt, part, settings, on_step)]
-        try:
-            return self._render(adapters, prompt, seeds, settings, on_step)
-        except RuntimeError as error:
-            if not memory.ran_out(error):
-                raise
-        # outside of this block the failed call's tensors are free
-        self.pipeline.vae.to(
-            dtype=self.host.dtype
-        )  # cut short while upcast, it would stay in fp32 and fail every later call
-        self.pipeline.maybe_free_model_hooks()
-        if self._graph:
-            self._graph.clear()
-        device.free_memory(self.host.device)
-        if len(seeds) > 1:
-            self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
-            self._most_images = len(seeds) // 2  # of later prompts too
-            return self.render(adapters, prompt, seeds, settings, on_step)
-        self._step_down(settings)
-        return self.render(adapters, prompt, seeds, settings, on_step)
-
-    def _render(self, adapters, prompt, seeds, settings, on_step):
-        def after_step(pipeline, step, t, tensors):
-            on_step(len(seeds))
-            return tensors
-
-        self._activate(adapters)
-        size = dict(height=settings.resolution, width=settings.resolution)
-        framing = size if settings.image is None else dict(image=settings.image, strength=settings.strength)
-        return self.pipeline(
-            prompt=[prompt] * len(seeds),
-            # Not "": only for None the pipeline uses the zeros that SDXL was trained with.
-            negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance_scale,
-            guidance_rescale=settings.guidance_rescale,
-            generator=[generator(seed) for seed in seeds],
-            callback_on_step_end=after_step,
-            **framing,
-        ).images
-
-    def _activate(self, adapters):
-        if not self.adapters or adapters == self._active:
-            return
-        self._active = adapters
-        if self._graph:
-            self._graph.clear()  # adapters and their scales are part of it
-        if not adapters:
-            return self.pipeline.disable_lora()
-        self.pipeline.enable_lora()
-        self.pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
-
-    def _step_down(self, settings):
-        """The next smaller plan: gpu, offload, VAE in tiles, sequential."""
-        if self.memory == "gpu":
-            self.memory, plan = "offload", "only the part at work stays on the GPU"
-        elif not self.pipeline.vae.use_tiling:
-            plan = "the VAE works in tiles"
-            self.pipeline.vae.enable_tiling()
-        elif self.memory == "offload":
-            self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
-        else:
-            raise UserError(
-                f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU"
-            )
-        self.host.say(f"out of GPU memory: {plan}")
-        self._stop_replaying()
-        self.pipeline.remove_all_hooks()
-        self.place()
-'''
-
-# ========================================================================================== common/schedulers.py
-
-MODULES['common/schedulers.py'] = r'''
+MODULES['common/model/schedulers.py'] = r'''
 """The name in --scheduler -> a sampler of diffusers. Nothing here imports torch, so that flags can list the names."""
 
 from __future__ import annotations
@@ -6323,7 +5444,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from common.model_kind import Kind
+    from common.model.model_kind import Kind
 
 KARRAS = dict(use_karras_sigmas=True)
 EXACT = dict(use_karras_sigmas=False)
@@ -6353,9 +5474,9 @@ def default_guidance_rescale(kind: Kind) -> float:
     return 0.7 if kind.zero_terminal_snr else 0.0
 '''
 
-# ========================================================================================= common/single_file.py
+# =================================================================================== common/model/single_file.py
 
-MODULES['common/single_file.py'] = r'''
+MODULES['common/model/single_file.py'] = r'''
 """A single .safetensors checkpoint in the original layout -> a diffusers folder (fp16), made once, whole or not at all.
 
 RAM holds one part at a time. diffusers converts the names; the result is checked against the architecture.
@@ -6369,9 +5490,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from common import hub, model_kind, weights
-from common.command_line import UserError
+from common.cli import hub
+from common.errors import UserError
 from common.files import write_safetensors
+from common.model import model_kind, weights
 
 VERSION = 1  # raise it when the same file gives another folder: old ones are then never found
 PREFIXES = {
@@ -6534,153 +5656,9 @@ def _shards(tensors):
     return shards
 '''
 
-# ============================================================================================ common/stopping.py
+# ========================================================================================== common/model/tiny.py
 
-MODULES['common/stopping.py'] = r'''
-"""How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
-
-import contextlib
-import math
-import os
-import signal
-import socket
-import stat
-import sys
-import threading
-import time
-
-from common import launch
-
-SIGNALS = [
-    signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__
-]  # Windows has no SIGHUP
-DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
-
-
-def end_in_order():
-    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept; its double is ignored."""
-    raised_s = -math.inf
-
-    def end(number, frame):
-        nonlocal raised_s
-        if time.monotonic() - raised_s <= DOUBLE_PRESS_S:
-            return
-        raised_s = time.monotonic()
-        _leave_the_terminal(number)
-        if _imports(frame):  # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
-            _say(ended_by(number))
-            os._exit(128 + number)
-        raise KeyboardInterrupt(number)
-
-    _handle(end)
-
-
-def ended_by(number):
-    """What is said of a process that a signal has ended."""
-    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
-
-
-def _leave_the_terminal(number):
-    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving. A file or pipe is written on."""
-    for stream in (1, 2) if signal.Signals(number).name == "SIGHUP" else ():
-        if stat.S_ISCHR(os.fstat(stream).st_mode):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream)
-            os.close(nowhere)
-
-
-def _imports(frame):
-    """Whether `frame` is within an import."""
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
-        frame = frame.f_back
-    return frame is not None
-
-
-def _say(line):
-    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
-    if launch.rank() != 0:
-        return
-    with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
-        os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
-
-
-def _handle(handler):
-    """Install `handler` for SIGNALS -> {number: the handler before}. A SIGHUP that nohup has switched off stays off."""
-    wanted = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in wanted}
-
-
-class StopRequest:
-    """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
-
-    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
-
-    Args:
-        ends_s: on the monotonic clock; by then everything must be saved.
-    """
-
-    def __init__(self, ends_s=math.inf):
-        self._signal, self._ends_s = None, ends_s
-        self._longest_step_s, self._longest_save_s = 0.0, 0.0
-        self.doing = "saving"  # what is done before the run ends, for the answer to a signal
-
-    def step_took(self, seconds: float) -> None:
-        self._longest_step_s = max(self._longest_step_s, seconds)
-
-    def save_took(self, seconds: float) -> None:
-        self._longest_save_s = max(self._longest_save_s, seconds)
-
-    @property
-    def reason(self):
-        ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
-        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Inside, the first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
-        before = _handle(self._ask)
-        # Python runs a handler between two of its own instructions, and a wait for the GPU can take many seconds:
-        # the answer comes from a thread, which the interpreter's wakeup descriptor tells at once.
-        ours, interpreters = socket.socketpair()
-        interpreters.setblocking(False)
-        descriptor_before = signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False)
-        thread = threading.Thread(target=self._answer, args=(ours,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(descriptor_before)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            interpreters.close()  # which ends the thread
-            thread.join()
-            ours.close()
-
-    def _ask(self, number, frame=None):
-        _leave_the_terminal(number)
-        self._signal = self._signal or f"{signal.Signals(number).name} received"
-
-    def _answer(self, numbers):
-        """Answer the signals whose numbers arrive as bytes, until the other end is closed."""
-        first_s = None
-        while received := numbers.recv(1):
-            number = received[0]
-            if number not in SIGNALS:
-                continue
-            if first_s is None:
-                first_s = time.monotonic()
-                self._ask(number)
-                again = "; press again to lose it" if number == signal.SIGINT else ""
-                _say(f"{signal.Signals(number).name}: {self.doing}{again}")
-            elif number == signal.SIGINT and time.monotonic() - first_s > DOUBLE_PRESS_S:
-                _say("ended at once; --resume_from_checkpoint latest goes on from the last checkpoint")
-                os._exit(128 + number)
-'''
-
-# ================================================================================================ common/tiny.py
-
-MODULES['common/tiny.py'] = r'''
+MODULES['common/model/tiny.py'] = r'''
 """The demo where its trained model is absent: a tiny SDXL with random weights beside a drawn, captioned image set.
 
 Both are made in about a second and without a network. torch and diffusers are imported when the model is made.
@@ -6693,8 +5671,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common import tiny_pictures
-from common.demo_settings import demo_settings
+from common.cli.demo_settings import demo_settings
+from common.model import tiny_pictures
 
 # SDXL's topology and noise schedule, from the config files of stabilityai/stable-diffusion-xl-base-1.0.
 # The widths are left open.
@@ -6824,7 +5802,7 @@ def build_model(folder: Path) -> None:
     """Writes a tiny random SDXL as a diffusers folder (fp32 safetensors, the same weights every time)."""
     import torch
 
-    from common.device import quieten_libraries
+    from common.model.device import quieten_libraries
 
     quieten_libraries()
     with torch.random.fork_rng(devices=[]):
@@ -6857,9 +5835,9 @@ def demo_assets(root: Path) -> tuple[Path, Path]:
     return build_once(model, build_model), build_once(data, tiny_pictures.build_images)
 '''
 
-# ======================================================================================= common/tiny_pictures.py
+# ================================================================================= common/model/tiny_pictures.py
 
-MODULES['common/tiny_pictures.py'] = r'''
+MODULES['common/model/tiny_pictures.py'] = r'''
 """The pictures of the tiny demo: characters in flat colours and dark outlines, and captions of what they show."""
 
 import json
@@ -7045,9 +6023,9 @@ def build_images(folder: Path) -> None:
             metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text}) + "\n")
 '''
 
-# ============================================================================================= common/weights.py
+# ======================================================================================= common/model/weights.py
 
-MODULES['common/weights.py'] = r'''
+MODULES['common/model/weights.py'] = r'''
 """A part's configuration and safetensors files -> the module, filled: UNet, VAE and text encoders go the same way.
 
 The part is built without memory, checked against its files and filled from them. `fill` is strict: a weight that is
@@ -7061,7 +6039,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.command_line import UserError
+from common.errors import UserError
 
 CHUNK_BYTES = 512 * 2**20
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -7229,6 +6207,1334 @@ def _chunks(file, names):
         yield [name for name, _ in group]
 '''
 
+# ===================================================================================== common/render/__init__.py
+
+MODULES['common/render/__init__.py'] = r'''
+"""Adapters -> pictures and grids."""
+'''
+
+# ============================================================================== common/render/chosen_adapters.py
+
+MODULES['common/render/chosen_adapters.py'] = r'''
+"""The adapters that a command line means: PATH or PATH:SCALE, those that lie in outputs/, and their averaged weights.
+
+Nothing here imports torch: an adapter that is not there is refused at once.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from common import run_folder
+from common.errors import UserError
+
+EMA_FOLDER = "ema_unet"
+
+
+class Adapter(NamedTuple):
+    """An adapter as the user named it: a file or folder, and how strongly it counts."""
+
+    path: Path
+    scale: float
+
+
+def parse_lora(text: str) -> Adapter:
+    """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
+
+    Raises:
+        UserError: no such path.
+    """
+    scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
+    if scaled and not Path(text).exists():
+        path, scale = Path(scaled[1]), float(scaled[2])
+    else:
+        path, scale = Path(text), 1.0
+    if not path.exists():
+        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+    return Adapter(path, scale)
+
+
+def chosen_adapters(flags) -> list[Adapter]:
+    """The adapters of --lora, or for --compare those in outputs/; averaged ones with --ema; scaled by --lora_scale.
+
+    Raises:
+        UserError: no such adapter, no averaged weights, nothing to compare.
+    """
+    chosen = [parse_lora(text) for text in flags.lora]
+    if flags.ema:
+        chosen = [_averaged(adapter) for adapter in chosen]
+    if flags.compare and not chosen:
+        chosen = _adapters_in_outputs(flags)
+    return [Adapter(adapter.path, adapter.scale * flags.lora_scale) for adapter in chosen]
+
+
+def _averaged(adapter):
+    if not (adapter.path / EMA_FOLDER).is_dir():
+        raise UserError(f"--ema: no {EMA_FOLDER} in {adapter.path}; train with --use_ema, or leave --ema out")
+    return Adapter(adapter.path / EMA_FOLDER, adapter.scale)
+
+
+def _adapters_in_outputs(flags):
+    """What --compare takes where no adapter is named."""
+    pattern = f"*/{EMA_FOLDER}/{run_folder.WEIGHTS}" if flags.ema else f"*/{run_folder.WEIGHTS}"
+    places = [Path("outputs"), *[Path("outputs/demo")] * flags.demo]  # where `make demo` trains
+    chosen = [Adapter(path.parent, 1.0) for place in places for path in sorted(place.glob(pattern))]
+    if not chosen:
+        raise UserError(
+            f"--compare: no adapter given and no outputs/{pattern} here; add --lora PATH, or train one first"
+        )
+    print(f"no --lora given: comparing {', '.join(str(adapter.path) for adapter in chosen)}")
+    return chosen
+'''
+
+# ====================================================================================== common/render/columns.py
+
+MODULES['common/render/columns.py'] = r'''
+"""The columns of a comparison: the base model and its adapters, with titles and file names that are their own."""
+
+import itertools
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.render import manifest
+from common.render.chosen_adapters import EMA_FOLDER
+
+
+class Column(NamedTuple):
+    """One way to render every prompt."""
+
+    title: str
+    active: list  # [(name in the pipeline, scale)], none of them for the base
+    sources: list  # of the adapters, for the manifest
+    stem: str  # what its files' names begin with
+
+
+def make_columns(flags, sampler, adapters: list, files: list[Path]) -> list[Column]:
+    """Load the adapters: with --compare the base and each adapter are a column, else all of them together are one.
+
+    Adapters found in outputs/ may belong to another model (the demo's, say): those are named and left out.
+    """
+    # Every adapter that fits, with its title and source
+    loaded = []
+    for adapter, file in zip(adapters, files):
+        try:
+            name = sampler.load(file)
+        except UserError as error:
+            if flags.lora:
+                raise
+            sampler.host.say(f"left out: {error}")
+            continue
+        source = {"path": str(file), "scale": adapter.scale, "sha256": manifest.sha256(file)}
+        loaded.append((title_of(file, adapter.scale), [(name, adapter.scale)], [source]))
+
+    # Side by side, or together
+    if flags.compare and not loaded:
+        raise UserError("--compare: none of the adapters in outputs/ fits this model; name one with --lora")
+    if not flags.compare:
+        titles, active, sources = zip(*loaded) if loaded else (["base"], [], [])
+        loaded = [(" + ".join(titles), sum(active, []), sum(sources, []))]
+
+    # Titles and file names of their own
+    columns = []
+    for title, active, sources in [("base", [], []), *loaded] if flags.compare else loaded:
+        title = unused(title, [column.title for column in columns], "{} ({})")
+        columns.append(Column(title, active, sources, stem_of(title, [column.stem for column in columns])))
+    return columns
+
+
+def stem_of(title: str, used: list[str]) -> str:
+    """`title` as the beginning of a file name that no other column has."""
+    return unused(re.sub(r"[^\w.-]+", "_", title).strip("_"), used, "{}_{}")
+
+
+def unused(name: str, used: list[str], numbered: str) -> str:
+    """`name`, or the first of `numbered`'s with 2, 3, ... that is not in `used` yet."""
+    names = itertools.chain([name], (numbered.format(name, i) for i in itertools.count(2)))
+    return next(one for one in names if one not in used)
+
+
+def title_of(file: Path, scale: float) -> str:
+    """An adapter's name in pictures and files: its run's folder, with step, EMA, kohya and scale where they matter."""
+    folder, step = file.resolve().parent, re.fullmatch(r"pytorch_lora_weights_(\d+)", file.stem)
+    if folder.name == EMA_FOLDER:
+        title = f"{folder.parent.name} EMA"
+    elif step:
+        title = f"{folder.name} step {int(step[1])}"
+    elif folder.name == "kohya":
+        title = f"{file.stem} kohya"
+    elif folder.name == "peft":
+        title = f"{folder.parent.name} peft"
+    else:
+        title = folder.name if file.stem in ("pytorch_lora_weights", "adapter_model") else file.stem
+    return title if scale == 1 else f"{title} x{scale:g}"
+'''
+
+# ======================================================================================== common/render/grids.py
+
+MODULES['common/render/grids.py'] = r'''
+"""One labelled picture of many, in letters that there is a font for."""
+
+from functools import cache
+from pathlib import Path
+
+CELL_PX, GAP_PX = (256, 512), 10
+MOST_LINES = 20  # of one label: a prompt may have any length
+PAPER, INK, PALE_INK = "#ffffff", "#1c1c22", "#77777f"
+
+
+def grid(rows, column_titles, row_labels, footer):
+    """PIL images in rows and columns: titles on top, labels at the left, `footer` in small print below.
+
+    A row grows with a long label. Letters that no font of this machine has are written as their code.
+
+    Args:
+        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+            label, more makes a file that nobody can send.
+    """
+    from PIL import Image, ImageDraw
+
+    side = min(max(rows[0][0].width, CELL_PX[0]), CELL_PX[1])
+    left = side * 2 // 3
+    titles = [_Text(title, side / 14, side) for title in column_titles]
+    labels = [_label(label, side, left - GAP_PX) for label in row_labels]
+    top = max(title.height for title in titles) + 2 * GAP_PX
+    width = left + len(titles) * (side + GAP_PX) + GAP_PX
+    small_print = _Text(footer, side / 20, width - 2 * GAP_PX)
+    heights = [max(side, label.height) + GAP_PX for label in labels]
+    height = top + sum(heights) + small_print.height + GAP_PX
+
+    sheet = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for j, title in enumerate(titles):
+        x = left + GAP_PX + j * (side + GAP_PX) + side // 2
+        title.write(pen, (x, top - GAP_PX), INK, anchor="md", align="center")
+    y = top
+    for label, images, row_height in zip(labels, rows, heights):
+        label.write(pen, (GAP_PX, y + (row_height - GAP_PX) // 2), INK, anchor="lm")
+        for j, image in enumerate(images):
+            # Enlarged pixels stay sharp: a small image should look like what it is.
+            method = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+            sheet.paste(image.convert("RGB").resize((side, side), method), (left + GAP_PX + j * (side + GAP_PX), y))
+        y += row_height
+    small_print.write(pen, (GAP_PX, height - GAP_PX), PALE_INK, anchor="ld")
+    return sheet
+
+
+def _label(text, side, width_px):
+    """A row's label: in small print where it would be taller than its pictures."""
+    usual = _Text(text, side / 14, width_px)
+    return usual if usual.height <= side else _Text(text, side / 20, width_px)
+
+
+class _Text:
+    """A text in a font that has its letters, broken into lines of `width_px`."""
+
+    def __init__(self, text, size_px, width_px):
+        from PIL import Image, ImageDraw, ImageFont
+
+        file, text = legible(text)
+        self._font = ImageFont.truetype(file, size_px)
+        lines = _wrap(text, self._font, width_px)
+        self._text = "\n".join(lines if len(lines) <= MOST_LINES else [*lines[: MOST_LINES - 1], "..."])
+        box = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), self._text, self._font)
+        self.height = round(box[3])
+
+    def write(self, pen, place, colour, **options):
+        pen.multiline_text(place, self._text, colour, self._font, **options)
+
+
+def _wrap(text, font, width_px):
+    """Lines of `text` that fit; a word that is too long alone is broken, as are scripts without spaces."""
+    lines = [""]
+    for word in text.split():
+        while font.getlength(word) > width_px:
+            fitting = next(n for n in range(len(word) - 1, 0, -1) if font.getlength(word[:n]) <= width_px)
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [line for line in lines if line]
+
+
+# ---------------------------------------------------------------- fonts
+
+
+def legible(text: str) -> tuple[str, str]:
+    """(font file, the text as it can be written with it).
+
+    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the fonts of the machine are looked through.
+    Where none has them all, those that are missing are written as their code (\\u3042): a row of boxes would say nothing.
+    """
+    letters = {ord(letter) for letter in text if not letter.isspace()}
+    for file in (dejavu(), *(_system_fonts() if letters - _letters_of(dejavu()) else ())):
+        if letters <= _letters_of(file):
+            return file, text
+    written = _letters_of(dejavu())
+    return dejavu(), "".join(
+        letter if ord(letter) in written or letter.isspace() else ascii(letter)[1:-1] for letter in text
+    )
+
+
+def dejavu() -> str:
+    import matplotlib
+
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+
+
+@cache
+def _system_fonts() -> list[str]:
+    """The font files in the usual folders of this machine, by name: the same one is taken every time."""
+    from matplotlib import font_manager
+
+    return sorted(font_manager.findSystemFonts())
+
+
+@cache
+def _letters_of(file: str) -> set[int]:
+    """Code points that a font has a glyph for; none where the file cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(FT2Font(file).get_charmap())
+    except (OSError, RuntimeError):
+        return set()
+'''
+
+# ===================================================================================== common/render/manifest.py
+
+MODULES['common/render/manifest.py'] = r'''
+"""What infer.py leaves behind: images that carry their parameters, manifest.json, and compare.png.
+
+Heavy libraries are imported where they are used: infer.py answers --help without them.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+
+def save_image(flags, column, index, prompt, seed, image):
+    """Write one PNG with its parameters in it: "parameters" as A1111 writes them, "settings" as JSON -> its record."""
+    from common import files
+
+    names = ("steps", "guidance_scale", "guidance_rescale", "scheduler", "resolution", "image", "strength")
+    settings = {name: getattr(flags, name) for name in names if flags.image or name not in ("image", "strength")}
+    settings |= {"model": flags.pretrained_model_name_or_path, "adapters": column.sources}
+    record = dict(column=column.title, prompt=prompt, negative_prompt=flags.negative_prompt, seed=seed, **settings)
+    lines = [prompt] + ([f"Negative prompt: {flags.negative_prompt}"] if flags.negative_prompt else [])
+    facts = [f"Steps: {flags.steps}, Sampler: {flags.scheduler}, CFG scale: {flags.guidance_scale}, Seed: {seed}"]
+    facts += [f"Size: {image.width}x{image.height}, Model: {Path(flags.pretrained_model_name_or_path).name}"]
+    facts += [f"Lora: {source['path']}:{source['scale']:g}" for source in column.sources]
+    path = _unused(Path(flags.output_dir) / f"images/{column.stem}_{index:02d}_{seed}.png")
+    parameters = "\n".join([*lines, ", ".join(facts)])
+    files.save_png(path, image, {"parameters": parameters, "settings": json.dumps(record)})
+    return {"file": f"images/{path.name}", "sha256": sha256(path), **record}
+
+
+def _unused(path):
+    """`path`, or where an earlier drawing has that name, the first of path_2, path_3, ... that is free."""
+    numbered = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+
+
+def write_results(flags, sampler, model, columns, records, load_s):
+    """compare.png and manifest.json -> what the manifest says."""
+    from common import files
+
+    host = sampler.host
+    output_dir = Path(flags.output_dir)
+    drawn_s = sum(record["seconds"] for record in records)
+
+    # What was loaded, on what, how long it took, and what came of it.
+    manifest = {
+        **provenance(flags, model),
+        "device": {
+            "type": host.device.type,
+            "dtype": dtype_name(host),
+            "memory": sampler.memory,
+            "reason": host.reason,
+        },
+        "timings": {
+            "load_s": round(load_s, 2),
+            "draw_s": round(drawn_s, 2),
+            "s_per_image": round(drawn_s / len(records), 3),
+        },
+        "peak_gib": round(host.peak_gib(), 2),
+        "columns": [{"title": column.title, "adapters": column.sources} for column in columns],
+        "images": records,
+    }
+
+    # Earlier results get out of the way, then these take their places.
+    keep_earlier(output_dir)
+    if flags.compare:
+        write_comparison(flags, host, manifest)
+    files.write_json(output_dir / "manifest.json", manifest)
+    made = "compare.png, " if flags.compare else ""
+    host.say(
+        f"{len(records)} images, {drawn_s / len(records):.2f} s each;"
+        f" {made}manifest.json and images/ are in {output_dir}"
+    )
+    return manifest
+
+
+def keep_earlier(output_dir):
+    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both."""
+    from common import files
+
+    grid = output_dir / "compare.png"
+    manifest = output_dir / "manifest.json"
+    if not (grid.exists() or manifest.exists()):
+        return
+    number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
+    grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
+    if grid.exists():
+        grid.rename(grid_kept)
+    if manifest.exists():
+        manifest.rename(manifest_kept)
+        with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
+            earlier = dict(json.loads(manifest_kept.read_text()))
+            files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
+
+
+def _numbered(number):
+    return f"compare_{number}.png", f"manifest_{number}.json"
+
+
+def write_comparison(flags, host, manifest):
+    """compare.png, and in the manifest how far each column is from the base.
+
+    That is the mean absolute difference of pixels, 0 to 255.
+    """
+    from PIL import Image
+
+    from common import files
+    from common.render import grids
+
+    output_dir = Path(flags.output_dir)
+    titles = [column["title"] for column in manifest["columns"]]
+    rows = {}  # (prompt, seed) -> one image per column
+    for record in manifest["images"]:
+        with Image.open(output_dir / record["file"]) as image:
+            rows.setdefault((record["prompt"], record["seed"]), []).append(image.convert("RGB"))
+
+    # Each column beside the base, which is the first.
+    for i, column in enumerate(manifest["columns"]):
+        column["mean_abs_difference_from_base"] = sum(difference(row[0], row[i]) for row in rows.values()) / len(rows)
+        if i and not column["mean_abs_difference_from_base"]:
+            host.say(f"{column['title']}: not one pixel differs from the base")
+
+    # The sheet, and what no font of this machine can write on it.
+    labels = [prompt if flags.num_images == 1 else f"{prompt} (seed {seed})" for prompt, seed in rows]
+    model = Path(manifest["model"]["name"]).name
+    footer = f"{model}, {flags.resolution} px, {flags.steps} steps of {flags.scheduler}"
+    footer += f", guidance {flags.guidance_scale:g}, seed {flags.seed}"
+    for text in [*titles, *labels]:
+        if grids.legible(text)[1] != text:
+            host.say(
+                f"compare.png: no font here has all letters of {text!r}; install one, e.g. Noto Sans CJK;"
+                " until then their codes stand there"
+            )
+    sheet = grids.grid(list(rows.values()), titles, labels, f"{footer}; the same noise in every column")
+    manifest["grid"] = "compare.png"
+    files.save_png(output_dir / "compare.png", sheet, {"parameters": footer})
+
+
+def difference(image, other):
+    """Mean absolute difference of two RGB images over all pixels and channels, 0 to 255."""
+    from PIL import ImageChops, ImageStat
+
+    return sum(ImageStat.Stat(ImageChops.difference(image, other)).mean) / 3
+
+
+def provenance(flags, model):
+    """What was loaded, by which packages: for manifest.json and merge.json."""
+    packages = ("torch", "diffusers", "transformers", "peft")
+    return {
+        "model": {
+            "name": model.name,
+            "vae": str(model.vae),
+            "revision": flags.revision,
+            "variant": model.variant,
+            "prediction_type": model.kind.prediction_type,
+            "zero_terminal_snr": model.kind.zero_terminal_snr,
+        },
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def dtype_name(host):
+    return str(host.dtype).removeprefix("torch.")
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+'''
+
+# ===================================================================================== common/render/sampling.py
+
+MODULES['common/render/sampling.py'] = r'''
+"""Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
+
+import dataclasses
+import functools
+import math
+
+import torch
+from tqdm import tqdm
+
+from common import errors
+from common.adapter_files import into_pipeline
+from common.errors import UserError
+from common.fast import frozen_layers
+from common.fast.graphs import Graphed
+from common.model import device, loading, memory
+from common.model.adapters import without_dropout
+from common.model.schedulers import default_guidance_rescale, make_scheduler
+
+STEPS, GUIDANCE = 30, 7.5
+# GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
+ALL_GIB, UNET_GIB, IMAGE_GIB = 6.5, 4.8, 4.0
+
+
+def generator(seed):
+    """The CPU generator of one image."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def condition(text, caption, host):
+    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
+    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
+
+
+@torch.no_grad()
+def draw_while_training(unet, text, model, host, prompts, resolution, seed):
+    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
+
+    Returns:
+        list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
+    Raises:
+        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    # The pipeline without its VAE, which would take memory while the UNet needs it
+    scheduler = make_scheduler("euler", model.scheduler)
+    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    zeros = loading.zero_unconditional(model)
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    # One prompt at a time, each to its latent
+    unconditional = (None, None) if zeros else condition(text, "", host)
+    latents = []
+    with without_dropout([unet, *text.encoders]):
+        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+            prompt_embeds, pooled = condition(text, prompt, host)
+            latents += pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unconditional[0],
+                negative_pooled_prompt_embeds=unconditional[1],
+                height=resolution,
+                width=resolution,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                guidance_rescale=default_guidance_rescale(model.kind),
+                generator=generator(seed + i),
+                output_type="latent",
+            ).images
+    del pipeline
+    device.free_memory(host.device)
+    return _decode(latents, model, host)
+
+
+def _decode(latents, model, host):
+    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = loading.load_vae(model, host)
+    whole = functools.partial(_to_pixels, vae=vae)
+
+    def in_tiles(latent):
+        vae.enable_tiling()
+        return whole(latent)
+
+    def on_cpu(latent):
+        vae.disable_tiling()
+        vae.to("cpu", torch.float32)
+        return whole(latent)
+
+    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
+    decode = memory.StepDown("while decoding", ways, host)
+    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
+
+
+def _to_pixels(latent, vae):
+    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
+    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
+    if config.latents_mean is None:
+        latent = latent / config.scaling_factor
+    else:
+        mean, std = (
+            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
+        latent = latent * std / config.scaling_factor + mean
+    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
+
+    resolution: int = 1024
+    steps: int = STEPS
+    guidance_scale: float = GUIDANCE
+    guidance_rescale: float = 0.0
+    negative_prompt: str | None = None
+    image: object = None
+    strength: float = 0.6
+
+    @property
+    def steps_run(self):
+        """img2img starts part of the way."""
+        return self.steps if self.image is None else int(self.steps * self.strength)
+
+
+def choose_memory(memory, host, settings, batch_size):
+    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
+
+    Returns:
+        (tier, the reason for it, for people to read).
+    Raises:
+        UserError: a tier that moves weights to and from a GPU, without a GPU.
+    """
+    if host.device.type != "cuda":
+        if memory in ("offload", "sequential"):
+            raise UserError(f"--memory {memory}: needs a CUDA GPU; on a {host.device.type} use --memory auto")
+        return host.device.type, "no GPU"
+    if memory != "auto":
+        return memory, f"--memory {memory}"
+    free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
+    scale = torch.finfo(host.dtype).bits / 16
+    image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
+    for tier, weights_gib in (("gpu", ALL_GIB), ("offload", UNET_GIB)):
+        need_gib = scale * (weights_gib + image_gib)
+        if need_gib <= free_gib:
+            return tier, f"{free_gib:.1f} GiB of GPU memory free, about {need_gib:.1f} needed"
+    return (
+        "sequential",
+        f"{free_gib:.1f} GiB of GPU memory free, {need_gib:.1f} needed even for one part at a time; slow",
+    )
+
+
+class Sampler:
+    """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
+
+    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
+    Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
+    """
+
+    def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
+        import diffusers
+
+        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
+        self._active, self._graph, self._most_images = None, None, math.inf
+        # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
+        home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
+        (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
+        pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
+        self.pipeline = pipeline(
+            vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=loading.load_unet(model, home).eval(),
+            scheduler=make_scheduler(scheduler, model.scheduler),
+            force_zeros_for_empty_prompt=loading.zero_unconditional(model),
+            add_watermarker=False,
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.vae.enable_slicing()  # a batch is decoded image by image: same pixels, less memory
+
+    def load(self, file):
+        """Load an adapter file; returns the name to activate it by. Before `place`."""
+        name = f"adapter{len(self.adapters):02d}"
+        into_pipeline.load_adapter(self.pipeline, file, name, say=self.host.say)
+        self.adapters.append(name)
+        return name
+
+    def place(self):
+        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        unet = self.pipeline.unet
+        if self.memory in ("gpu", "offload"):
+            frozen_layers.fuse_unet(unet, self.host.device, self.host.say)
+        if self.memory == "gpu":
+            self._replay(unet)
+        elif self.memory == "offload":
+            self.pipeline.enable_model_cpu_offload(device=self.host.device)
+        elif self.memory == "sequential":
+            frozen_layers.unfuse_unet(unet)
+            self.pipeline.enable_sequential_cpu_offload(device=self.host.device)
+
+    def _replay(self, unet):
+        """Let the UNet's passes be captured and replayed, see graphs.Graphed."""
+        launch = unet.forward
+
+        def predict(fields):
+            added = {name: fields[name] for name in ("text_embeds", "time_ids")}
+            return launch(
+                fields["sample"], fields["timestep"], fields["text"], added_cond_kwargs=added, return_dict=False
+            )[0]
+
+        graph = self._graph = Graphed(predict, self.host.device, enabled=self.cuda_graph, say=self.host.say)
+
+        def forward(sample, timestep, encoder_hidden_states, added_cond_kwargs, **none_of_the_rest):
+            predicted = graph(dict(sample=sample, timestep=timestep, text=encoder_hidden_states, **added_cond_kwargs))
+            return (predicted.clone(),)  # schedulers keep some; the next replay writes over it
+
+        unet.forward = forward
+
+    def _stop_replaying(self):
+        if self._graph:
+            self._graph.clear()
+            del self.pipeline.unet.forward
+            self._graph = None
+
+    def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
+        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
+
+        Args:
+            adapters: [(name, scale)] to be active together; none is the base model.
+            on_step: called after every denoising step with the number of images in it.
+        Raises:
+            UserError: out of memory in the smallest plan.
+        """
+        if len(seeds) > self._most_images:
+            parts = [seeds[i : i + self._most_images] for i in range(0, len(seeds), self._most_images)]
+            return [image for part in parts for image in self.render(adapters, prompt, part, settings, on_step)]
+        try:
+            return self._render(adapters, prompt, seeds, settings, on_step)
+        except RuntimeError as error:
+            if not errors.ran_out(error):
+                raise
+        # outside of this block the failed call's tensors are free
+        self.pipeline.vae.to(
+            dtype=self.host.dtype
+        )  # cut short while upcast, it would stay in fp32 and fail every later call
+        self.pipeline.maybe_free_model_hooks()
+        if self._graph:
+            self._graph.clear()
+        device.free_memory(self.host.device)
+        if len(seeds) > 1:
+            self.host.say(f"out of GPU memory with {len(seeds)} images at a time: trying half")
+            self._most_images = len(seeds) // 2  # of later prompts too
+            return self.render(adapters, prompt, seeds, settings, on_step)
+        self._step_down(settings)
+        return self.render(adapters, prompt, seeds, settings, on_step)
+
+    def _render(self, adapters, prompt, seeds, settings, on_step):
+        def after_step(pipeline, step, t, tensors):
+            on_step(len(seeds))
+            return tensors
+
+        self._activate(adapters)
+        size = dict(height=settings.resolution, width=settings.resolution)
+        framing = size if settings.image is None else dict(image=settings.image, strength=settings.strength)
+        return self.pipeline(
+            prompt=[prompt] * len(seeds),
+            # Not "": only for None the pipeline uses the zeros that SDXL was trained with.
+            negative_prompt=[settings.negative_prompt] * len(seeds) if settings.negative_prompt else None,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
+            generator=[generator(seed) for seed in seeds],
+            callback_on_step_end=after_step,
+            **framing,
+        ).images
+
+    def _activate(self, adapters):
+        if not self.adapters or adapters == self._active:
+            return
+        self._active = adapters
+        if self._graph:
+            self._graph.clear()  # adapters and their scales are part of it
+        if not adapters:
+            return self.pipeline.disable_lora()
+        self.pipeline.enable_lora()
+        self.pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+
+    def _step_down(self, settings):
+        """The next smaller plan: gpu, offload, VAE in tiles, sequential."""
+        if self.memory == "gpu":
+            self.memory, plan = "offload", "only the part at work stays on the GPU"
+        elif not self.pipeline.vae.use_tiling:
+            plan = "the VAE works in tiles"
+            self.pipeline.vae.enable_tiling()
+        elif self.memory == "offload":
+            self.memory, plan = "sequential", "one layer at a time on the GPU, which is slow"
+        else:
+            raise UserError(
+                f"--resolution {settings.resolution}: out of GPU memory in the smallest plan; lower it, or free the GPU"
+            )
+        self.host.say(f"out of GPU memory: {plan}")
+        self._stop_replaying()
+        self.pipeline.remove_all_hooks()
+        self.place()
+'''
+
+# ========================================================================================== common/run_folder.py
+
+MODULES['common/run_folder.py'] = r'''
+"""An output folder: which run owns it, what dead runs have left in it, and its checkpoints by step.
+
+Nothing here imports torch: a folder that cannot be used is refused at once.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.errors import UserError
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)  # what file systems without locks answer, some network drives
+KAGGLE_INPUT = Path("/kaggle/input")
+WRITTEN_BELOW = (".", "ema_unet", "kohya", "peft", "images")  # where a run writes files through partial ones
+LITTER = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial|(checkpoint-\d+|.+\.(json|jsonl|png|safetensors))\.partial")
+
+
+# ---------------------------------------------------------------- one run at a time
+
+
+@contextlib.contextmanager
+def owned(folder: Path, host) -> Iterator[None]:
+    """Inside, `folder` belongs to this run alone, and what dead runs left half written is gone.
+
+    The lock is the kernel's: it ends with the process that holds it. A folder that was made here and stays empty is
+    removed.
+
+    Args:
+        host: the device.Host; its main process holds the lock, and all of them hear of a refusal.
+    Raises:
+        UserError: another run is writing there.
+    """
+    is_new = not folder.exists()
+    lock = _take_lock(folder) if host.is_main else None
+    try:
+        if not all(host.gather([lock is not None or not host.is_main])):
+            raise _in_use(folder)
+        if host.is_main:
+            remove_litter(folder)
+        yield
+    finally:
+        if lock is not None:
+            _give_back(lock)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse early, before anything is loaded, what `owned` would refuse.
+
+    One process of a launch asks: they would meet each other.
+
+    Raises:
+        UserError: another run is writing there.
+    """
+    if os.environ.get("RANK", "0") == "0" and (folder / LOCK).exists():
+        lock = _take_lock(folder)
+        if lock is None:
+            raise _in_use(folder)
+        _give_back(lock)
+
+
+def _take_lock(folder: Path):
+    """The lock of `folder`, taken as far as its file system has locks; None where another process has it."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
+
+
+def _give_back(lock) -> None:
+    """Release a lock, and remove its file while nobody else can have it."""
+    with contextlib.suppress(OSError):  # Windows removes it at the release
+        os.unlink(lock.lock_file)
+    lock.release()
+
+
+def _in_use(folder: Path) -> UserError:
+    return UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another folder")
+
+
+def remove_litter(folder: Path) -> None:
+    """Remove what runs that were killed have left half written."""
+    for place in WRITTEN_BELOW:
+        for path in (folder / place).glob("*.partial"):
+            if LITTER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def find_checkpoints(folder: Path | str) -> list[Path]:
+    """Complete checkpoint folders, the oldest step first."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step in a checkpoint folder's name; 0 where somebody has given it another one."""
+    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(number[1]) if number else 0
+
+
+def find_resume(resume_from_checkpoint: str | None, output_dir: Path | str) -> list[Path]:
+    """The folders that `--resume_from_checkpoint` means, the one to try first at the front; [] where there is none.
+
+    'latest' is the newest of this output folder, and the older ones in case it is damaged. On Kaggle each version of a
+    notebook starts with an empty one: there it is those of a folder of the same name below /kaggle/input, where the
+    output of an earlier version lies.
+    """
+    if resume_from_checkpoint != "latest":
+        return [Path(resume_from_checkpoint)] if resume_from_checkpoint else []
+    return (find_checkpoints(output_dir) or _of_earlier_versions(Path(output_dir).resolve().name))[::-1]
+
+
+def _of_earlier_versions(name: str) -> list[Path]:
+    """Complete checkpoint folders in folders called `name` below /kaggle/input, by their step."""
+    return sorted(
+        (folder for place in KAGGLE_INPUT.glob(f"**/{name}") for folder in find_checkpoints(place)), key=step_of
+    )
+'''
+
+# ===================================================================================== common/system/__init__.py
+
+MODULES['common/system/__init__.py'] = r'''
+"""What this machine has and how a process lives on it: GPU, packages, folders, launchers, signals; without torch."""
+'''
+
+# ===================================================================================== common/system/attached.py
+
+MODULES['common/system/attached.py'] = r'''
+"""What is attached to a Kaggle notebook below /kaggle/input: models, captioned pictures and wheels.
+
+There may be no internet, and these are all there is.
+"""
+
+import os
+import time
+from typing import NamedTuple
+
+KAGGLE_INPUT = "/kaggle/input"
+DEPTH = 6  # folders below the root: Kaggle's own layout takes up to five
+SEARCH_S = 1.5  # a data set of a million files is not searched to its end
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Attached(NamedTuple):
+    """Folders, each list sorted."""
+
+    models: list[str]  # with model_index.json
+    data: list[str]  # with metadata.jsonl or .csv, or with a .txt beside a picture
+    wheels: list[str]  # with .whl files
+
+
+def find_attached(root: str = KAGGLE_INPUT) -> Attached:
+    """Search `root`, which may be absent; below a model or a data folder nothing more is looked for."""
+    found = Attached([], [], [])
+    started_s = time.monotonic()
+    for folder, below, files in os.walk(root):
+        below.sort()
+        if any(name.endswith(".whl") for name in files):
+            found.wheels.append(folder)
+
+        # A model or a data set ends the search of its branch, as do depth and time.
+        if "model_index.json" in files:
+            found.models.append(folder)
+            below.clear()
+        elif _holds_captions(files):
+            found.data.append(folder)
+            below.clear()
+        elif folder.count(os.sep) - root.count(os.sep) >= DEPTH or time.monotonic() - started_s > SEARCH_S:
+            below.clear()
+    return Attached(*map(sorted, found))
+
+
+def _holds_captions(files: list[str]) -> bool:
+    """Whether these are the files of a folder that `--train_data_dir` can read."""
+    if "metadata.jsonl" in files or "metadata.csv" in files:
+        return True
+    texts = {name.removesuffix(".txt") for name in files if name.endswith(".txt")}
+    return any(os.path.splitext(name)[0] in texts for name in files if name.lower().endswith(IMAGE_SUFFIXES))
+'''
+
+# ======================================================================================== common/system/cards.py
+
+MODULES['common/system/cards.py'] = r'''
+"""A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
+
+import re
+
+
+def unsupported_card(name: str, capability: tuple[int, int], built_for: list[str]) -> str | None:
+    """Why PyTorch cannot compute on a card, and what to do, in one line; None when it can.
+
+    Code for sm_XY runs on cards of the same X and at least that Y. Code for compute_XY runs on every later one
+    (CUDA C++ programming guide, application compatibility). Builds for other makers' cards name neither: not judged.
+
+    Args:
+        name, capability, built_for: of torch.cuda.get_device_name, get_device_capability and get_arch_list.
+    """
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture) for architecture in built_for]
+    codes = [(match[1], (int(match[2]), int(match[3]))) for match in matches if match]
+    if not codes or any(_runs(kind, built, capability) for kind, built in codes):
+        return None
+    oldest = min(built for _, built in codes)
+    return (
+        f"{name} (sm_{capability[0]}{capability[1]}): this PyTorch has no code for it,"
+        f" only for sm_{oldest[0]}{oldest[1]} and other cards; choose another GPU (Kaggle: choose GPU T4 x2)"
+    )
+
+
+def _runs(kind, built, capability):
+    return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
+'''
+
+# ======================================================================================= common/system/launch.py
+
+MODULES['common/system/launch.py'] = r'''
+"""How this process was started: alone, by `accelerate launch` or by torchrun; and the command that goes on."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+
+SPEAKS_AFTER_S = 2.0  # a launcher that has seen one process fail ends the others well within it
+
+
+def rank() -> int:
+    """The place of this process among those of the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say_last(said: str) -> None:
+    """One line on stderr before the process ends, said once.
+
+    Another process than the first speaks only if none has ended the run.
+    """
+    line = f"{os.path.basename(sys.argv[0])}: {said}"
+    if rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the launcher ends the others
+        time.sleep(SPEAKS_AFTER_S)
+        line += f" (process {rank()})"
+    print(line, file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows its content at the end of its own report
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": line, "timestamp": int(time.time())}, file)
+
+
+def leave_group() -> None:
+    """Take leave of the other processes; without it torch warns at the end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def resuming_command(argv: list[str]) -> str:
+    """The command line `argv`, quoted for a shell, with its launcher and `--resume_from_checkpoint latest`."""
+    kept = []
+    words = iter(argv)
+    for word in words:
+        if re.fullmatch("--resume[_-]from[_-]checkpoint", word):
+            next(words, None)
+        elif not re.match("--resume[_-]from[_-]checkpoint=", word):
+            kept.append(word)
+    return shlex.join([*_launcher(), *kept, "--resume_from_checkpoint", "latest"])
+
+
+def _launcher():
+    """The words before the script; a launcher's own options are not known here, but for the number of processes."""
+    world = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # every launch by accelerate sets it
+        return ["accelerate", "launch", "--quiet", *(["--num_processes", world] if world != "1" else [])]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", world]
+    return ["python"]
+'''
+
+# ===================================================================================== common/system/packages.py
+
+MODULES['common/system/packages.py'] = r'''
+"""The packages the suite needs, in the ranges it was tested with. Nothing here imports them."""
+
+import importlib.util
+import os
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# The same as requirements.txt, which a one-file script does not have beside it.
+# Floors: what Kaggle and Colab ship with (hosts/). Upper bounds: the newest minor release that was tested.
+REQUIREMENTS = {
+    "torch": ">=2.6",  # transformers switches PyTorch off below
+    "diffusers": ">=0.37.1,<0.43",
+    "transformers": ">=5.0,<5.25",
+    "peft": ">=0.19.1,<0.22",
+    "accelerate": ">=1.13,<1.16",
+    "bitsandbytes": ">=0.50.2,<0.51",
+    "datasets": ">=4.0,<5.3",
+    "argparse-dataclass": ">=2.0,<3",
+    "huggingface_hub": ">=1.11,<2.5",
+    "safetensors": ">=0.7,<0.9",
+    "tqdm": ">=4.67",
+    "pillow": ">=11.3",
+    "numpy": ">=2.0",
+    "psutil": ">=5.9.5",
+    "matplotlib": ">=3.10",
+}
+MODULES = {"argparse-dataclass": "argparse_dataclass", "pillow": "PIL"}  # where the name to import is another one
+WHERE_USED = ("bitsandbytes",)  # asked for by the flags that use it
+
+
+def lacking() -> dict[str, str | None]:
+    """{package: its version, or None when it is absent} of what is missing or too old, those of WHERE_USED left out.
+
+    The upper bounds are for pip: a newer package may well work.
+    """
+    found = {}
+    for name, wanted in REQUIREMENTS.items():
+        if name in WHERE_USED:
+            continue
+        if is_absent(name):
+            found[name] = None
+        elif (installed := installed_version(name)) and release(installed) < release(wanted.removeprefix(">=")):
+            found[name] = installed
+    return found
+
+
+def is_absent(name: str) -> bool:
+    return importlib.util.find_spec(MODULES.get(name, name)) is None
+
+
+def installed_version(name: str) -> str | None:
+    """None also where a package lies on the path without its metadata."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The numbers a version or a list of bounds begins with: (2, 6, 0) of 2.6.0+cu124."""
+    return tuple(int(number) for number in re.match(r"\d+(\.\d+)*", text)[0].split("."))
+
+
+def refusal(found: dict[str, str | None]) -> str:
+    """One line that names what `lacking` found, with the command that brings it."""
+    said = ", ".join(f"{name} is missing" if has is None else f"{name} {has} is too old" for name, has in found.items())
+    return f"{said}: pip install " + " ".join(f'"{name}{REQUIREMENTS[name]}"' for name in found)
+
+
+def require_parser() -> None:
+    """End with one line and exit status 2 where argparse-dataclass is absent: common.cli.command_line imports it."""
+    if is_absent("argparse-dataclass"):
+        print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
+        sys.exit(2)
+'''
+
+# ======================================================================================= common/system/places.py
+
+MODULES['common/system/places.py'] = r'''
+"""Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
+
+import os
+
+CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
+'''
+
+# ===================================================================================== common/system/stopping.py
+
+MODULES['common/system/stopping.py'] = r'''
+"""How a run is asked to end: signals and the time limit; what the first Ctrl-C says, and what later ones do."""
+
+import contextlib
+import math
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+
+from common.system import launch
+
+# Windows has no SIGHUP.
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
+DOUBLE_PRESS_S = 1.0  # a second press within it is the same request
+
+
+def end_in_order() -> None:
+    """From here on a signal raises KeyboardInterrupt(its number), so that what is open gets closed and kept.
+
+    Its double is ignored.
+    """
+    raised_s = -math.inf
+
+    def end(number, frame):
+        nonlocal raised_s
+        if time.monotonic() - raised_s <= DOUBLE_PRESS_S:
+            return
+        raised_s = time.monotonic()
+        _leave_the_terminal(number)
+        # numpy, imported by torch, would swallow the exception, and be half a numpy from then on
+        if _imports(frame):
+            _say(ended_by(number))
+            os._exit(128 + number)
+        raise KeyboardInterrupt(number)
+
+    _handle(end)
+
+
+def ended_by(number: int) -> str:
+    """What is said of a process that a signal has ended."""
+    return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def _leave_the_terminal(number):
+    """At a SIGHUP: a terminal that is gone fails every write to it, which must not stop the saving.
+
+    A file or pipe is written on.
+    """
+    for stream in (1, 2) if signal.Signals(number).name == "SIGHUP" else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)
+
+
+def _imports(frame):
+    """Whether `frame` is within an import."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib._bootstrap"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _say(line):
+    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
+    if launch.rank() != 0:
+        return
+    with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
+        os.write(2, f"\n{os.path.basename(sys.argv[0])}: {line}\n".encode())
+
+
+def _handle(handler):
+    """Install `handler` for SIGNALS -> {number: the handler before}; a SIGHUP that nohup switched off stays off."""
+    wanted = [number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in wanted}
+
+
+class StopRequest:
+    """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
+
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
+    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
+
+    Args:
+        ends_s: on the monotonic clock; by then everything must be saved.
+    """
+
+    def __init__(self, ends_s: float = math.inf):
+        self._signal = None
+        self._ends_s = ends_s
+        self._longest_step_s = 0.0
+        self._longest_save_s = 0.0
+        self.doing = "saving"  # what is done before the run ends, for the answer to a signal
+
+    def step_took(self, seconds: float) -> None:
+        self._longest_step_s = max(self._longest_step_s, seconds)
+
+    def save_took(self, seconds: float) -> None:
+        self._longest_save_s = max(self._longest_save_s, seconds)
+
+    @property
+    def reason(self) -> str | None:
+        ending_s = 2 * self._longest_step_s + 3 * self._longest_save_s
+        return self._signal or ("time limit reached" if time.monotonic() + ending_s > self._ends_s else None)
+
+    @contextlib.contextmanager
+    def listening(self):
+        """The first signal asks for a stop and is answered; after DOUBLE_PRESS_S another Ctrl-C ends the process."""
+        before = _handle(self._ask)
+        # Python runs a handler between two of its own instructions, and a wait for the GPU can take many seconds:
+        # the answer comes from a thread, which the interpreter's wakeup descriptor tells at once.
+        ours, interpreters = socket.socketpair()
+        interpreters.setblocking(False)
+        descriptor_before = signal.set_wakeup_fd(interpreters.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._answer, args=(ours,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(descriptor_before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            interpreters.close()  # which ends the thread
+            thread.join()
+            ours.close()
+
+    def _ask(self, number, frame=None):
+        _leave_the_terminal(number)
+        self._signal = self._signal or f"{signal.Signals(number).name} received"
+
+    def _answer(self, numbers):
+        """Answer the signals whose numbers arrive as bytes, until the other end is closed."""
+        first_s = None
+        while received := numbers.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            if first_s is None:
+                first_s = time.monotonic()
+                self._ask(number)
+                again = "; press again to lose it" if number == signal.SIGINT else ""
+                _say(f"{signal.Signals(number).name}: {self.doing}{again}")
+            elif number == signal.SIGINT and time.monotonic() - first_s > DOUBLE_PRESS_S:
+                _say("ended at once; --resume_from_checkpoint latest goes on from the last checkpoint")
+                os._exit(128 + number)
+'''
+
 # ============================================================================= how the texts above become modules
 
 
@@ -7269,11 +7575,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Literal, Optional
 
-from common import hub, manifest, render_checks, run_folder
-from common.chosen_adapters import chosen_adapters
-from common.command_line import DEMO_ROOT, UserError, flag, local_path, parse, print_config, run
-from common.flags import ModelFlags
-from common.schedulers import SCHEDULERS, default_guidance_rescale
+from common import run_folder
+from common.cli import hub, render_checks
+from common.cli.command_line import DEMO_ROOT, parse, print_config
+from common.cli.flag_facts import ANY, FROM_ONE, FROM_ZERO, SEED, allowing, flag, local_path, multiple_of
+from common.cli.model_flags import ModelFlags
+from common.cli.running import run
+from common.errors import UserError
+from common.model.schedulers import SCHEDULERS, default_guidance_rescale
+from common.render import manifest
+from common.render.chosen_adapters import chosen_adapters
 
 REFERENCE_PROMPTS = [
     "Naruto Uzumaki eating ramen",
@@ -7290,47 +7601,78 @@ class Flags(ModelFlags):
     compare: bool = flag(
         False,
         "one grid, compare.png: every prompt with the base model and with every adapter alone, at identical seeds",
+        group="pictures",
     )
     lora: List[str] = flag(
         [],
         "adapter, PATH or PATH:SCALE: a run's folder, .safetensors file (diffusers, kohya) or PEFT folder; repeatable",
         type=local_path,
+        group="adapter",
+        metavar="PATH[:SCALE]",
     )
-    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet")
-    lora_scale: float = flag(1.0, "multiplies the scale of every adapter")
+    ema: bool = flag(False, "use the averaged weights of each adapter folder, PATH/ema_unet", group="adapter")
+    lora_scale: float = flag(1.0, "multiplies the scale of every adapter", group="adapter", range=ANY)
     merge: Optional[str] = flag(
         None,
         "draw nothing, but write a model folder of this name, with the adapters in its weights; it must not exist yet",
         type=local_path,
+        group="adapter",
     )
-    prompt: List[str] = flag([], "what to draw, repeatable; none means the three reference prompts (or the demo's own)")
-    negative_prompt: Optional[str] = flag(None, "what to keep out of the images")
-    seed: int = flag(42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it")
-    num_images: int = flag(1, "images of each prompt")
-    resolution: int = flag(1024, "pixels: side of the square image; a multiple of 8")
-    steps: int = flag(30, "denoising steps")
-    guidance_scale: float = flag(7.5, "strength of the prompt (classifier-free guidance); 1 switches guidance off")
+    prompt: List[str] = flag(
+        [], "what to draw, repeatable; none means the three reference prompts (or the demo's own)", group="pictures"
+    )
+    negative_prompt: Optional[str] = flag(None, "what to keep out of the images", group="pictures")
+    seed: int = flag(
+        42, "image i of a prompt is drawn with seed + i, whatever else is drawn beside it", group="pictures", range=SEED
+    )
+    num_images: int = flag(1, "images of each prompt", group="pictures", range=FROM_ONE)
+    resolution: int = flag(
+        1024, "pixels: side of the square image; a multiple of 8", group="pictures", range=multiple_of(8), metavar="PX"
+    )
+    steps: int = flag(30, "denoising steps", group="pictures", range=FROM_ONE)
+    guidance_scale: float = flag(
+        7.5,
+        "strength of the prompt (classifier-free guidance); 1 switches guidance off",
+        group="pictures",
+        range=FROM_ZERO,
+    )
     guidance_rescale: Optional[float] = flag(
         None,
-        "0 to 1: guided noise is scaled back to the spread of unguided one; none means 0.7 with zero-terminal SNR, else 0",
+        "0 to 1: guided noise is scaled back to the spread of unguided one;"
+        " none means 0.7 with zero-terminal SNR, else 0",
+        group="pictures",
+        range=allowing(lambda value: 0 <= value <= 1, "must be at least 0 and at most 1"),
     )
-    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS))
-    image: Optional[str] = flag(None, "start from this image (img2img); it is cropped to a square", type=local_path)
-    strength: float = flag(0.6, "with --image: share of the steps that is run, 1 forgets the image")
+    scheduler: str = flag("euler", "sampler", choices=list(SCHEDULERS), group="pictures")
+    image: Optional[str] = flag(
+        None, "start from this image (img2img); it is cropped to a square", type=local_path, group="pictures"
+    )
+    strength: float = flag(
+        0.6,
+        "with --image: share of the steps that is run, 1 forgets the image",
+        group="pictures",
+        range=allowing(lambda share: 0 < share <= 1, "must be more than 0 and at most 1"),
+        metavar="SHARE",
+    )
     # machine
     cuda_graph: bool = flag(
-        True, "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them"
+        True,
+        "on a GPU that holds the whole model, launch the kernels of a denoising step once and replay them",
+        group="memory and speed",
     )
     memory: Literal["auto", "gpu", "offload", "sequential"] = flag(
         "auto",
-        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow); auto goes by what is free",
+        "weights on the GPU: all, only the part at work (8 GB cards), or one layer at a time (slow);"
+        " auto goes by what is free",
+        group="memory and speed",
     )
-    batch_size: int = flag(1, "images of one prompt that are drawn together")
+    batch_size: int = flag(1, "images of one prompt that are drawn together", group="memory and speed", range=FROM_ONE)
     output_dir: str = flag(
         "outputs/infer",
         "where compare.png, manifest.json and images/ go; those of earlier drawings are kept",
         type=local_path,
         demo="outputs/demo",
+        group="output",
     )
 
 
@@ -7344,15 +7686,17 @@ def main(argv=None):
         return print_config(flags)
     hub.check(flags)
 
-    from common import adapter_reading, device, loading, sampling
-    from common.columns import make_columns
-    from common.tiny import demo_assets
+    from common.adapter_files import reading
+    from common.model import device, loading
+    from common.model.tiny import demo_assets
+    from common.render import sampling
+    from common.render.columns import make_columns
 
     # What is given: files and an image to start from
     if flags.demo:
         demo_assets(DEMO_ROOT)
     start_s = time.monotonic()
-    files = [adapter_reading.find_adapter(adapter.path) for adapter in adapters]
+    files = [reading.find_adapter(adapter.path) for adapter in adapters]
     image = load_image(flags.image, flags.resolution)
     host = device.start(flags.mixed_precision, flags.seed)
     if not host.is_main:
@@ -7383,7 +7727,7 @@ def main(argv=None):
 
 def settings_of(flags, image):
     """What every image depends on, whatever its prompt, seed and adapters."""
-    from common import sampling
+    from common.render import sampling
 
     return sampling.Settings(
         resolution=flags.resolution,
@@ -7443,7 +7787,7 @@ def render(flags, sampler, columns, settings):
 
 def prompts_of(flags):
     """Each of --prompt once, or the demo's own, or the reference prompts."""
-    from common.demo_settings import demo_settings
+    from common.cli.demo_settings import demo_settings
 
     if flags.prompt:
         return list(dict.fromkeys(flags.prompt))
@@ -7459,7 +7803,7 @@ def warn_of_long_prompts(sampler, prompts):
 
 def merge(flags, sampler, model, column):
     """Write the model with the adapters of `column` in its weights -> what its merge.json says."""
-    from common import merging
+    from common.adapter_files import merging
 
     host = sampler.host
     place = Path(flags.merge)

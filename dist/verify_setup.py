@@ -6,7 +6,7 @@ Needs nothing but Python. Exit status: 0 when the command it names can run, 1 wh
 wrong flag.
 """
 
-# Made by tools/bundle.py from verify_setup.py and 7 modules; edit those, not this file.
+# Made by tools/bundle.py from verify_setup.py and 8 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -32,7 +32,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `command_line.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -51,10 +51,19 @@ sys.excepthook = _interrupted_or(sys.excepthook)
 sys.modules["torchao"] = None
 '''
 
-# ============================================================================================ common/attached.py
+# ===================================================================================== common/system/__init__.py
 
-MODULES['common/attached.py'] = r'''
-"""What is attached to a Kaggle notebook: models, captioned pictures and wheels below /kaggle/input, where there may be no internet."""
+MODULES['common/system/__init__.py'] = r'''
+"""What this machine has and how a process lives on it: GPU, packages, folders, launchers, signals; without torch."""
+'''
+
+# ===================================================================================== common/system/attached.py
+
+MODULES['common/system/attached.py'] = r'''
+"""What is attached to a Kaggle notebook below /kaggle/input: models, captioned pictures and wheels.
+
+There may be no internet, and these are all there is.
+"""
 
 import os
 import time
@@ -103,9 +112,9 @@ def _holds_captions(files: list[str]) -> bool:
     return any(os.path.splitext(name)[0] in texts for name in files if name.lower().endswith(IMAGE_SUFFIXES))
 '''
 
-# =============================================================================================== common/cards.py
+# ======================================================================================== common/system/cards.py
 
-MODULES['common/cards.py'] = r'''
+MODULES['common/system/cards.py'] = r'''
 """A GPU's name and capability -> why this PyTorch cannot compute on it, or None. Nothing here imports torch."""
 
 import re
@@ -135,9 +144,9 @@ def _runs(kind, built, capability):
     return built <= capability if kind == "compute" else built[0] == capability[0] and built[1] <= capability[1]
 '''
 
-# ============================================================================================= common/machine.py
+# ====================================================================================== common/system/machine.py
 
-MODULES['common/machine.py'] = r'''
+MODULES['common/system/machine.py'] = r'''
 """This machine -> Facts: host, packages, memory, disks, GPUs, and what of the hub is within reach.
 
 Needs nothing but Python, so that it can be asked before anything is installed. Torch and bitsandbytes are imported to
@@ -157,10 +166,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from common import packages
-from common.attached import Attached, find_attached
-from common.cards import unsupported_card
-from common.places import CACHE_DIR
+from common.system import packages
+from common.system.attached import Attached, find_attached
+from common.system.cards import unsupported_card
+from common.system.places import CACHE_DIR
 
 GIB = 2**30
 OPTIONAL = ("xformers", "tensorboard", "wandb")
@@ -413,10 +422,10 @@ def matmul_rate(torch: ModuleType) -> float:
     return 2 * n**3 * count / (time.perf_counter() - started_s) / 1e12
 '''
 
-# ============================================================================================ common/packages.py
+# ===================================================================================== common/system/packages.py
 
-MODULES['common/packages.py'] = r'''
-"""The packages the suite needs, in the ranges it was tested with, and one line for what is missing. Nothing here imports them."""
+MODULES['common/system/packages.py'] = r'''
+"""The packages the suite needs, in the ranges it was tested with. Nothing here imports them."""
 
 import importlib.util
 import os
@@ -487,15 +496,15 @@ def refusal(found: dict[str, str | None]) -> str:
 
 
 def require_parser() -> None:
-    """Where argparse-dataclass is absent common.command_line cannot be imported: end with one line and exit status 2."""
+    """End with one line and exit status 2 where argparse-dataclass is absent: common.cli.command_line imports it."""
     if is_absent("argparse-dataclass"):
         print(f"{os.path.basename(sys.argv[0])}: error: {refusal(lacking())}", file=sys.stderr)
         sys.exit(2)
 '''
 
-# ============================================================================================== common/places.py
+# ======================================================================================= common/system/places.py
 
-MODULES['common/places.py'] = r'''
+MODULES['common/system/places.py'] = r'''
 """Where the suite keeps things on this machine. Nothing but Python is needed to ask."""
 
 import os
@@ -503,9 +512,9 @@ import os
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sdxl-style")
 '''
 
-# ============================================================================================= common/verdict.py
+# ====================================================================================== common/system/verdict.py
 
-MODULES['common/verdict.py'] = r'''
+MODULES['common/system/verdict.py'] = r'''
 """machine.Facts -> Verdict: which script suits the machine, how long it takes there, what stands in the way.
 
 What the trainers' defaults need was measured on an H100 (docs/benchmarks.json). A test compares the figures here with
@@ -515,8 +524,8 @@ that file and with the trainers' own flags.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from common import packages
-from common.machine import DATA, MODEL, VAE, Facts
+from common.system import packages
+from common.system.machine import DATA, MODEL, VAE, Facts
 
 NEWEST_PYTHON = (3, 13)  # that was tried; one that is too old is refused at once
 WITHIN_REACH = ("cached", "reachable")
@@ -782,9 +791,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import NoReturn
 
-from common import packages
-from common.machine import OPTIONAL, Facts, probe
-from common.verdict import SCRIPTS, Estimate, Script, Verdict, dotted, judge
+from common.system import packages
+from common.system.machine import OPTIONAL, Facts, probe
+from common.system.verdict import SCRIPTS, Estimate, Script, Verdict, dotted, judge
 
 WIDTH = 80  # of a notebook's output
 SHOWN = ("torch", "diffusers", "transformers", "peft", "bitsandbytes")

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before torch or common.command_line are imported: they read these once.
+# Before torch or common.cli.command_line are imported: they read these once.
 CACHE = Path(tempfile.mkdtemp(prefix="sdxl-style-tests-"))
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 # Matrices this small lose time to a second thread; `make test-cpus` has two as well.
@@ -83,7 +83,7 @@ def train(tmp_path_factory):
     """
 
     def train(*flags, into=None, script="train_opt", prepare=None):
-        from common import assembly
+        from common.train import assembly
 
         folder = into or tmp_path_factory.mktemp("run")
         module = __import__(script)
@@ -107,7 +107,7 @@ def assemble(tmp_path_factory):
     """assemble(*flags): everything a trainer's main puts together, untrained -> namespace(flags, engine, data)."""
 
     def assemble(*flags, script="train_opt"):
-        from common import assembly
+        from common.train import assembly
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
@@ -125,8 +125,8 @@ def assemble(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo():
     """(model folder, data folder) of the demo."""
-    from common import command_line
-    from common.tiny import demo_assets
+    from common.cli import command_line
+    from common.model.tiny import demo_assets
 
     model, data = demo_assets(Path(command_line.CACHE_DIR) / "demo")
     return SimpleNamespace(model=model, data=data)
@@ -163,7 +163,7 @@ def plain(train):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Validation images of 4 denoising steps instead of 30."""
-    from common import sampling
+    from common.render import sampling
 
     monkeypatch.setattr(sampling, "STEPS", 4)
 

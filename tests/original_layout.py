@@ -8,7 +8,7 @@ import re
 import torch
 from safetensors.torch import load_file
 
-from common.adapter_names import original_name
+from common.adapter_files.names import original_name
 
 _VAE = [
     (r"mid_block\.attentions\.0\.(.*)", r"mid.attn_1.\1"),

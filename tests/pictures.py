@@ -6,9 +6,9 @@ import struct
 import numpy as np
 from PIL import Image
 
-from common import dataset
-from common.dataset import Sample
-from common.pairs import Pair
+from common.data import dataset
+from common.data.dataset import Sample
+from common.data.pairs import Pair
 
 
 def picture(size, seed=0, mode="RGB"):

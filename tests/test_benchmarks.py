@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from benchmarks import table, train_step
-from common.batching import Examples
-from common.engine import Engine
+from common.cli.running import run
+from common.data.batching import Examples
 from common.errors import UserError
-from common.running import run
+from common.train.engine import Engine
 
 GPU = dict(gpu="NVIDIA T4", matmul_tflops=25.0)
 FIGURES = dict(

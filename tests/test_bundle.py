@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from common import noise, packages
+from common.model import noise
+from common.system import packages
 from tools import bundle, notebooks, one_file
 
 
@@ -38,7 +39,7 @@ def test_help_is_the_scripts_own_and_needs_no_torch(script, root, tmp_path, answ
 def test_every_module_is_in_it_as_it_stands_in_the_repository(script, root):
     text = bundle.bundle(script)
     names = one_file.modules_of((root / f"{script}.py").read_text())
-    assert {"common", "common.flags", "common.loading", "common.tiny"} <= set(names)
+    assert {"common", "common.cli.flags", "common.model.loading", "common.model.tiny"} <= set(names)
     assert not any(name.partition(".")[0] == "demo" for name in names)
     assert all((root / one_file.path_of(name)).read_text() in text for name in names)
 
@@ -59,7 +60,7 @@ def test_a_traceback_and_inspect_see_the_modules_lines(tmp_path):
     process = subprocess.run([sys.executable, "-I", "probe.py"], cwd=tmp_path, capture_output=True, text=True)
     assert "def mse_per_sample(prediction, target):" in process.stdout
     line = inspect.getsourcelines(noise.mse_per_sample)[1] + 2
-    assert f'common/noise.py", line {line}, in mse_per_sample' in process.stderr
+    assert f'common/model/noise.py", line {line}, in mse_per_sample' in process.stderr
 
 
 # ---------------------------------------------------------------- notebooks

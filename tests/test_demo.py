@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.demo_settings import ASSETS
+from common.cli.demo_settings import ASSETS
 from demo import painting, score, small, world
 
 ROWS = score.held_out(32)

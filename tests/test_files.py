@@ -7,7 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import adapter_reading, caching, files
+from common import files
+from common.adapter_files import reading
+from common.data import caching
 from common.errors import UserError
 
 TENSORS = {
@@ -110,4 +112,4 @@ def test_a_changed_byte_in_an_adapter_is_one_line(train, demo):
         data[-50] ^= 16
         (run.dir / file).write_bytes(data)
         with pytest.raises(UserError, match=re.escape(str(run.dir / file)) + ": damaged"):
-            adapter_reading.read_adapter(adapter_reading.find_adapter(run.dir / file), {})
+            reading.read_adapter(reading.find_adapter(run.dir / file), {})

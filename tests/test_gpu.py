@@ -88,7 +88,7 @@ def test_a_pass_never_waits_for_the_gpu(assemble):
 
 
 def test_dropout_is_a_function_of_seed_and_layer():
-    from common.kernels import seeded_dropout
+    from common.fast.kernels import seeded_dropout
 
     x, seed = torch.ones(1000, 640, device="cuda", dtype=torch.float16), torch.tensor(7, device="cuda")
     once, again = seeded_dropout(x, 0.1, seed, 3), seeded_dropout(x, 0.1, seed, 3)
@@ -99,7 +99,7 @@ def test_dropout_is_a_function_of_seed_and_layer():
 
 
 def test_the_plan_steps_down_when_memory_runs_out_and_the_step_is_repeated(train, monkeypatch):
-    from common import engine
+    from common.train import engine
 
     original, failures = engine.Engine.forward_backward, []
 
@@ -124,7 +124,7 @@ def test_losses_are_those_of_the_documented_micro_batch(train):
 
 
 def test_the_gated_activation_is_pytorchs_with_its_gradient():
-    from common.kernels import geglu
+    from common.fast.kernels import geglu
 
     h = torch.randn(3, 70, 2 * 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(0)).half()
     dy = torch.randn(3, 70, 1280, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).half()
@@ -140,7 +140,7 @@ def test_the_gated_activation_is_pytorchs_with_its_gradient():
 @pytest.fixture
 def unproven(monkeypatch):
     """Operations as they are before any kernel was tried."""
-    from common import operations
+    from common.fast import operations
 
     for operation in operations.EVERY_OPERATION:
         monkeypatch.setattr(operation, "faults", {})
@@ -151,7 +151,7 @@ def unproven(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [4, 16, 128])
 def test_every_kernel_passes_the_check_at_the_start(unproven, dtype, rank):
-    from common import kernel_check
+    from common.fast import kernel_check
 
     lines = []
     kernel_check.adopt_kernels(unproven, torch.device("cuda"), dtype=dtype, rank=rank, say=lines.append)
@@ -183,7 +183,7 @@ def test_kernels_that_do_not_compile_cost_speed_and_not_the_run(
     unproven, train, dora_losses, monkeypatch, capsys, broken
 ):
     """The same losses, dropout masks included, from passes that are still captured and replayed."""
-    from common import kernel_check
+    from common.fast import kernel_check
 
     original, engines = kernel_check.kernel_of, []
 
@@ -222,7 +222,7 @@ def error(got, expected):
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_gradients_through_a_gain_are_their_formulas(rows, columns, with_bias):
     """Twice: the kernel leaves its counters as it found them."""
-    from common.kernels import gain_backward
+    from common.fast.kernels import gain_backward
 
     dy, y, bias = random(rows, columns), random(rows, columns, seed=1), random(columns, seed=2) if with_bias else None
     m, gain = 1 + random(columns, seed=3, dtype=torch.float32).abs(), random(columns, seed=4, dtype=torch.float32)
@@ -237,8 +237,8 @@ def test_the_gradients_through_a_gain_are_their_formulas(rows, columns, with_bia
     ("rows", "columns", "rank"), [(640, 640, 16), (1280, 2048, 4), (100, 70, 3), (640, 640, 64), (640, 640, 128)]
 )
 def test_doras_norms_and_gains_are_their_formulas(rows, columns, rank):
-    from common.kernels import scale_rows, update_gain
-    from common.operations import row_norms
+    from common.fast.kernels import scale_rows, update_gain
+    from common.fast.operations import row_norms
 
     w, A, B = (
         random(rows, columns),
@@ -261,7 +261,7 @@ GROUP_NORMS = [(320, 32, 128, 128), (960, 32, 26, 38), (2560, 32, 16, 16), (48, 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, width, silu, shifted):
     """Far from zero too: the mean of the input is ten times its deviation."""
-    from common.group_norm_kernels import group_norm
+    from common.fast.group_norm_kernels import group_norm
 
     norm = torch.nn.GroupNorm(groups, channels, eps=1e-5).cuda().requires_grad_(False)
     (
@@ -290,7 +290,7 @@ def test_group_norm_is_pytorchs_with_its_gradient(channels, groups, height, widt
 @pytest.mark.parametrize("width", [640, 1280, 48])
 @pytest.mark.parametrize("added", [False, True])
 def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
-    from common.residual_kernels import add_norm
+    from common.fast.residual_kernels import add_norm
 
     norm = torch.nn.LayerNorm(width).cuda().requires_grad_(False)
     (
@@ -310,7 +310,7 @@ def test_add_and_layer_norm_are_pytorchs_with_their_gradients(width, added):
 
 
 def test_a_residual_with_a_bias_is_their_sum():
-    from common.residual_kernels import add_bias
+    from common.fast.residual_kernels import add_bias
 
     x, h, bias = random(2, 48, 5, 7).requires_grad_(), random(2, 48, 5, 7, seed=1).requires_grad_(), random(48, seed=2)
     y = add_bias(x, h, bias)
@@ -349,7 +349,7 @@ def test_one_fused_layer_is_its_formula_in_fp16(use_dora, quantize, p):
 
 
 def seeded(x, p, seed, layer):
-    from common.kernels import seeded_dropout
+    from common.fast.kernels import seeded_dropout
 
     return seeded_dropout(x, p, seed, layer.forward.salt)
 
@@ -359,7 +359,8 @@ def adapted_layer(use_dora, quantize, p):
     import bitsandbytes
     from peft import LoraConfig, inject_adapter_in_model
 
-    from common import adapters, fused
+    from common.fast import adapter_layers
+    from common.model import adapters
 
     torch.manual_seed(0)
     base = torch.nn.Linear(640, 1280).half()
@@ -378,7 +379,7 @@ def adapted_layer(use_dora, quantize, p):
         adapters.FlatParameters([(adapters.trainable(model), {})], torch.float16),
         torch.tensor(3, device="cuda"),
     )
-    fused.fuse([model], flat, seed)
+    adapter_layers.fuse([model], flat, seed)
     generator = torch.Generator("cuda").manual_seed(1)
     flat.data.add_(0.02 * torch.randn(len(flat), device="cuda", generator=generator))
     flat.publish()
@@ -406,7 +407,8 @@ def test_images_are_those_of_plain_diffusers_in_every_memory_tier(demo, train, m
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from PIL import ImageChops
 
-    from common import device, loading, sampling
+    from common.model import device, loading
+    from common.render import sampling
 
     run = train("--max_train_steps", 8, "--learning_rate", 1e-2, "--lr_warmup_steps", 0)
     sampler = sampling.Sampler(loading.find_model(str(demo.model)), device.start("fp16"), "euler", memory)

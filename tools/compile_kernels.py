@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from common.cli.running import run
 from common.errors import UserError
-from common.running import run
 
 RESOLUTIONS = (64, 512, 544, 768, 1024)  # px; 64 and 544: few tiles, and sizes that 16 does not divide
 RANKS = (1, 4, 6, 8, 16, 32, 64, 128)
@@ -105,7 +105,7 @@ def linear_shape(layer: torch.nn.Linear) -> tuple[int, int, bool]:
 
 def run_adapter(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None:
     """The operations of an adapter beside a weight [rows, columns], for images and for text."""
-    from common import kernels
+    from common.fast import kernels
 
     new = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
     full = lambda *shape: new(*shape, dtype=torch.float32)  # noqa: E731
@@ -125,13 +125,14 @@ def run_adapter(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None
 def fused_sdxl() -> tuple[torch.nn.Module, list[torch.nn.Module]]:
     """(UNet, text encoders) of full size on the meta device; the UNet computes by its kernels."""
     from benchmarks.full_size import FULL
-    from common import device, fused_unet, kernel_check, operations
-    from common.tiny import sdxl
+    from common.fast import frozen_layers, kernel_check, operations
+    from common.model import device
+    from common.model.tiny import sdxl
 
     device.quieten_libraries()
     pipeline = sdxl(FULL, ["a picture"], "meta")
     unet = pipeline.unet.requires_grad_(False)
-    fused_unet.fuse_unet(unet, torch.device("meta"))
+    frozen_layers.fuse_unet(unet, torch.device("meta"))
     for operation in operations.OF_THE_UNET:
         operation.plain = kernel_check.kernel_of(operation)
     return unet, [pipeline.text_encoder, pipeline.text_encoder_2]

@@ -21,12 +21,12 @@ from typing import Literal, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.command_line import parse
+from common.cli.command_line import parse
+from common.cli.flag_checks import check
+from common.cli.flag_facts import flag
+from common.cli.model_flags import ModelFlags
+from common.cli.running import run
 from common.errors import UserError
-from common.flag_checks import check
-from common.flag_facts import flag
-from common.model_flags import ModelFlags
-from common.running import run
 
 METHODS = {  # name -> trainer, and what makes its defaults those of the comparison
     "LoRA": ("train_sdxl", "--lora_rank 16 --lora_alpha 32 --lora_dropout 0.1 --use_8bit_adam"),
@@ -197,7 +197,7 @@ def train(training):
 
 def score(folder):
     """What a run of the demo's trained model has learnt and kept: {"style": share, "attributes": share}; nothing for the random one."""
-    from common.demo_settings import is_tiny
+    from common.cli.demo_settings import is_tiny
     from demo import score as demo_score
 
     if is_tiny():
@@ -209,7 +209,8 @@ def score(folder):
 
 def measure(training):
     """The figures of a finished run. peak_gib is None on a CPU, where the process's peak includes the runs before."""
-    from common import diffusers_format, report
+    from common.adapter_files import diffusers_format
+    from common.train import report
 
     steps, weights = report.read_metrics(training.folder / "metrics.jsonl"), training.folder / diffusers_format.WEIGHTS
     finished = read_finished(training)
@@ -237,7 +238,7 @@ def count(file):
 
 def unet_parameters(flags):
     """Parameters of the frozen UNet that a trainer's flags name."""
-    from common import loading, weights
+    from common.model import loading, weights
 
     model = loading.model_of(flags)
     return sum(count(file) for file in weights.weight_files(model.folder / "unet", model.variant))
@@ -314,7 +315,7 @@ def conclusion(study, demo):
             if rows
             else []
         )
-    from common.demo_settings import is_tiny
+    from common.cli.demo_settings import is_tiny
 
     random_model = (
         "The demo model's weights are random here: this shows that the comparison works, not which method is better."

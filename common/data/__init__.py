@@ -1,0 +1,1 @@
+"""Pictures and captions -> Batch: reading, framing, encoding once, the cache."""

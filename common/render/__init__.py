@@ -1,0 +1,1 @@
+"""Adapters -> pictures and grids."""

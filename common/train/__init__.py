@@ -1,0 +1,1 @@
+"""Batch -> adapter: assembly, one step, the loop, checkpoints, the report, the results."""
