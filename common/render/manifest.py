@@ -52,6 +52,7 @@ def write_results(flags, sampler, model, columns, records, load_s):
             "memory": sampler.memory,
             "reason": host.reason,
         },
+        # Loading, and what follows it.
         "timings": {
             "load_s": round(load_s, 2),
             "draw_s": round(drawn_s, 2),
