@@ -64,7 +64,7 @@ def _imports(frame):
 
 
 def _say(line):
-    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
+    """Say `line` below the progress bar; the main thread may be in the middle of using the stream."""
     if launch.rank() != 0:
         return
     with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
@@ -80,8 +80,8 @@ def _handle(handler):
 class StopRequest:
     """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
 
-    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results,
+    which take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
 
     Args:
         ends_s: on the monotonic clock; by then everything must be saved.
