@@ -55,7 +55,7 @@ def _told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"error: {one_line(str(error))}: make room there, or name another place", 2
 
-    # Only what has imported torch can raise its errors: the import costs nothing here.
+    # A full GPU is a RuntimeError too.
     if isinstance(error, RuntimeError):
         if errors.ran_out(error):
             return f"error: {errors.OutOfMemory('while loading')}", 2
