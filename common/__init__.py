@@ -1,10 +1,16 @@
-"""The data flow of the suite, one module per arrow.
+"""The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
-     (loading: VAE and text encoders are on the GPU only while they encode)                 │
-                                                                                            ▼
-images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
-                                                               (adapters: LoRA layers, the flat parameter buffer)
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+     (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
+                                                                                                                     ▼
+images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
+     (model/adapters: LoRA layers, the flat parameter buffer, optimizer, EMA)
+
+train          assembly, the step, the loop, checkpoints, results
+render         adapters -> pictures and grids
+data           pictures and captions -> Batch             adapter_files  one file per format, writer facing reader
+fast           the same numbers, sooner; skip it first    model          SDXL and its adapter on the device
+cli            flags, checks, errors; without torch       system         the machine, launchers, signals; without torch
 """
 
 import os

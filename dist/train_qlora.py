@@ -17,13 +17,19 @@ MODULES = {}
 # ============================================================================================ common/__init__.py
 
 MODULES['common/__init__.py'] = r'''
-"""The data flow of the suite, one module per arrow.
+"""The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ dataset ─▶ Sample ─ caching ─▶ Batch(moments, text, time_ids) ─ noise ─▶ x_t, target
-     (loading: VAE and text encoders are on the GPU only while they encode)                 │
-                                                                                            ▼
-images ◀─ sampling ◀─ adapter file ◀─ checkpoint ◀─ loops ◀─ engine: unet ─▶ loss ─▶ flat gradient ─▶ optimizer ─▶ EMA
-                                                               (adapters: LoRA layers, the flat parameter buffer)
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+     (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
+                                                                                                                     ▼
+images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
+     (model/adapters: LoRA layers, the flat parameter buffer, optimizer, EMA)
+
+train          assembly, the step, the loop, checkpoints, results
+render         adapters -> pictures and grids
+data           pictures and captions -> Batch             adapter_files  one file per format, writer facing reader
+fast           the same numbers, sooner; skip it first    model          SDXL and its adapter on the device
+cli            flags, checks, errors; without torch       system         the machine, launchers, signals; without torch
 """
 
 import os
@@ -2405,14 +2411,14 @@ OTHER_NAMES = {
     "learning_rate": "lr unet_lr peak_lr",
     "lora_rank": "rank r lora_r network_dim dim lora_dim",
     "lora_alpha": "alpha network_alpha",
-    "lora_dropout": "dropout network_dropout rank_dropout",
+    "lora_dropout": "dropout network_dropout",
     "lora_target_modules": "target_modules",
     "train_batch_size": "batch_size train_batch bs per_device_train_batch_size micro_batch_size",
     "gradient_accumulation_steps": "gradient_accumulation grad_accum accumulation_steps grad_accum_steps",
     "num_train_epochs": "epochs num_epochs max_train_epochs",
     "max_train_steps": "steps max_steps num_steps train_steps",
     "lr_warmup_steps": "warmup_steps warmup lr_warmup",
-    "offset_noise_strength": "noise_offset offset_noise multires_noise_discount",
+    "offset_noise_strength": "noise_offset offset_noise",
     "min_snr_gamma": "snr_gamma",
     "caption_dropout": "caption_dropout_rate proportion_empty_prompts",
     "aspect_ratio_buckets": "enable_bucket buckets bucketing",
@@ -2420,20 +2426,20 @@ OTHER_NAMES = {
     "use_ema": "ema",
     "use_8bit_adam": "adam8bit optimizer_type optimizer use_8bit_adamw",
     "enable_xformers_memory_efficient_attention": "xformers",
-    "mixed_precision": "fp16 bf16 precision dtype full_fp16 full_bf16 torch_dtype",
+    "mixed_precision": "fp16 bf16 precision dtype torch_dtype",
     "train_data_dir": "data_dir data train_dir image_dir instance_data_dir instance_data_root",
     "dataset_name": "dataset",
     "caption_column": "text_column",
     "pretrained_model_name_or_path": "model model_name base_model model_path pretrained_model ckpt checkpoint",
     "pretrained_vae_model_name_or_path": "vae vae_path",
-    "output_dir": "output out out_dir outdir save_dir output_name",
+    "output_dir": "output out out_dir outdir save_dir",
     "resume_from_checkpoint": "resume network_weights",
     "checkpointing_steps": "save_steps save_every_n_steps checkpoint_every",
     "checkpoints_total_limit": "save_total_limit save_last_n_steps max_checkpoints",
     "validation_steps": "sample_every_n_steps validation_epochs",
     "validation_prompt": "validation_prompts sample_prompts",
     "report_to": "log_with",
-    "trigger_word": "instance_prompt trigger token_string",
+    "trigger_word": "trigger",
     "lr_scheduler": "scheduler_type lr_scheduler_type",
     "lr_num_cycles": "lr_scheduler_num_cycles num_cycles",
     "lr_power": "lr_scheduler_power",
@@ -2444,11 +2450,11 @@ OTHER_NAMES = {
     "shuffle_tags": "shuffle_caption shuffle_captions",
     "tag_dropout": "caption_tag_dropout_rate",
     "text_cache": "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk",
-    "quantize": "load_in_4bit quantization base_model_precision fp8_base",
+    "quantize": "load_in_4bit quantization base_model_precision",
     "prediction_type": "v_parameterization v_pred",
     "image_column": "img_column",
     "max_train_samples": "max_samples num_samples",
-    "max_vram_gb": "vram max_memory",
+    "max_vram_gb": "vram",
     "validation_split": "val_split validation_ratio eval_split",
     "lora": "lora_weights lora_path lora_model adapter adapter_path network_weights",
     "lora_scale": "lora_weight multiplier network_mul",
@@ -2534,7 +2540,7 @@ def _told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"error: {one_line(str(error))}: make room there, or name another place", 2
 
-    # Only what has imported torch can raise its errors: the import costs nothing here.
+    # A full GPU is a RuntimeError too.
     if isinstance(error, RuntimeError):
         if errors.ran_out(error):
             return f"error: {errors.OutOfMemory('while loading')}", 2
@@ -8721,7 +8727,7 @@ def _imports(frame):
 
 
 def _say(line):
-    """For a moment at which a stream cannot be used, since the main thread may be in the middle of it; below the progress bar."""
+    """Say `line` below the progress bar; the main thread may be in the middle of using the stream."""
     if launch.rank() != 0:
         return
     with contextlib.suppress(OSError):  # Ctrl-C ends what reads the lines too: `2>&1 | tee log`
@@ -8737,8 +8743,8 @@ def _handle(handler):
 class StopRequest:
     """SIGINT, SIGTERM, SIGHUP or the time limit: the step in flight is finished, then a checkpoint is written.
 
-    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results, which
-    take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
+    The limit is `ends_s` less what ending takes: the step in flight and the next one, a checkpoint, and the results,
+    which take about as long as two more. The loop reports to `step_took` and `save_took`, and keeps `doing` up to date.
 
     Args:
         ends_s: on the monotonic clock; by then everything must be saved.
