@@ -58,7 +58,9 @@ class Flags(ModelFlags):
         group="adapter",
     )
     prompt: List[str] = flag(
-        [], "what to draw, repeatable; none means the three reference prompts (or the demo's own)", group="pictures"
+        [],
+        'what to show, in quotes; several, as --prompt "a fox" "a cat"; none means three reference prompts (or the demo\'s)',
+        group="pictures",
     )
     negative_prompt: Optional[str] = flag(None, "what to keep out of the images", group="pictures")
     seed: int = flag(

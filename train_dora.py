@@ -1,8 +1,6 @@
 """DoRA, weight-decomposed LoRA (arXiv 2402.09353): the adapter also learns the length of every row of the weights.
 
-python train_dora.py
 python train_dora.py --quantize nf4
-python train_dora.py --demo
 """
 
 import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
@@ -23,7 +21,6 @@ class Flags(TrainFlags):
 
     output_dir: str = "outputs/train_dora"
     resolution: int = 512
-    lora_rank: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.1
     gradient_accumulation_steps: int = 4

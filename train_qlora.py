@@ -1,8 +1,6 @@
 """QLoRA (arXiv 2305.14314): the frozen weights in 4 bits, for the least memory.
 
-python train_qlora.py --strategy aggressive
 python train_qlora.py --strategy normal
-python train_qlora.py --demo
 """
 
 import common  # noqa: F401  # isort: skip  (first: from here on Ctrl-C is one line)
@@ -43,7 +41,7 @@ class Flags(TrainFlags):
 
     def __post_init__(self):
         for name, value in STRATEGIES[self.strategy].items():
-            if not getattr(self, name) and getattr(self, name) != 0:
+            if getattr(self, name) in (None, []):
                 setattr(self, name, value)
 
 

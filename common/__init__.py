@@ -1,6 +1,6 @@
 """The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t
      (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
                                                                                                                      ▼
 images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
@@ -18,7 +18,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `run` can answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -33,5 +33,5 @@ def _interrupted_or(hook):
 
 sys.excepthook = _interrupted_or(sys.excepthook)
 
-# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab have. Nothing here uses it.
 sys.modules["torchao"] = None

@@ -43,7 +43,7 @@ class OutOfMemory(UserError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that GPU memory is used up: not every library raises torch's own class, a RuntimeError too."""
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class of RuntimeError."""
     if isinstance(error, OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)

@@ -7,7 +7,7 @@ python infer.py --merge merged --lora outputs/train_opt --lora outputs/train_dor
 python infer.py --demo --compare
 """
 
-# Made by tools/bundle.py from infer.py and 61 modules; edit those, not this file.
+# Made by tools/bundle.py from infer.py and 59 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -21,7 +21,7 @@ MODULES = {}
 MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t
      (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
                                                                                                                      ▼
 images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
@@ -39,7 +39,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `run` can answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -54,7 +54,7 @@ def _interrupted_or(hook):
 
 sys.excepthook = _interrupted_or(sys.excepthook)
 
-# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab have. Nothing here uses it.
 sys.modules["torchao"] = None
 '''
 
@@ -1925,12 +1925,12 @@ class TrainFlags(ModelFlags):
         range=SHARE,
     )
     trigger_word: Optional[str] = flag(
-        None, "word put before every caption, e.g. the name of the style, with a comma after it", group="captions"
+        None, "word put before every caption, e.g. the name of the style; a comma is put after it", group="captions"
     )
     caption_prefix: Optional[str] = flag(
-        None, "text put before every caption, and before the trigger word, with a comma after it", group="captions"
+        None, "text put before every caption, and before the trigger word, and a comma after it", group="captions"
     )
-    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it", group="captions")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, and a comma before it", group="captions")
     shuffle_tags: bool = flag(
         False, "train each caption with the parts between its commas in several random orders", group="captions"
     )
@@ -2798,7 +2798,7 @@ class OutOfMemory(UserError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that GPU memory is used up: not every library raises torch's own class, a RuntimeError too."""
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class of RuntimeError."""
     if isinstance(error, OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
@@ -4358,193 +4358,6 @@ MODULES['common/model/__init__.py'] = r'''
 """SDXL and its adapter on the device: loading, weights, what the model predicts, noise, out of memory."""
 '''
 
-# ====================================================================================== common/model/adapters.py
-
-MODULES['common/model/adapters.py'] = r'''
-"""Which layers get an adapter, and where its numbers lie: in one flat fp32 buffer that PEFT's parameters view."""
-
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-
-import torch
-
-from common.errors import UserError
-from common.model.device import side_by_side
-
-TEXT_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-
-
-def add_lora(
-    unet: torch.nn.Module,
-    targets: Sequence[str],
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    use_dora: bool = False,
-) -> None:
-    """Give every UNet layer whose name ends in one of `targets` a PEFT adapter, with fp32 weights on whatever base.
-
-    A is initialised from torch's global CPU generator (seed it first), B with zeros. PEFT owns names and config.
-    Raises:
-        UserError: a target that matches no layer, or one that cannot be adapted.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    # every target is a layer that can have one
-    adaptable = (torch.nn.Linear, torch.nn.Conv2d, BaseTunerLayer)
-    for target in targets:
-        found = [module for name, module in unet.named_modules() if name == target or name.endswith(f".{target}")]
-        if not found:
-            raise UserError(f"--lora_target_modules {target}: no layer of this UNet has a name that ends so")
-        if other := [type(module).__name__ for module in found if not isinstance(module, adaptable)]:
-            raise UserError(
-                f"--lora_target_modules {target}: only linear layers and convolutions can have an adapter, "
-                f"this is a {other[0]}"
-            )
-
-    # in fp32: on an fp16 base PEFT makes fp16 weights, which turn NaN after one step
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), use_dora=use_dora)
-    unet.add_adapter(config)
-    cast_training_params(unet, torch.float32)
-
-
-def add_text_lora(encoders: Iterable[torch.nn.Module], rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """The same for the attention projections of the text encoders; plain LoRA, as diffusers cannot reload DoRA there.
-
-    By PEFT itself: transformers' add_adapter asks for the newest PEFT, that of 5.24.0 for one that does not exist.
-    """
-    from diffusers.training_utils import cast_training_params
-    from peft import LoraConfig, inject_adapter_in_model
-
-    for encoder in encoders:
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TEXT_PROJECTIONS)
-        inject_adapter_in_model(config, encoder)
-        cast_training_params(encoder, torch.float32)
-        encoder.train()
-
-
-def trainable(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """[(name, parameter)] of what will be trained."""
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
-def count(module: torch.nn.Module) -> int:
-    """All parameters of a module, adapters included; 4-bit weights count as the numbers they hold, two to a byte."""
-    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in module.parameters())
-
-
-@contextlib.contextmanager
-def without_dropout(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Inside, `modules` compute as they will after training."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.train()
-
-
-class FlatParameters:
-    """All trainable numbers in one fp32 buffer and all their gradients in another.
-
-    Norm, clipping, zeroing, all-reduce, EMA and saving are then one operation each, and an optimizer has one parameter
-    per group instead of 1,120.
-
-    Args:
-        groups: [(named parameters, options)]; options are those of a torch optimizer's group (lr, weight_decay).
-        dtype: in which the forward pass computes; a copy of the buffer in it is renewed by `publish`.
-    """
-
-    def __init__(self, groups: list[tuple[list, dict]], dtype: torch.dtype = torch.float32) -> None:
-        named = [pair for pairs, _ in groups for pair in pairs]
-        self.layout = [(name, tuple(parameter.shape)) for name, parameter in named]
-        self.data = torch.cat([parameter.detach().float().flatten() for _, parameter in named])
-        self.grad = torch.zeros_like(self.data)
-        self._compute = self.data if dtype == torch.float32 else self.data.to(dtype)
-
-        # PEFT's parameters become views
-        self._parts = {}
-        start = 0
-        for _, parameter in named:
-            part = self._parts[parameter] = slice(start, start := start + parameter.numel())
-            parameter.data = self.data[part].view_as(parameter)
-            parameter.grad = self.grad[part].view_as(parameter)
-
-        # the optimizer's groups are longer views
-        self.groups = []
-        start = 0
-        for pairs, options in groups:
-            part = slice(start, start := start + sum(parameter.numel() for _, parameter in pairs))
-            flat = torch.nn.Parameter(self.data[part])
-            flat.grad = self.grad[part]
-            self.groups.append({"params": [flat], **options})
-
-        self.followers = []  # what else is derived from the parameters: functions that `publish` calls
-
-    def __len__(self) -> int:
-        return self.data.numel()
-
-    def compute_copy(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The view of a parameter in the compute dtype; it follows the parameter at every `publish`."""
-        return self._compute[self._parts[parameter]].view_as(parameter)
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """After the numbers changed: renew everything that is derived from them."""
-        if self._compute is not self.data:
-            self._compute.copy_(self.data)
-        side_by_side(self.followers, self.data.device)
-
-
-def make_optimizer(
-    flat: FlatParameters,
-    use_8bit: bool,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-) -> torch.optim.Optimizer:
-    """AdamW over the flat groups: torch's, fused on a GPU, or bitsandbytes' with 8-bit state."""
-    options = dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
-    if use_8bit:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(flat.groups, **options)
-    return torch.optim.AdamW(flat.groups, **options, fused=flat.data.is_cuda)
-
-
-class EMA:
-    """Exponential moving average of the flat buffer, with the ramp min(decay, (1 + step) / (10 + step)).
-
-    Without the ramp a decay of 0.9999 would still be 74 % initialisation after 3,000 steps.
-    """
-
-    def __init__(self, flat: FlatParameters, decay: float) -> None:
-        self.flat = flat
-        self.decay = decay
-        self.average = flat.data.clone()
-
-    def update(self, step: int) -> None:
-        """Once per optimizer step; `step` counts from 1."""
-        self.average.lerp_(self.flat.data, 1 - min(self.decay, (1 + step) / (10 + step)))
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the adapter computes with the average; the trained values come back afterwards, bit for bit."""
-        trained = self.flat.data.to("cpu", copy=True)  # there is room for it, whatever else is on the device
-        self.flat.data.copy_(self.average)
-        self.flat.publish()
-        try:
-            yield
-        finally:
-            self.flat.data.copy_(trained)
-            self.flat.publish()
-'''
-
 # ======================================================================================== common/model/device.py
 
 MODULES['common/model/device.py'] = r'''
@@ -5041,50 +4854,6 @@ def _make_linears_4bit(unet, compute_dtype):
 def zero_unconditional(model: Model) -> bool:
     """Whether the model's unconditional input is zeros (SDXL base) rather than the encoded empty prompt."""
     return json.loads((model.folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True)
-'''
-
-# ======================================================================================== common/model/memory.py
-
-MODULES['common/model/memory.py'] = r'''
-"""Out of GPU memory: what is tried next."""
-
-from collections.abc import Callable
-
-from common.errors import OutOfMemory, ran_out
-from common.model import device
-
-
-class StepDown:
-    """Ways to do one thing, from the fastest to the leanest. A way that ran out of memory is not tried again.
-
-    Args:
-        doing: what is done, for messages: "while encoding images".
-        ways: {what a way is called, for messages: function}; all of them take the same arguments.
-        host: the process whose device is cleared after a failure.
-    """
-
-    def __init__(self, doing: str, ways: dict[str, Callable], host: device.Host) -> None:
-        self.doing = doing
-        self.ways = list(ways.items())
-        self.host = host
-
-    def __call__(self, *arguments):
-        """Return what the first way gives that does not run out of memory.
-
-        Raises:
-            OutOfMemory: the last one ran out too.
-        """
-        while self.ways:
-            try:
-                return self.ways[0][1](*arguments)
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-            device.free_memory(self.host.device)
-            self.ways.pop(0)
-            if self.ways:
-                print(f"out of GPU memory {self.doing}: {self.ways[0][0]} from here on", flush=True)
-        raise OutOfMemory(self.doing)
 '''
 
 # ==================================================================================== common/model/model_kind.py
@@ -6248,7 +6017,7 @@ def parse_lora(text: str) -> Adapter:
     """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
 
     Raises:
-        UserError: no such path.
+        UserError: no such path, or what stands behind the colon is no number.
     """
     scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
     if scaled and not Path(text).exists():
@@ -6256,8 +6025,18 @@ def parse_lora(text: str) -> Adapter:
     else:
         path, scale = Path(text), 1.0
     if not path.exists():
-        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+        raise UserError(f"--lora {text}: {_what_is_wrong(text)}")
     return Adapter(path, scale)
+
+
+def _what_is_wrong(text):
+    """Of a text that names no adapter: the scale, where the rest is there; else the path."""
+    before, _, after = text.rpartition(":")
+    if before and Path(before).exists():
+        return f"{before} is there, but {after!r} is no number; a scale is written {before}:0.8"
+    if re.fullmatch(r"[\d.,]+", text):
+        return "is no file or folder; a scale is written behind its adapter, PATH:0.8"
+    return "no such file or folder (PATH or PATH:SCALE)"
 
 
 def chosen_adapters(flags) -> list[Adapter]:
@@ -6396,7 +6175,7 @@ def grid(rows, column_titles, row_labels, footer):
     A row grows with a long label. Letters that no font of this machine has are written as their code.
 
     Args:
-        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+        rows: list of rows of PIL images, all of one size. A side has 256 to 512 px: less cannot be seen beside its
             label, more makes a file that nobody can send.
     """
     from PIL import Image, ImageDraw
@@ -6473,8 +6252,8 @@ def _wrap(text, font, width_px):
 def legible(text: str) -> tuple[str, str]:
     """(font file, the text as it can be written with it).
 
-    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the fonts of the machine are looked through.
-    Where none has them all, those that are missing are written as their code (\\u3042): a row of boxes would say nothing.
+    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the machine's fonts are
+    looked through. Where none has them all, the missing ones are written as their code (\\u3042), not as boxes.
     """
     letters = {ord(letter) for letter in text if not letter.isspace()}
     for file in (dejavu(), *(_system_fonts() if letters - _letters_of(dejavu()) else ())):
@@ -6580,7 +6359,8 @@ def write_results(flags, sampler, model, columns, records, load_s):
     }
 
     # Earlier results get out of the way, then these take their places.
-    keep_earlier(output_dir)
+    if kept := keep_earlier(output_dir):
+        host.say(f"earlier results are kept as {' and '.join(kept)}")
     if flags.compare:
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
@@ -6593,13 +6373,17 @@ def write_results(flags, sampler, model, columns, records, load_s):
 
 
 def keep_earlier(output_dir):
-    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both."""
+    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both.
+
+    Returns:
+        the names that they have now.
+    """
     from common import files
 
     grid = output_dir / "compare.png"
     manifest = output_dir / "manifest.json"
     if not (grid.exists() or manifest.exists()):
-        return
+        return []
     number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
     grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
     if grid.exists():
@@ -6609,6 +6393,7 @@ def keep_earlier(output_dir):
         with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
             earlier = dict(json.loads(manifest_kept.read_text()))
             files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
+    return [path.name for path in (grid_kept, manifest_kept) if path.exists()]
 
 
 def _numbered(number):
@@ -6691,20 +6476,17 @@ MODULES['common/render/sampling.py'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
-import functools
 import math
 
 import torch
-from tqdm import tqdm
 
 from common import errors
 from common.adapter_files import into_pipeline
 from common.errors import UserError
 from common.fast import frozen_layers
 from common.fast.graphs import Graphed
-from common.model import device, loading, memory
-from common.model.adapters import without_dropout
-from common.model.schedulers import default_guidance_rescale, make_scheduler
+from common.model import device, loading
+from common.model.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
 # GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
@@ -6716,92 +6498,12 @@ def generator(seed):
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def condition(text, caption, host):
-    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
-    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
-
-
-@torch.no_grad()
-def draw_while_training(unet, text, model, host, prompts, resolution, seed):
-    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
-
-    Returns:
-        list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
-    Raises:
-        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
-    # The pipeline without its VAE, which would take memory while the UNet needs it
-    scheduler = make_scheduler("euler", model.scheduler)
-    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
-    zeros = loading.zero_unconditional(model)
-    pipeline = StableDiffusionXLPipeline(
-        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    # One prompt at a time, each to its latent
-    unconditional = (None, None) if zeros else condition(text, "", host)
-    latents = []
-    with without_dropout([unet, *text.encoders]):
-        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-            prompt_embeds, pooled = condition(text, prompt, host)
-            latents += pipeline(
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=unconditional[0],
-                negative_pooled_prompt_embeds=unconditional[1],
-                height=resolution,
-                width=resolution,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                guidance_rescale=default_guidance_rescale(model.kind),
-                generator=generator(seed + i),
-                output_type="latent",
-            ).images
-    del pipeline
-    device.free_memory(host.device)
-    return _decode(latents, model, host)
-
-
-def _decode(latents, model, host):
-    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
-    from diffusers.image_processor import VaeImageProcessor
-
-    vae = loading.load_vae(model, host)
-    whole = functools.partial(_to_pixels, vae=vae)
-
-    def in_tiles(latent):
-        vae.enable_tiling()
-        return whole(latent)
-
-    def on_cpu(latent):
-        vae.disable_tiling()
-        vae.to("cpu", torch.float32)
-        return whole(latent)
-
-    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
-    decode = memory.StepDown("while decoding", ways, host)
-    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
-
-
-def _to_pixels(latent, vae):
-    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
-    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
-    if config.latents_mean is None:
-        latent = latent / config.scaling_factor
-    else:
-        mean, std = (
-            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
-        )
-        latent = latent * std / config.scaling_factor + mean
-    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
+    """What an image depends on beside prompt, seed and adapters.
+
+    `image` (PIL, already `resolution` px square) makes it img2img.
+    """
 
     resolution: int = 1024
     steps: int = STEPS
@@ -6818,7 +6520,7 @@ class Settings:
 
 
 def choose_memory(memory, host, settings, batch_size):
-    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
+    """The memory tier that `--memory` means here: gpu (everything), offload (the part at work), sequential (a layer).
 
     Returns:
         (tier, the reason for it, for people to read).
@@ -6831,6 +6533,8 @@ def choose_memory(memory, host, settings, batch_size):
         return host.device.type, "no GPU"
     if memory != "auto":
         return memory, f"--memory {memory}"
+
+    # The fastest tier that fits what is free
     free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
     scale = torch.finfo(host.dtype).bits / 16
     image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
@@ -6847,18 +6551,26 @@ def choose_memory(memory, host, settings, batch_size):
 class Sampler:
     """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
 
-    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
+    Adapters are never fused: every call names the active ones, and the base is the same model with all of them off.
     Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
     """
 
     def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
         import diffusers
 
-        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph, self._most_images = None, None, math.inf
+        self.host = host
+        self.memory = memory
+        self.cuda_graph = cuda_graph
+        self.adapters = []
+        self._active = None
+        self._graph = None
+        self._most_images = math.inf
+
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
+
+        # The pipeline of diffusers around these parts
         pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
         self.pipeline = pipeline(
             vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
@@ -6882,7 +6594,7 @@ class Sampler:
         return name
 
     def place(self):
-        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        """Put the memory tier into effect: a UNet that is whole on the GPU has fused layers, if it stays, a graph."""
         unet = self.pipeline.unet
         if self.memory in ("gpu", "offload"):
             frozen_layers.fuse_unet(unet, self.host.device, self.host.say)
@@ -6919,7 +6631,7 @@ class Sampler:
             self._graph = None
 
     def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
+        """Images of one prompt, one per seed; out of GPU memory, the same in a smaller way that is announced.
 
         Args:
             adapters: [(name, scale)] to be active together; none is the base model.
@@ -7626,7 +7338,9 @@ class Flags(ModelFlags):
         group="adapter",
     )
     prompt: List[str] = flag(
-        [], "what to draw, repeatable; none means the three reference prompts (or the demo's own)", group="pictures"
+        [],
+        'what to show, in quotes; several, as --prompt "a fox" "a cat"; none means three reference prompts (or the demo\'s)',
+        group="pictures",
     )
     negative_prompt: Optional[str] = flag(None, "what to keep out of the images", group="pictures")
     seed: int = flag(

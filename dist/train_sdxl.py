@@ -4,7 +4,7 @@ python train_sdxl.py
 python train_sdxl.py --demo
 """
 
-# Made by tools/bundle.py from train_sdxl.py and 83 modules; edit those, not this file.
+# Made by tools/bundle.py from train_sdxl.py and 84 modules; edit those, not this file.
 
 import importlib.abc
 import importlib.util
@@ -18,7 +18,7 @@ MODULES = {}
 MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t
      (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
                                                                                                                      ▼
 images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
@@ -36,7 +36,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `run` can answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -51,7 +51,7 @@ def _interrupted_or(hook):
 
 sys.excepthook = _interrupted_or(sys.excepthook)
 
-# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab have. Nothing here uses it.
 sys.modules["torchao"] = None
 '''
 
@@ -1831,12 +1831,12 @@ class TrainFlags(ModelFlags):
         range=SHARE,
     )
     trigger_word: Optional[str] = flag(
-        None, "word put before every caption, e.g. the name of the style, with a comma after it", group="captions"
+        None, "word put before every caption, e.g. the name of the style; a comma is put after it", group="captions"
     )
     caption_prefix: Optional[str] = flag(
-        None, "text put before every caption, and before the trigger word, with a comma after it", group="captions"
+        None, "text put before every caption, and before the trigger word, and a comma after it", group="captions"
     )
-    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it", group="captions")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, and a comma before it", group="captions")
     shuffle_tags: bool = flag(
         False, "train each caption with the parts between its commas in several random orders", group="captions"
     )
@@ -4290,7 +4290,7 @@ class OutOfMemory(UserError):
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that GPU memory is used up: not every library raises torch's own class, a RuntimeError too."""
+    """Whether `error` says that GPU memory is used up: not every library raises torch's own class of RuntimeError."""
     if isinstance(error, OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATION_FAILED)
@@ -7958,20 +7958,17 @@ MODULES['common/render/sampling.py'] = r'''
 """Adapters -> images. One generator per image, so an image is the same alone or in a batch, on any device."""
 
 import dataclasses
-import functools
 import math
 
 import torch
-from tqdm import tqdm
 
 from common import errors
 from common.adapter_files import into_pipeline
 from common.errors import UserError
 from common.fast import frozen_layers
 from common.fast.graphs import Graphed
-from common.model import device, loading, memory
-from common.model.adapters import without_dropout
-from common.model.schedulers import default_guidance_rescale, make_scheduler
+from common.model import device, loading
+from common.model.schedulers import make_scheduler
 
 STEPS, GUIDANCE = 30, 7.5
 # GiB on the GPU, fp16: all of SDXL's weights, those of the UNet, and what one image of 1024 px needs beside them.
@@ -7983,92 +7980,12 @@ def generator(seed):
     return torch.Generator("cpu").manual_seed(seed)
 
 
-def condition(text, caption, host):
-    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
-    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
-
-
-@torch.no_grad()
-def draw_while_training(unet, text, model, host, prompts, resolution, seed):
-    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
-
-    Returns:
-        list of PIL images, `resolution` px square; prompt i is drawn with seed + i.
-    Raises:
-        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
-    """
-    from diffusers import StableDiffusionXLPipeline
-
-    # The pipeline without its VAE, which would take memory while the UNet needs it
-    scheduler = make_scheduler("euler", model.scheduler)
-    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
-    zeros = loading.zero_unconditional(model)
-    pipeline = StableDiffusionXLPipeline(
-        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-
-    # One prompt at a time, each to its latent
-    unconditional = (None, None) if zeros else condition(text, "", host)
-    latents = []
-    with without_dropout([unet, *text.encoders]):
-        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
-            prompt_embeds, pooled = condition(text, prompt, host)
-            latents += pipeline(
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=unconditional[0],
-                negative_pooled_prompt_embeds=unconditional[1],
-                height=resolution,
-                width=resolution,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                guidance_rescale=default_guidance_rescale(model.kind),
-                generator=generator(seed + i),
-                output_type="latent",
-            ).images
-    del pipeline
-    device.free_memory(host.device)
-    return _decode(latents, model, host)
-
-
-def _decode(latents, model, host):
-    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
-    from diffusers.image_processor import VaeImageProcessor
-
-    vae = loading.load_vae(model, host)
-    whole = functools.partial(_to_pixels, vae=vae)
-
-    def in_tiles(latent):
-        vae.enable_tiling()
-        return whole(latent)
-
-    def on_cpu(latent):
-        vae.disable_tiling()
-        vae.to("cpu", torch.float32)
-        return whole(latent)
-
-    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
-    decode = memory.StepDown("while decoding", ways, host)
-    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
-
-
-def _to_pixels(latent, vae):
-    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
-    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
-    if config.latents_mean is None:
-        latent = latent / config.scaling_factor
-    else:
-        mean, std = (
-            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
-        )
-        latent = latent * std / config.scaling_factor + mean
-    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
-
-
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What an image depends on beside prompt, seed and adapters. `image` (PIL, already `resolution` px square) makes it img2img."""
+    """What an image depends on beside prompt, seed and adapters.
+
+    `image` (PIL, already `resolution` px square) makes it img2img.
+    """
 
     resolution: int = 1024
     steps: int = STEPS
@@ -8085,7 +8002,7 @@ class Settings:
 
 
 def choose_memory(memory, host, settings, batch_size):
-    """The memory tier that `--memory` means here: gpu (all of it on the device), offload (the part at work), sequential (layer by layer).
+    """The memory tier that `--memory` means here: gpu (everything), offload (the part at work), sequential (a layer).
 
     Returns:
         (tier, the reason for it, for people to read).
@@ -8098,6 +8015,8 @@ def choose_memory(memory, host, settings, batch_size):
         return host.device.type, "no GPU"
     if memory != "auto":
         return memory, f"--memory {memory}"
+
+    # The fastest tier that fits what is free
     free_gib = torch.cuda.mem_get_info(host.device)[0] / device.GIB
     scale = torch.finfo(host.dtype).bits / 16
     image_gib = IMAGE_GIB * batch_size * (settings.resolution / 1024) ** 2
@@ -8114,18 +8033,26 @@ def choose_memory(memory, host, settings, batch_size):
 class Sampler:
     """One loaded SDXL, the adapters beside it, and the memory tier that it runs in. Not thread-safe.
 
-    Adapters are never fused: every call names the active ones, and the base is the same model with all of them switched off.
+    Adapters are never fused: every call names the active ones, and the base is the same model with all of them off.
     Use: `Sampler(...)`, `load` for each adapter, `place`, then `render`.
     """
 
     def __init__(self, model, host, scheduler, memory, *, img2img=False, cuda_graph=True):
         import diffusers
 
-        self.host, self.memory, self.cuda_graph, self.adapters = host, memory, cuda_graph, []
-        self._active, self._graph, self._most_images = None, None, math.inf
+        self.host = host
+        self.memory = memory
+        self.cuda_graph = cuda_graph
+        self.adapters = []
+        self._active = None
+        self._graph = None
+        self._most_images = math.inf
+
         # What is offloaded lives in RAM; what is not goes straight to the GPU, so RAM never holds the model twice.
         home = dataclasses.replace(host, device=torch.device("cpu")) if memory in ("offload", "sequential") else host
         (tokenizer, text_encoder), (tokenizer_2, text_encoder_2) = loading.load_text_encoders(model, home)
+
+        # The pipeline of diffusers around these parts
         pipeline = diffusers.StableDiffusionXLImg2ImgPipeline if img2img else diffusers.StableDiffusionXLPipeline
         self.pipeline = pipeline(
             vae=loading.load_vae(model, home).to(host.dtype),  # the pipeline itself upcasts a VAE that needs it
@@ -8149,7 +8076,7 @@ class Sampler:
         return name
 
     def place(self):
-        """Put the memory tier into effect. A UNet that is on the GPU as a whole computes with fused layers, one that stays there as a graph."""
+        """Put the memory tier into effect: a UNet that is whole on the GPU has fused layers, if it stays, a graph."""
         unet = self.pipeline.unet
         if self.memory in ("gpu", "offload"):
             frozen_layers.fuse_unet(unet, self.host.device, self.host.say)
@@ -8186,7 +8113,7 @@ class Sampler:
             self._graph = None
 
     def render(self, adapters, prompt, seeds, settings, on_step=lambda images: None):
-        """Images of one prompt, one per seed. Out of GPU memory: a smaller plan is announced and the same images are rendered again.
+        """Images of one prompt, one per seed; out of GPU memory, the same in a smaller way that is announced.
 
         Args:
             adapters: [(name, scale)] to be active together; none is the base model.
@@ -8265,6 +8192,108 @@ class Sampler:
         self._stop_replaying()
         self.pipeline.remove_all_hooks()
         self.place()
+'''
+
+# ============================================================================ common/render/validation_images.py
+
+MODULES['common/render/validation_images.py'] = r'''
+"""Validation prompts -> images, by the UNet that is being trained and the text conditioning that training has."""
+
+import functools
+
+import torch
+from tqdm import tqdm
+
+from common.model import device, loading, memory
+from common.model.adapters import without_dropout
+from common.model.schedulers import default_guidance_rescale, make_scheduler
+from common.render.sampling import GUIDANCE, STEPS, generator
+
+
+@torch.no_grad()
+def render_while_training(unet, text, model, host, *, prompts, resolution, seed):
+    """One image per prompt with the UNet as it stands; the VAE is loaded for the decoding only, and gone afterwards.
+
+    Returns:
+        list of PIL images, `resolution` px square; prompt i has seed + i.
+    Raises:
+        torch.OutOfMemoryError: the denoising does not fit; the decoding steps down to tiles and to the CPU.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    # The pipeline without its VAE, which would take memory while the UNet needs it
+    scheduler = make_scheduler("euler", model.scheduler)
+    absent = dict(vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None)
+    zeros = loading.zero_unconditional(model)
+    pipeline = StableDiffusionXLPipeline(
+        unet=unet, scheduler=scheduler, **absent, force_zeros_for_empty_prompt=zeros, add_watermarker=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    # One prompt at a time, each to its latent
+    unconditional = (None, None) if zeros else condition(text, "", host)
+    latents = []
+    with without_dropout([unet, *text.encoders]):
+        for i, prompt in enumerate(tqdm(prompts, desc="validation images", leave=False)):
+            prompt_embeds, pooled = condition(text, prompt, host)
+            latents += pipeline(
+                prompt_embeds=prompt_embeds,
+                pooled_prompt_embeds=pooled,
+                negative_prompt_embeds=unconditional[0],
+                negative_pooled_prompt_embeds=unconditional[1],
+                height=resolution,
+                width=resolution,
+                # The settings that infer.py has by default
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                guidance_rescale=default_guidance_rescale(model.kind),
+                generator=generator(seed + i),
+                output_type="latent",
+            ).images
+
+    # The VAE has the memory to itself
+    del pipeline
+    device.free_memory(host.device)
+    return _decode(latents, model, host)
+
+
+def _decode(latents, model, host):
+    """[latent [C, h, w]] -> PIL images, by the VAE on the device; where memory runs out, in tiles, then on the CPU."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae = loading.load_vae(model, host)
+    whole = functools.partial(_to_pixels, vae=vae)
+
+    def in_tiles(latent):
+        vae.enable_tiling()
+        return whole(latent)
+
+    def on_cpu(latent):
+        vae.disable_tiling()
+        vae.to("cpu", torch.float32)
+        return whole(latent)
+
+    ways = {"whole": whole, "in tiles": in_tiles, "on the CPU, which is slow,": on_cpu}
+    decode = memory.StepDown("while decoding", ways, host)
+    return VaeImageProcessor().postprocess(torch.stack([decode(latent) for latent in latents]), output_type="pil")
+
+
+def _to_pixels(latent, vae):
+    """One latent [C, h, w] -> fp32 [3, H, W] in [-1, 1] on the CPU; some fine-tunes ship channel statistics."""
+    config, latent = vae.config, latent[None].to(vae.device, vae.dtype)
+    if config.latents_mean is None:
+        latent = latent / config.scaling_factor
+    else:
+        mean, std = (
+            torch.tensor(numbers).to(latent).view(1, -1, 1, 1) for numbers in (config.latents_mean, config.latents_std)
+        )
+        latent = latent * std / config.scaling_factor + mean
+    return vae.decode(latent, return_dict=False)[0][0].float().cpu()
+
+
+def condition(text, caption, host):
+    """(prompt_embeds [1, 77, 2048], pooled [1, 1280]) of a caption that `text` (see caching) knows."""
+    return text({name: value[None].to(host.device) for name, value in text.fields(caption).items()})
 '''
 
 # ========================================================================================== common/run_folder.py
@@ -9283,7 +9312,6 @@ class Engine:
         keep = fields["keep_text"].to(prompt_embeds.dtype)
         prompt_embeds = prompt_embeds * keep[:, None, None]
         added = {"text_embeds": pooled * keep[:, None], "time_ids": fields["time_ids"].to(self.host.dtype)}
-
         x_t = x_t.to(self.host.dtype)
         return self.unet(x_t, fields["t"], prompt_embeds, added_cond_kwargs=added, return_dict=False)[0], target
 
@@ -10347,7 +10375,7 @@ from common.adapter_files import diffusers_format, dora, kohya, peft_format
 from common.data import caching
 from common.errors import UserError
 from common.model import device, weights
-from common.render import sampling
+from common.render import validation_images
 from common.train import checkpoint, report
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -10456,7 +10484,7 @@ class Results:
     def _pictures(self):
         average = self.engine.ema
         with average.applied() if average else contextlib.nullcontext():
-            return sampling.draw_while_training(
+            return validation_images.render_while_training(
                 unet=self.engine.unet,
                 text=self.data.text,
                 model=self.data.model,

@@ -20,7 +20,7 @@ MODULES = {}
 MODULES['common/__init__.py'] = r'''
 """The data flow of the suite, and the wings in which it lies. Imports go down only, as a test reads them.
 
-image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t, target
+image, caption ─ data/dataset ─▶ Sample ─ data/caching ─▶ moments, text ─ data/batching ─▶ Batch ─ model/noise ─▶ x_t
      (model/loading: VAE and text encoders are on the GPU only while they encode)                                    │
                                                                                                                      ▼
 images ◀─ render/sampling ◀─ adapter file ◀─ train/results ◀─ train/loops ◀─ train/engine: unet ─▶ loss ─▶ flat gradient
@@ -38,7 +38,7 @@ import sys
 
 
 def _interrupted_or(hook):
-    """`hook` for every error that nothing has caught, but for Ctrl-C before `running.run` is there to answer it: one line."""
+    """`hook` for every error that nothing has caught, but for Ctrl-C before `run` can answer it: one line."""
 
     def excepthook(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
@@ -53,7 +53,7 @@ def _interrupted_or(hook):
 
 sys.excepthook = _interrupted_or(sys.excepthook)
 
-# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab ship with. Nothing here uses it.
+# PEFT refuses to make any adapter beside a torchao older than 0.16, which Kaggle and Colab have. Nothing here uses it.
 sys.modules["torchao"] = None
 '''
 
@@ -716,7 +716,7 @@ def notes(facts: Facts, chosen: Script | None, unseen: bool) -> list[str]:
         f"Python {dotted(facts.python)} was not tried, up to {dotted(NEWEST_PYTHON)} were": is_new,
         f"torchao {torchao} is harmless: the scripts hide it from PEFT": torchao,
         "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and has_none,
-        f"the trainers need a GPU with 4 GB; --demo runs without{choose_gpu(facts)}": has_none,
+        f"training needs a GPU: 8 GB for every script, 4 GB for some; --demo runs without{choose_gpu(facts)}": has_none,
         "no default run fits this GPU; --demo runs on it": facts.gpus and not chosen and not unseen,
         f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3": facts.ram_gib < LITTLE_RAM_GIB,
         f"{count} GPUs: times are those of one; two are about 1.9 times as fast": chosen and count > 1,

@@ -163,9 +163,9 @@ def plain(train):
 @pytest.fixture
 def few_steps(monkeypatch):
     """Validation images of 4 denoising steps instead of 30."""
-    from common.render import sampling
+    from common.render import validation_images
 
-    monkeypatch.setattr(sampling, "STEPS", 4)
+    monkeypatch.setattr(validation_images, "STEPS", 4)
 
 
 @pytest.fixture

@@ -59,12 +59,12 @@ class TrainFlags(ModelFlags):
         range=SHARE,
     )
     trigger_word: Optional[str] = flag(
-        None, "word put before every caption, e.g. the name of the style, with a comma after it", group="captions"
+        None, "word put before every caption, e.g. the name of the style; a comma is put after it", group="captions"
     )
     caption_prefix: Optional[str] = flag(
-        None, "text put before every caption, and before the trigger word, with a comma after it", group="captions"
+        None, "text put before every caption, and before the trigger word, and a comma after it", group="captions"
     )
-    caption_suffix: Optional[str] = flag(None, "text put after every caption, with a comma before it", group="captions")
+    caption_suffix: Optional[str] = flag(None, "text put after every caption, and a comma before it", group="captions")
     shuffle_tags: bool = flag(
         False, "train each caption with the parts between its commas in several random orders", group="captions"
     )

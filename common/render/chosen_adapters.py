@@ -24,7 +24,7 @@ def parse_lora(text: str) -> Adapter:
     """`PATH` or `PATH:SCALE` -> Adapter. The whole text counts as a path when it is one, so names with colons work.
 
     Raises:
-        UserError: no such path.
+        UserError: no such path, or what stands behind the colon is no number.
     """
     scaled = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", text)
     if scaled and not Path(text).exists():
@@ -32,8 +32,18 @@ def parse_lora(text: str) -> Adapter:
     else:
         path, scale = Path(text), 1.0
     if not path.exists():
-        raise UserError(f"--lora {text}: no such file or folder (PATH or PATH:SCALE)")
+        raise UserError(f"--lora {text}: {_what_is_wrong(text)}")
     return Adapter(path, scale)
+
+
+def _what_is_wrong(text):
+    """Of a text that names no adapter: the scale, where the rest is there; else the path."""
+    before, _, after = text.rpartition(":")
+    if before and Path(before).exists():
+        return f"{before} is there, but {after!r} is no number; a scale is written {before}:0.8"
+    if re.fullmatch(r"[\d.,]+", text):
+        return "is no file or folder; a scale is written behind its adapter, PATH:0.8"
+    return "no such file or folder (PATH or PATH:SCALE)"
 
 
 def chosen_adapters(flags) -> list[Adapter]:

@@ -14,7 +14,7 @@ def grid(rows, column_titles, row_labels, footer):
     A row grows with a long label. Letters that no font of this machine has are written as their code.
 
     Args:
-        rows: list of rows of PIL images, all of one size. A side is drawn with 256 to 512 px: less cannot be seen beside its
+        rows: list of rows of PIL images, all of one size. A side has 256 to 512 px: less cannot be seen beside its
             label, more makes a file that nobody can send.
     """
     from PIL import Image, ImageDraw
@@ -91,8 +91,8 @@ def _wrap(text, font, width_px):
 def legible(text: str) -> tuple[str, str]:
     """(font file, the text as it can be written with it).
 
-    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the fonts of the machine are looked through.
-    Where none has them all, those that are missing are written as their code (\\u3042): a row of boxes would say nothing.
+    DejaVu Sans, which comes with matplotlib, has Latin, Greek and Cyrillic; for other letters the machine's fonts are
+    looked through. Where none has them all, the missing ones are written as their code (\\u3042), not as boxes.
     """
     letters = {ord(letter) for letter in text if not letter.isspace()}
     for file in (dejavu(), *(_system_fonts() if letters - _letters_of(dejavu()) else ())):

@@ -64,7 +64,8 @@ def write_results(flags, sampler, model, columns, records, load_s):
     }
 
     # Earlier results get out of the way, then these take their places.
-    keep_earlier(output_dir)
+    if kept := keep_earlier(output_dir):
+        host.say(f"earlier results are kept as {' and '.join(kept)}")
     if flags.compare:
         write_comparison(flags, host, manifest)
     files.write_json(output_dir / "manifest.json", manifest)
@@ -77,13 +78,17 @@ def write_results(flags, sampler, model, columns, records, load_s):
 
 
 def keep_earlier(output_dir):
-    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both."""
+    """compare.png and manifest.json are of the last call: those of the one before get a number, the same for both.
+
+    Returns:
+        the names that they have now.
+    """
     from common import files
 
     grid = output_dir / "compare.png"
     manifest = output_dir / "manifest.json"
     if not (grid.exists() or manifest.exists()):
-        return
+        return []
     number = next(n for n in itertools.count(1) if not any((output_dir / name).exists() for name in _numbered(n)))
     grid_kept, manifest_kept = (output_dir / name for name in _numbered(number))
     if grid.exists():
@@ -93,6 +98,7 @@ def keep_earlier(output_dir):
         with contextlib.suppress(ValueError, TypeError):  # not one of ours: it keeps what it says
             earlier = dict(json.loads(manifest_kept.read_text()))
             files.write_json(manifest_kept, earlier | ({"grid": grid_kept.name} if "grid" in earlier else {}))
+    return [path.name for path in (grid_kept, manifest_kept) if path.exists()]
 
 
 def _numbered(number):

@@ -193,7 +193,7 @@ def notes(facts: Facts, chosen: Script | None, unseen: bool) -> list[str]:
         f"Python {dotted(facts.python)} was not tried, up to {dotted(NEWEST_PYTHON)} were": is_new,
         f"torchao {torchao} is harmless: the scripts hide it from PEFT": torchao,
         "there is an NVIDIA driver, but torch sees no GPU: is it a build for CPUs?": facts.driver and has_none,
-        f"the trainers need a GPU with 4 GB; --demo runs without{choose_gpu(facts)}": has_none,
+        f"training needs a GPU: 8 GB for every script, 4 GB for some; --demo runs without{choose_gpu(facts)}": has_none,
         "no default run fits this GPU; --demo runs on it": facts.gpus and not chosen and not unseen,
         f"{facts.ram_gib:.1f} GiB of RAM is little: a trainer takes about 3": facts.ram_gib < LITTLE_RAM_GIB,
         f"{count} GPUs: times are those of one; two are about 1.9 times as fast": chosen and count > 1,

@@ -103,7 +103,6 @@ class Engine:
         keep = fields["keep_text"].to(prompt_embeds.dtype)
         prompt_embeds = prompt_embeds * keep[:, None, None]
         added = {"text_embeds": pooled * keep[:, None], "time_ids": fields["time_ids"].to(self.host.dtype)}
-
         x_t = x_t.to(self.host.dtype)
         return self.unet(x_t, fields["t"], prompt_embeds, added_cond_kwargs=added, return_dict=False)[0], target
 

@@ -11,7 +11,7 @@ from common.adapter_files import diffusers_format, dora, kohya, peft_format
 from common.data import caching
 from common.errors import UserError
 from common.model import device, weights
-from common.render import sampling
+from common.render import validation_images
 from common.train import checkpoint, report
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
@@ -120,7 +120,7 @@ class Results:
     def _pictures(self):
         average = self.engine.ema
         with average.applied() if average else contextlib.nullcontext():
-            return sampling.draw_while_training(
+            return validation_images.render_while_training(
                 unet=self.engine.unet,
                 text=self.data.text,
                 model=self.data.model,

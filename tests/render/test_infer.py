@@ -324,7 +324,7 @@ def test_a_colon_separates_a_scale_only_where_a_number_follows_and_no_such_file_
         "C:lora.safetensors:1.5": ("C:lora.safetensors", 1.5),
     }  # fmt: skip
     for text in ("absent", "run:nan", "run:inf", "run:"):
-        with pytest.raises(UserError, match=f"--lora {text}: no such file or folder"):
+        with pytest.raises(UserError, match=f"--lora {text}: "):
             chosen_adapters.parse_lora(text)
 
 
@@ -443,3 +443,17 @@ def test_a_checkpoint_means_the_adapter_of_its_step(trained):
     (checkpoint,) = trained.glob("checkpoint-*")
     assert find_adapter(checkpoint) == trained / "pytorch_lora_weights_000003.safetensors"
     assert columns.title_of(find_adapter(checkpoint), 1) == f"{trained.name} step 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{run}:0,8", "'0,8' is no number; a scale is written .*:0.8"),
+        ("{run}:strong", "'strong' is no number"),
+        ("0.8", "behind its adapter, PATH:0.8"),
+        ("{run}x:0.8", "no such file or folder"),
+    ],
+)
+def test_a_scale_that_is_none_is_not_taken_for_a_missing_file(tmp_path, text, said):
+    with pytest.raises(UserError, match=said):
+        chosen_adapters.parse_lora(text.format(run=tmp_path))
