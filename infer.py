@@ -59,7 +59,7 @@ class Flags(ModelFlags):
     )
     prompt: List[str] = flag(
         [],
-        'what to show, in quotes; several, as --prompt "a fox" "a cat"; none means three reference prompts (or the demo\'s)',
+        'what to show, in quotes; several: --prompt "a fox" "a cat"; none means the reference prompts',
         group="pictures",
     )
     negative_prompt: Optional[str] = flag(None, "what to keep out of the images", group="pictures")

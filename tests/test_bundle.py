@@ -55,10 +55,10 @@ def test_a_traceback_and_inspect_see_the_modules_lines(tmp_path):
     """Triton reads the source of its kernels, and users read tracebacks."""
     (tmp_path / "probe.py").write_text(
         bundle.bundle("infer").partition("\nif __name__")[0]
-        + "\nimport inspect\nfrom common import noise\nprint(inspect.getsource(noise.mse_per_sample))\nnoise.mse_per_sample(1, 2)\n"
+        + "\nimport inspect\nfrom common.model import noise\nprint(inspect.getsource(noise.mse_per_sample))\nnoise.mse_per_sample(1, 2)\n"
     )
     process = subprocess.run([sys.executable, "-I", "probe.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert "def mse_per_sample(prediction, target):" in process.stdout
+    assert "def mse_per_sample(prediction: torch.Tensor" in process.stdout
     line = inspect.getsourcelines(noise.mse_per_sample)[1] + 2
     assert f'common/model/noise.py", line {line}, in mse_per_sample' in process.stderr
 

@@ -199,7 +199,7 @@ from common.errors import UserError
 from common.cli.running import run
 
 def main():
-    from common import device
+    from common.model import device
     host = device.start("no")
     if host.rank == 1:
         raise UserError("--x 1: fails here alone")
@@ -282,7 +282,7 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed(monkeypatch, environ
 SLEEPS = """
 import common
 import sys, time
-from common import stopping
+from common.system import stopping
 from common.cli.running import run
 
 def main():
@@ -369,7 +369,7 @@ def test_a_terminal_that_is_closed_does_not_stop_the_saving(root, tmp_path, phas
 PIPED = """
 import common
 import sys, time
-from common import stopping
+from common.system import stopping
 from common.cli.command_line import run
 
 def main():
@@ -414,7 +414,7 @@ def test_a_ctrl_c_within_the_imports_is_one_line(begin, tmp_path, moment):
     (tmp_path / "script.py").write_text(
         "import common\nimport waits\n"
         if "common" in moment
-        else "from common import running\nrunning.run(lambda: __import__('waits'))"
+        else "from common.cli import running\nrunning.run(lambda: __import__('waits'))"
     )
     run = begin(sys.executable, tmp_path / "script.py")
     wait_until(lambda: "begun" in run.text(), "not begun")
