@@ -370,7 +370,7 @@ PIPED = """
 import common
 import sys, time
 from common.system import stopping
-from common.cli.command_line import run
+from common.cli.running import run
 
 def main():
     request = stopping.StopRequest()
