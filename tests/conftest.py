@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(XDG_CACHE_HOME=str(CACHE), HF_HOME=str(CACHE / "hf"), HF_HUB_OFFLINE="1", TINY_DEMO="1")
 if not os.environ.get("GPU_TESTS"):  # the same numbers where there is a GPU; `make test-gpu` is for that
     os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
-signal.signal()  # `nohup make test` has switched it off, for every process started here too
 # `nohup make test` has switched off SIGHUP, `make test &` in a script SIGINT, for every process started here too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
