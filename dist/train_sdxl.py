@@ -2567,7 +2567,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 class _Outlet:
-    """Standard output or error whose reader may leave: what is still written then goes nowhere."""
+    """Standard output or error whose reader may leave: what is still written goes nowhere."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -2586,6 +2586,8 @@ class _Outlet:
             yield
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if self._stream.fileno() == 2:  # nobody is left to hear of faults: save and end, as a killed notebook wants
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
