@@ -91,7 +91,7 @@ def run_host(name: str, host: Path, *options: str) -> Row:
     # Every notebook in its --demo form, then an interrupt in this host's own kernel
     ran = notebooks(python, name)
     pip(python, "pytest")
-    check(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernel.py")
+    check(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/system/test_kernel.py")
     versions = pinned(python, "transformers", "diffusers", "peft", "accelerate", "ipykernel")
     return Row(
         f"{name}: {versions}", f"{seconds:.0f} s, {megabytes:.0f} MB{conflicts}", f"{ran}; interrupt in its kernel"
