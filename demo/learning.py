@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -9,13 +10,17 @@ import torch.nn as nn
 from common.fast import graphs
 from demo import small
 
-WARMUP_STEPS, EMA_DECAY = 100, 0.9995
+WARMUP_STEPS = 100
+EMA_DECAY = 0.9995
+REPORT_EVERY_S = 10
+SAVE_EVERY_S = 60
 
 
 class Learner:
     """AdamW and an average of the weights, both in fp32, for modules that compute in flags.dtype (bf16 on a GPU).
 
-    `modules` keep a rounded copy of the fp32 weights: less memory traffic than casting every weight and activation in every step.
+    `modules` keep a rounded copy of the fp32 weights.
+    That is less memory traffic than casting every weight and activation in every step.
     """
 
     def __init__(self, modules: nn.ModuleDict, flags):
@@ -42,11 +47,10 @@ class Learner:
 
     def follow(self, step: int) -> None:
         """Move the average towards the weights after `step` steps."""
-        torch._foreach_lerp_(
-            self.average, [master.detach() for master in self.masters], 1 - min(EMA_DECAY, (1 + step) / (10 + step))
-        )
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.average, [master.detach() for master in self.masters], 1 - decay)
 
-    def averaged(self) -> dict:
+    def averaged(self) -> dict[str, torch.Tensor]:
         return dict(zip(self.names, self.average))
 
 
@@ -55,17 +59,23 @@ def learning_rate(peak: float, steps_here: int, progress: float) -> float:
     return peak * min(1, (steps_here + 1) / WARMUP_STEPS) * (0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_for(flags, modules: nn.ModuleDict, loss, graph=False, **metadata) -> nn.ModuleDict:
-    """The loop of all stages: calls loss() -> scalar tensor and updates `modules` until the stage's minutes (or --steps) are over.
+def check_finite(loss: float, step: int, stage: str) -> None:
+    if not math.isfinite(loss):
+        raise SystemExit(f"{stage}: loss {loss} at step {step}; run it again, it goes on from the last file")
+
+
+def train_for(flags, modules: nn.ModuleDict, loss: Callable, *, graph: bool = False, **metadata) -> nn.ModuleDict:
+    """The loop of all stages: updates `modules` by loss() -> scalar tensor until the minutes (or --steps) are over.
 
     Starts from flags.path if it exists, writes the average there, and returns the modules with it, in fp32.
     """
+    # Where the last run stopped
     modules.to(flags.device)
     found = small.load_parts(flags.path, modules) if flags.path.exists() else {}
-    spent, step = found.get("minutes", 0.0), found.get("steps", 0)
+    minutes = spent = found.get("minutes", 0.0)
+    step = first = found.get("steps", 0)
     torch.manual_seed(flags.seed + step)
-    learner, start, first, saved, shown = Learner(modules, flags), time.monotonic(), step, 0.0, (0.0, step)
-    minutes = spent
+    learner = Learner(modules, flags)
 
     def one_step(_):
         modules.zero_grad()  # to None: a graph's own gradients are then written, not added to
@@ -74,6 +84,12 @@ def train_for(flags, modules: nn.ModuleDict, loss, graph=False, **metadata) -> n
         learner.update()
         return value.detach()
 
+    def save():
+        small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
+
+    start = time.monotonic()
+    saved_s = shown_s = 0.0
+    shown_step = step
     run = graphs.Graphed(one_step, torch.device(flags.device), enabled=graph and not flags.eager)
     while (progress := step / flags.steps if flags.steps else minutes / flags.minutes) < 1:
         learner.rate.fill_(learning_rate(flags.lr, step - first, progress))
@@ -81,26 +97,23 @@ def train_for(flags, modules: nn.ModuleDict, loss, graph=False, **metadata) -> n
         step += 1
         learner.follow(step)
         if step % 20 == 0 or flags.device == "cpu":
-            number = value.item()  # waits, so that the clock is that of the GPU
-            if not math.isfinite(number):
-                raise SystemExit(
-                    f"{flags.path.stem}: loss {number} at step {step}; run it again, it goes on from the last file"
-                )
+            check_finite(value.item(), step, flags.path.stem)  # waits, so that the clock is that of the GPU
+
+        # Now and then a line and a file
         seconds = time.monotonic() - start
         minutes = spent + seconds / 60
-        if seconds - shown[0] > 10:
-            speed = (step - shown[1]) * flags.batch / (seconds - shown[0])
-            print(
-                f"{flags.path.stem}: step {step}, {minutes:.2f} min, loss {value.item():.4f}, {speed:,.0f} examples/s",
-                flush=True,
-            )
-            shown = (seconds, step)
-        if seconds - saved > 60:
-            small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
-            saved = seconds
-    small.save_parts(flags.path, learner.averaged(), minutes=minutes, steps=step, **metadata)
-    print(
-        f"{flags.path.stem}: {step} steps in {minutes:.2f} min, {sum(map(torch.numel, learner.masters)) / 1e6:.2f} M parameters"
-    )
+        if seconds - shown_s > REPORT_EVERY_S:
+            speed = f"{(step - shown_step) * flags.batch / (seconds - shown_s):,.0f} examples/s"
+            print(f"{flags.path.stem}: step {step}, {minutes:.2f} min, loss {value.item():.4f}, {speed}", flush=True)
+            shown_s = seconds
+            shown_step = step
+        if seconds - saved_s > SAVE_EVERY_S:
+            save()
+            saved_s = seconds
+
+    # The average is the result
+    save()
+    count = sum(map(torch.numel, learner.masters))
+    print(f"{flags.path.stem}: {step} steps in {minutes:.2f} min, {count / 1e6:.2f} M parameters")
     modules.float().load_state_dict(learner.averaged())
     return modules.eval().requires_grad_(False)

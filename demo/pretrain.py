@@ -1,20 +1,22 @@
-"""Trains the demo's models from nothing but the procedural world, in minutes on one GPU: a small SDXL that draws its plain style, a small
-CLIP, and a judge that reads attributes and style off a picture.
+"""Trains the demo's models from nothing but the procedural world, in minutes on one GPU.
 
-    python demo/pretrain.py all --out outputs/pretrain                    # vae, text, clip, judge, unet: 13 minutes and some for the data
-    python demo/pretrain.py unet --out outputs/pretrain --minutes 8       # one stage
+They are a small SDXL that renders the world's plain style, a small CLIP, and a judge of attributes and style.
+
+    python demo/pretrain.py all --out outputs/pretrain               # all stages: 13 minutes, and the data
+    python demo/pretrain.py unet --out outputs/pretrain --minutes 8  # one stage
     python demo/pretrain.py check --out outputs/pretrain
     python demo/pretrain.py pack --out outputs/pretrain --to demo/assets
-    python demo/pretrain.py data --to demo/assets                         # the ink drawings: 100 to train on, 32 held out
+    python demo/pretrain.py data --to demo/assets                    # the ink drawings: 100 to train on, 32 held out
 
-Each stage leaves one file, STAGE.safetensors: the average (EMA) of its weights in fp16. It is written every minute and is also what an
-interrupted stage goes on from. Optimizer moments are not kept: a resumed run warms up again. `--minutes` counts all runs of a stage, so a
-finished stage goes on when it is given more. Like SDXL's, the VAE has seen every style (and colours and shapes that the world lacks);
-CLIP and judge have seen both styles, text encoders and UNet the plain one alone: the ink style is left for the user's LoRA.
+Each stage (vae, text, clip, judge, unet) leaves one file, STAGE.safetensors: the average (EMA) of its weights in fp16.
+It is written every minute, and an interrupted stage goes on from it. Optimizer moments are not kept: a resumed run
+warms up again. `--minutes` counts all runs of a stage, so a stage that is over goes on when it is given more.
+
+Like SDXL's, the VAE has seen every style, and colours and shapes that the world lacks. CLIP and judge have seen both
+styles. Text encoders and UNet have seen the plain one alone: the ink style is left for the user's LoRA.
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -27,12 +29,13 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from common.model import noise  # noqa: E402
-from demo import small, world  # noqa: E402
-from demo.examples import CHUNK, VARIANTS, both_styles, caption_ids, distorted, encode_scenes, roughened  # noqa: E402
+from common import noise  # noqa: E402
+from demo import examples, inspecting, small, world  # noqa: E402
+from demo.examples import CHUNK, VARIANTS, caption_ids  # noqa: E402
 from demo.learning import train_for  # noqa: E402
+from demo.losses import Aside, contrast, label_loss, pixel_loss  # noqa: E402
 
-# Minutes and batch on one H100; pictures: how many are drawn (of each style, where there are two).
+# Minutes and batch on one H100; pictures: how many are rendered (of each style, where there are two).
 STAGES = dict(
     vae=dict(minutes=2.0, batch=64, pictures=16384, lr=1e-3),
     text=dict(minutes=1.0, batch=1024, pictures=32768, lr=1e-3),
@@ -40,90 +43,51 @@ STAGES = dict(
     judge=dict(minutes=0.7, batch=256, pictures=16384, lr=2e-3),
     unet=dict(minutes=8.0, batch=768, pictures=65536, lr=1e-3),
 )
-KL_WEIGHT, CAPTION_DROPOUT, MIN_SNR = 1e-4, 0.1, 5.0
+KL_WEIGHT = 1e-4
+CAPTION_DROPOUT = 0.1
+MIN_SNR = 5.0
 
 
-def pixel_loss(output, target):
-    """Mean |difference| of pixels, and of their steps along y and x (crisp outlines), at full, half and quarter size."""
-    total = 0
-    for _ in range(3):
-        total = total + F.l1_loss(output, target)
-        total = total + sum(F.l1_loss(output.diff(dim=d), target.diff(dim=d)) for d in (2, 3))
-        output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
-    return total
+def train_vae(flags) -> None:
+    """Reconstruction plus a slight pull of the posterior to N(0, 1).
 
-
-def train_vae(flags):
-    """Reconstruction plus a slight pull of the posterior to N(0, 1). Afterwards the scaling factor is set: latents get a spread of 1."""
-    pictures = torch.cat(
-        [small.scenes(flags, style, flags.pictures, flags.seed * 100 + i)[1] for i, style in enumerate(world.STYLES)]
-    )
+    Then the scaling factor is set: latents get a spread of 1.
+    """
+    seed = flags.seed * 100
+    by_style = [examples.scenes(flags, style, flags.pictures, seed + i)[1] for i, style in enumerate(world.STYLES)]
+    pictures = torch.cat(by_style)
     vae = small.pipeline(flags.size).vae
     compile_parts(flags, vae.encoder, vae.decoder)
 
     def loss():
-        x = distorted(small.to_floats(pictures[torch.randint(len(pictures), (flags.batch,), device=flags.device)]))
+        x = examples.distorted(
+            small.to_floats(pictures[torch.randint(len(pictures), (flags.batch,), device=flags.device)])
+        )
         posterior = vae.encode(x.to(flags.dtype)).latent_dist
         output = vae.decode(posterior.mean + posterior.std * torch.randn_like(posterior.mean)).sample
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        mean = posterior.mean.float()
+        logvar = posterior.logvar.float()
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1).mean()
         return pixel_loss(output.float(), x) + KL_WEIGHT * divergence
 
     parts = train_for(flags, nn.ModuleDict(dict(vae=vae)), loss)
+
+    # The scaling factor
     some = pictures[torch.randperm(len(pictures), device=flags.device)[:2048]].split(CHUNK)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         latents = torch.cat([vae.encode(small.to_floats(x)).latent_dist.sample() for x in some])
     metadata = small.load_parts(flags.path, {}) | dict(scaling_factor=1 / latents.std().item())
     small.save_parts(flags.path, parts.state_dict(), **metadata)
-    print(
-        f"vae: scaling factor {metadata['scaling_factor']:.4f}, mean of the channels {latents.mean((0, 2, 3)).tolist()}"
-    )
+    means = latents.mean((0, 2, 3)).tolist()
+    print(f"vae: scaling factor {metadata['scaling_factor']:.4f}, mean of the channels {means}")
 
 
-def contrast(one, other, log_scale):
-    """CLIP's loss of two [B, D]: each row is to find its partner among all (arXiv 2103.00020, fig. 3)."""
-    logits = (
-        log_scale.float().exp().clamp(max=100) * F.normalize(one.float(), dim=1) @ F.normalize(other.float(), dim=1).T
-    )
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def label_loss(logits, labels):
-    """Mean cross-entropy of the first labels of LABELS: logits [B, sum of counts], labels [B, some]."""
-    parts = logits.float().split(small.COUNTS[: labels.shape[1]], dim=1)
-    return sum(F.cross_entropy(part, labels[:, i]) for i, part in enumerate(parts)) / len(parts)
-
-
-class Aside(nn.Module):
-    """What the text encoders learn with and the pipeline does not need: an image tower, heads that read attributes, temperatures.
-
-    SDXL hands the UNet the states before the last layer, so the heads read the mean of those; the contrast reads the pooled text.
-    """
-
-    def __init__(self, encoders):
-        super().__init__()
-        first, second = (encoder.config for encoder in encoders)
-        self.tower = small.Judge(outputs=2 * second.projection_dim)
-        self.projection = nn.Linear(first.hidden_size, second.projection_dim)
-        self.heads = nn.ModuleList(nn.Linear(config.hidden_size, sum(small.COUNTS[:-1])) for config in (first, second))
-        self.log_scales = nn.Parameter(torch.full((2,), math.log(10)))
-
-    def forward(self, outputs, pictures, attributes):
-        seen = self.tower(pictures).chunk(2, dim=1)
-        read = self.projection(outputs[0].pooler_output), outputs[1].text_embeds
-        pairs = [contrast(a, b, scale) for a, b, scale in zip(read, seen, self.log_scales)]
-        return sum(pairs) + sum(
-            label_loss(head(o.hidden_states[-2].mean(1)), attributes) for head, o in zip(self.heads, outputs)
-        )
-
-
-def train_text(flags):
+def train_text(flags) -> None:
     """Both text encoders against plain pictures (of half the size: it is quicker)."""
-    attributes, pictures = small.scenes(flags, "plain", flags.pictures, flags.seed * 100 + 10)
+    attributes, pictures = examples.scenes(flags, "plain", flags.pictures, flags.seed * 100 + 10)
     pictures = small.to_bytes(torch.cat([F.avg_pool2d(small.to_floats(some), 2) for some in pictures.split(CHUNK)]))
     pipe = small.pipeline(flags.size)
-    encoders = pipe.text_encoder, pipe.text_encoder_2
+    encoders = (pipe.text_encoder, pipe.text_encoder_2)
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, VARIANTS)
     aside = Aside(encoders)
 
@@ -135,28 +99,27 @@ def train_text(flags):
 
     modules = nn.ModuleDict(dict(text_encoder=encoders[0], text_encoder_2=encoders[1], aside=aside))
     train_for(flags, modules, loss, vocabulary=small.vocabulary_of(pipe.tokenizer))
+
+    # What the heads read in held-out captions
     attributes = world.draw_attributes(512, small.HELD_OUT)
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), attributes, 1, full=True)[:, 0]
     with torch.no_grad():
-        for encoder, head, rows in zip(encoders, aside.heads, ids.unbind(1)):
-            logits = head(encoder(rows, output_hidden_states=True).hidden_states[-2].mean(1)).split(
-                small.COUNTS[:-1], dim=1
-            )
-            read = torch.stack([part.argmax(1) for part in logits], dim=1)
-            small.print_shares("text: attributes read from full captions", read, attributes)
+        outputs = [encoder(rows, output_hidden_states=True) for encoder, rows in zip(encoders, ids.unbind(1))]
+        for logits in aside.attribute_logits(outputs):
+            read = torch.stack([part.argmax(1) for part in logits.split(small.COUNTS[:-1], dim=1)], dim=1)
+            inspecting.print_shares("text: attributes read from full captions", read, attributes)
 
 
-def train_clip(flags):
+def train_clip(flags) -> None:
     """CLIP on both styles with complete captions, which never name the style: its score is blind to it."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    labels, pictures = both_styles(flags, flags.pictures, flags.seed * 100 + 20)
+    labels, pictures = examples.both_styles(flags, flags.pictures, flags.seed * 100 + 20)
     pipe = small.pipeline(flags.size)
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), labels[:, :-1], VARIANTS, full=True)[:, :, 0]
     clip = small.clip_model(flags.size, pipe.tokenizer)
-    head = nn.Linear(
-        clip.config.projection_dim, sum(small.COUNTS[:-1])
-    )  # a ViT learns faster when it is told what to look at
+    # a ViT learns faster when it is told what to look at
+    head = nn.Linear(clip.config.projection_dim, sum(small.COUNTS[:-1]))
     mean, std = (torch.tensor(v, device=flags.device).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
     def embed(i, variant, dtype, x):
@@ -166,18 +129,16 @@ def train_clip(flags):
 
     def loss():
         i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
-        image, text = embed(
-            i,
-            torch.randint(VARIANTS, i.shape, device=flags.device),
-            flags.dtype,
-            roughened(small.to_floats(pictures[i])),
-        )
+        variant = torch.randint(VARIANTS, i.shape, device=flags.device)
+        image, text = embed(i, variant, flags.dtype, examples.roughened(small.to_floats(pictures[i])))
         told = sum(label_loss(head(10 * e), labels[i, :-1]) for e in (image, text))
         return contrast(image, text, clip.logit_scale) + told
 
     modules = nn.ModuleDict(dict(clip=clip, aside=head))
     train_for(flags, modules, loss, vocabulary=small.vocabulary_of(pipe.tokenizer))
-    labels, pictures = both_styles(flags, min(128, flags.pictures), small.HELD_OUT)
+
+    # Which held-out caption each held-out picture finds
+    labels, pictures = examples.both_styles(flags, min(128, flags.pictures), small.HELD_OUT)
     ids = caption_ids(flags, (pipe.tokenizer, pipe.tokenizer_2), labels[:, :-1], 1, full=True)[:, :, 0]
     with torch.no_grad():
         image, text = embed(slice(None), 0, torch.float32, small.to_floats(pictures))
@@ -185,37 +146,39 @@ def train_clip(flags):
     print(f"clip: {found.float().mean():.1%} of {len(image)} held-out pictures find their caption")
 
 
-def train_judge(flags):
+def train_judge(flags) -> None:
     """The judge on both styles, on blurred, noisy and decoded pictures too."""
-    labels, pictures = both_styles(flags, flags.pictures, flags.seed * 100 + 30)
+    labels, pictures = examples.both_styles(flags, flags.pictures, flags.seed * 100 + 30)
     judge = small.Judge()
 
     def loss():
         i = torch.randint(len(pictures), (flags.batch,), device=flags.device)
-        return label_loss(judge(roughened(small.to_floats(pictures[i])).to(flags.dtype)), labels[i])
+        return label_loss(judge(examples.roughened(small.to_floats(pictures[i])).to(flags.dtype)), labels[i])
 
     train_for(flags, nn.ModuleDict(dict(judge=judge)), loss)
-    labels, pictures = both_styles(flags, min(512, flags.pictures), small.HELD_OUT)
-    small.print_shares("judge: read from held-out pictures", judge.read(pictures), labels)
+    labels, pictures = examples.both_styles(flags, min(512, flags.pictures), small.HELD_OUT)
+    inspecting.print_shares("judge: read from held-out pictures", judge.read(pictures), labels)
 
 
-def train_unet(flags):
+def train_unet(flags) -> None:
     """SDXL's objective on the plain style: predict the noise, weighted by Min-SNR; the unconditional input is zeros."""
     from diffusers import DDPMScheduler
 
-    mean, std, prompt_embeds, pooled, time_ids = encode_scenes(flags)
+    mean, std, prompt_embeds, pooled, time_ids = examples.encode_scenes(flags)
     pipe = small.pipeline(flags.size)
     unet = pipe.unet
     compile_parts(flags, unet)
-    schedule = noise.NoiseSchedule(
-        DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(flags.device), "epsilon"
-    )
+    alphas_cumprod = DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    schedule = noise.NoiseSchedule(alphas_cumprod.to(flags.device), "epsilon")
 
     def loss():
+        # Scenes, and which of them lose their caption
         i = torch.randint(len(mean), (flags.batch,), device=flags.device)
         variant = torch.randint(VARIANTS, i.shape, device=flags.device)
         keep = (torch.rand(flags.batch, 1, device=flags.device) >= CAPTION_DROPOUT).to(flags.dtype)
         conditions = dict(text_embeds=pooled[i, variant] * keep, time_ids=time_ids[i])
+
+        # The noise, and its prediction
         z = mean[i] + std[i] * torch.randn_like(mean[i])
         t = torch.randint(len(schedule.alphas_cumprod), i.shape, device=flags.device)
         x_t, target = schedule.noise(z, torch.randn_like(z), t)
@@ -236,45 +199,42 @@ def compile_parts(flags, *modules) -> None:
 TRAINERS = dict(vae=train_vae, text=train_text, clip=train_clip, judge=train_judge, unet=train_unet)
 
 
-def read_flags(argv=None):
+def read_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=[*STAGES, "all", "check", "pack", "data"])
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/pretrain"), metavar="DIR", help="folder of the stages' files"
-    )
-    parser.add_argument(
-        "--to",
-        type=Path,
-        default=Path("demo/assets"),
-        metavar="DIR",
-        help="pack, data: where to (default: demo/assets)",
-    )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        help="budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)",
-    )
-    parser.add_argument("--steps", type=int, help="budget in steps instead")
-    parser.add_argument("--batch", type=int, help="default: by stage; check: 64 pictures")
-    parser.add_argument(
-        "--pictures", type=int, help="how many are drawn, of each style where both are used (default: by stage)"
-    )
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: by stage)")
-    parser.add_argument("--size", type=int, default=128, help="pixels a side, a multiple of 16 (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile for VAE and UNet: costs a minute, then saves time"
-    )
-    parser.add_argument("--eager", action="store_true", help="no CUDA graph for the UNet")
+    option = parser.add_argument
+
+    # Where files lie
+    out_help = "folder of the stages' files (default: outputs/pretrain)"
+    to_help = "pack, data: where to (default: demo/assets)"
+    option("--out", type=Path, default=Path("outputs/pretrain"), metavar="DIR", help=out_help)
+    option("--to", type=Path, default=Path("demo/assets"), metavar="DIR", help=to_help)
+
+    # How much is learnt
+    minutes_help = "budget of the stage, all its runs together; with `all`, of all stages (default: 12.7)"
+    pictures_help = "how many are rendered, of each style where both are used (default: by stage)"
+    option("--minutes", type=float, help=minutes_help)
+    option("--steps", type=int, help="budget in steps instead")
+    option("--batch", type=int, help="default: by stage; check: 64 pictures")
+    option("--pictures", type=int, help=pictures_help)
+    option("--lr", type=float, help="peak learning rate (default: by stage)")
+    option("--size", type=int, default=128, help="pixels a side, a multiple of 16 (default: 128)")
+    option("--seed", type=int, default=0, help="default: 0")
+
+    # How fast
+    option("--compile", action="store_true", help="torch.compile for VAE and UNet: costs a minute, then saves time")
+    option("--eager", action="store_true", help="no CUDA graph for the UNet")
+
+    # What follows from the machine: where to compute, in which precision to train and to encode
     flags = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
-    flags.device, flags.dtype, flags.half = (
-        ("cuda", torch.bfloat16, torch.float16) if gpu else ("cpu", torch.float32, torch.float32)
-    )
+    flags.device = "cuda" if gpu else "cpu"
+    flags.dtype = torch.bfloat16 if gpu else torch.float32
+    flags.half = torch.float16 if gpu else torch.float32
     return flags
 
 
-def for_stage(flags, stage: str):
+def for_stage(flags, stage: str) -> argparse.Namespace:
     """The flags of one stage: what was not given is the stage's own default."""
     own = dict(STAGES[stage], path=flags.out / f"{stage}.safetensors")
     given = {name: value for name, value in vars(flags).items() if value is not None}
@@ -283,17 +243,21 @@ def for_stage(flags, stage: str):
     return argparse.Namespace(**vars(flags) | own | given)
 
 
-def main(argv=None) -> None:
+def main(argv: list[str] | None = None) -> None:
     flags = read_flags(argv)
     torch.set_float32_matmul_precision("high")
+
+    # What trains nothing
     if flags.command == "pack":
         return small.pack(flags.out, flags.to, flags.size)
     if flags.command == "data":
-        small.write_pictures(flags.to / "data", 100, 777, flags.size)
-        return small.write_pictures(flags.to / "held_out", 32, 999, flags.size, full=True)
+        small.write_pictures(flags.to / "data", count=100, seed=777, size=flags.size)
+        return small.write_pictures(flags.to / "held_out", count=32, seed=999, size=flags.size, full=True)
     if flags.command == "check":
         flags.batch = flags.batch or 64
-        return small.check(flags)
+        return inspecting.check(flags)
+
+    # The stages
     for stage in STAGES if flags.command == "all" else [flags.command]:
         start = time.monotonic()
         TRAINERS[stage](for_stage(flags, stage))

@@ -1,12 +1,13 @@
-"""The small models of the procedural world and their files: an SDXL of 11 M parameters, a CLIP, and a judge that reads pictures.
+"""The small models of the procedural world and their files: an SDXL of 11 M parameters, a CLIP, a judge of pictures.
 
-Weights of a training stage are one safetensors file (fp16) named after it; a key is the part's name, a dot, the parameter's name.
+The weights of a training stage are one safetensors file (fp16) named after it.
+A key in it is the part's name, a dot, the parameter's name.
 """
 
 import json
 import shutil
-import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,10 +24,9 @@ LABELS = world.ATTRIBUTES | {"style": world.STYLES}  # what the judge reads off 
 COUNTS = [len(values) for values in LABELS.values()]
 LOGITS = sum(COUNTS)
 HELD_OUT = 10**6  # seed of pictures that no stage trains on
-PARTS = dict(
-    vae=["vae"], text=["text_encoder", "text_encoder_2"], unet=["unet"]
-)  # stage -> parts of the pipeline it trains
-# 11 M parameters, 22 MB in fp16. Text is 96 + 128 = 224 wide; pooled text (128) and six time ids of 32 numbers make 320.
+# Stage -> parts of the pipeline that it trains
+PARTS = dict(vae=["vae"], text=["text_encoder", "text_encoder_2"], unet=["unet"])
+# 11 M parameters, 22 MB in fp16. Text is 96 + 128 = 224 wide; pooled text (128) and six time ids of 32 numbers are 320.
 WIDTHS = dict(
     unet=dict(
         block_out_channels=(64, 96, 96),
@@ -49,9 +49,6 @@ WIDTHS = dict(
     ),
     vae=dict(block_out_channels=(32, 48, 64, 80), norm_num_groups=16),
 )
-
-
-# ---------------------------------------------------------------- models
 
 
 def words() -> list[str]:
@@ -80,7 +77,7 @@ def pipeline(size: int):
     return pipe
 
 
-def clip_model(size: int, tokenizer):
+def clip_model(size: int, tokenizer) -> nn.Module:
     """An untrained CLIPModel of 1.8 M parameters that sees 8 x 8 patches and reads with `tokenizer`."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -96,42 +93,41 @@ def clip_model(size: int, tokenizer):
 
 
 class Judge(nn.Module):
-    """A CNN of 0.3 M parameters: pictures [B, 3, S, S] in [-1, 1] -> logits [B, outputs], by default those of LABELS side by side."""
+    """A CNN of 0.3 M parameters: pictures [B, 3, S, S] in [-1, 1] -> logits [B, outputs].
 
-    def __init__(self, outputs=LOGITS, widths=(3, 24, 48, 96, 128)):
+    By default the logits are those of LABELS, side by side.
+    """
+
+    def __init__(self, outputs: int = LOGITS):
         super().__init__()
+        widths = (3, 24, 48, 96, 128)
         layers = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:])]
         layers.append(nn.Conv2d(widths[-1], widths[-1], 3, padding=1))
-        self.layers = nn.Sequential(
-            *(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.SiLU()) for conv in layers)
-        )
+        blocks = [nn.Sequential(layer, nn.GroupNorm(8, layer.out_channels), nn.SiLU()) for layer in layers]
+        self.layers = nn.Sequential(*blocks)
         self.head = nn.Linear(2 * widths[-1], outputs)
 
-    def forward(self, pictures):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         features = self.layers(pictures)
-        return self.head(
-            torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
-        )  # how much of it, and whether at all
+        # the mean says how much there is of a feature, the maximum whether there is any
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
 
     @torch.no_grad()
-    def read(self, pictures):
+    def read(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 [N, 3, S, S] -> the most likely value of each label, int64 [N, len(LABELS)]."""
         weight = self.head.weight
         logits = [self(to_floats(some).to(weight)) for some in pictures.to(weight.device).split(256)]
         return torch.stack([part.argmax(1) for part in torch.cat(logits).split(COUNTS, dim=1)], dim=1)
 
 
-def to_floats(pictures):
+def to_floats(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 -> [-1, 1]."""
     return pictures.float() / 127.5 - 1
 
 
-def to_bytes(pictures):
+def to_bytes(pictures: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> uint8."""
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).byte()
-
-
-# ---------------------------------------------------------------- files
 
 
 def save_parts(path: Path, tensors: dict, **metadata) -> None:
@@ -164,11 +160,12 @@ def vocabulary_of(tokenizer) -> int:
 def check_vocabulary(path: Path, metadata: dict, tokenizer) -> None:
     if metadata.get("vocabulary") != vocabulary_of(tokenizer):
         raise SystemExit(
-            f"{path} was trained with another vocabulary: train `text`, `clip` and `unet` again, with one version of tokenizers"
+            f"{path} was trained with another vocabulary: "
+            "train `text`, `clip` and `unet` again, with one version of tokenizers"
         )
 
 
-def load_pipeline(out: Path, size: int, stages=tuple(PARTS)):
+def load_pipeline(out: Path, size: int, stages: Iterable[str] = tuple(PARTS)):
     """The pipeline with the weights that `stages` have left in `out`, in fp32 on the CPU."""
     pipe = pipeline(size)
     for stage in stages:
@@ -191,8 +188,11 @@ def load_judge(path: Path) -> Judge:
     return judge.requires_grad_(False).eval()
 
 
-def clip_scores(pictures, captions: list[str]) -> list[float]:
-    """100 x cosine of each PIL image with its caption, by the small CLIP in demo_settings.ASSETS (arXiv 2104.08718, without its factor of 2.5)."""
+def clip_scores(pictures: list[Image.Image], captions: list[str]) -> list[float]:
+    """100 x cosine of each PIL image with its caption, by the small CLIP in demo/assets.
+
+    The CLIP score of arXiv 2104.08718 without its factor of 2.5.
+    """
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     folder = demo_settings.ASSETS / "clip"
@@ -205,12 +205,15 @@ def clip_scores(pictures, captions: list[str]) -> list[float]:
 
 
 def pack(out: Path, to: Path, size: int) -> None:
-    """Assemble `to`/model (diffusers), `to`/clip (transformers) and `to`/judge.safetensors from the stages' files; all in fp16."""
+    """Assemble `to`/model (diffusers), `to`/clip (transformers) and `to`/judge.safetensors from the stages, in fp16."""
     from transformers import CLIPImageProcessor
 
+    # What the stages have left
     pipe = load_pipeline(out, size)
     clip = clip_model(size, pipe.tokenizer)
     check_vocabulary(out / "clip.safetensors", load_parts(out / "clip.safetensors", dict(clip=clip)), pipe.tokenizer)
+
+    # The folders that users load
     for folder in (to / "model", to / "clip"):
         shutil.rmtree(folder, ignore_errors=True)
     pipe.to(dtype=torch.float16).save_pretrained(to / "model")
@@ -219,79 +222,24 @@ def pack(out: Path, to: Path, size: int) -> None:
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size=size).save_pretrained(to / "clip")
     judge = load_judge(out / "judge.safetensors")
     save_parts(to / "judge.safetensors", {f"judge.{name}": tensor for name, tensor in judge.state_dict().items()})
+
+    # Their sizes
     for name in ("model", "clip", "judge.safetensors"):
         files = [file for file in [to / name, *(to / name).rglob("*")] if file.is_file()]
         print(f"{to / name}: {sum(file.stat().st_size for file in files) / 1e6:.2f} MB in {len(files)} files")
 
 
-def write_pictures(folder: Path, count: int, seed: int, size: int, full=False) -> None:
-    """A new folder of `count` ink drawings and metadata.jsonl: file_name, text and the attributes; the text leaves some out, unless `full`."""
+def write_pictures(folder: Path, *, count: int, seed: int, size: int, full: bool = False) -> None:
+    """A new folder of `count` ink drawings and metadata.jsonl: file_name, text and the attributes.
+
+    The text leaves some attributes out, unless `full`.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     attributes = world.draw_attributes(count, seed)
     pictures = painting.render(attributes, seed, "ink", size)
+    texts = world.captions(attributes, seed, full)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for i, (row, picture, text) in enumerate(zip(attributes, pictures, world.captions(attributes, seed, full))):
+        for i, (row, picture, text) in enumerate(zip(attributes, pictures, texts)):
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png", optimize=True)
             metadata.write(json.dumps({"file_name": f"{i:03d}.png", "text": text, **world.describe(row)}) + "\n")
-
-
-# ---------------------------------------------------------------- looking at the result
-
-
-def scenes(flags, style: str, count: int, seed: int):
-    """(attributes int64 [N, A], pictures uint8 [N, 3, S, S]) on the device; equal seeds give the same scenes in every style."""
-    attributes = world.draw_attributes(count, seed)
-    return attributes.to(flags.device), painting.render(attributes, seed, style, flags.size, flags.device)
-
-
-@torch.no_grad()
-def reconstruct(vae, pictures):
-    """uint8 -> uint8 through the latents."""
-    return to_bytes(vae.decode(vae.encode(to_floats(pictures).to(vae.dtype)).latent_dist.mode()).sample)
-
-
-def print_shares(title: str, read, labels) -> None:
-    """How much of each column of `labels` [N, some] was read right."""
-    right = (read.cpu() == labels.cpu()).float().mean(0).tolist()
-    print(f"{title}: " + ", ".join(f"{name} {share:.1%}" for name, share in zip(LABELS, right)), flush=True)
-
-
-def save_sheet(path: Path, pictures, columns: int) -> None:
-    """Pictures uint8 [N, 3, S, S], row by row."""
-    rows = [torch.cat(list(row), dim=2) for row in pictures.cpu().split(columns) if len(row) == columns]
-    Image.fromarray(torch.cat(rows, dim=1).permute(1, 2, 0).numpy()).save(path)
-    print(path)
-
-
-def check_vae(flags, vae) -> None:
-    for style in world.STYLES:
-        _, pictures = scenes(flags, style, 64, HELD_OUT)
-        output = torch.cat([reconstruct(vae, some) for some in pictures.split(16)])
-        error = (output.float() - pictures.float()) / 255
-        print(f"vae: {style}: mean error {error.abs().mean():.4f}, PSNR {-10 * error.square().mean().log10():.1f} dB")
-        save_sheet(flags.out / f"check_vae_{style}.png", torch.stack([pictures, output], 1).flatten(0, 1)[:32], 8)
-
-
-def check(flags) -> None:
-    """Reconstructions in both styles, and what the pipeline draws for held-out captions, read by the judge."""
-    pipe = load_pipeline(flags.out, flags.size).to(flags.device, flags.half)
-    judge = load_judge(flags.out / "judge.safetensors").to(flags.device)
-    pipe.set_progress_bar_config(disable=True)
-    check_vae(flags, pipe.vae)
-    attributes = world.draw_attributes(flags.batch, HELD_OUT + 1)
-    options = dict(
-        num_inference_steps=20,
-        guidance_scale=4.5,
-        output_type="pt",
-        generator=torch.Generator("cpu").manual_seed(flags.seed),
-    )
-    start = time.monotonic()
-    drawn = to_bytes(pipe(world.captions(attributes, 0, full=True), **options).images * 2 - 1)
-    print(f"unet: {len(drawn)} pictures in {time.monotonic() - start:.1f} s")
-    read = judge.read(drawn)
-    print_shares("unet: read from drawn pictures", read[:, :-1], attributes)
-    print(f"unet: {(read[:, -1] == 1).float().mean():.1%} judged to be in the ink style")
-    _, real = scenes(flags, "plain", len(drawn), HELD_OUT + 1)
-    print_shares("judge: read from rendered pictures of the same attributes", judge.read(real)[:, :-1], attributes)
-    save_sheet(flags.out / "check_unet.png", drawn, 8)

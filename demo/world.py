@@ -1,11 +1,12 @@
-"""A procedural world of people, as attributes and captions: every scene can be drawn in two styles, with the same attributes in both."""
+"""A procedural world of people, as attributes and captions. Every scene can be rendered in two styles."""
 
 import torch
 
 from common.model.noise import generator_for
 
 STYLES = ("plain", "ink")
-# Colours by value and style (plain, ink): far enough apart to be told from each other after a lossy autoencoder, in either style.
+# Colours by value and style (plain, ink).
+# They are far enough apart to be told from each other after a lossy autoencoder, in either style.
 HAIR = dict(
     black=("#3d3744", "#24232f"),
     brown=("#83573a", "#854a20"),
@@ -50,6 +51,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "framing": ("portrait", "half body"),
 }
 NAMES = tuple(ATTRIBUTES)
+# How often a caption that may leave out attributes names this one; the others are named in every second.
+SAID = dict(hair=0.9, eyes=0.85, clothing=0.9, background=0.85, headgear=0.85, pose=0.85, garment=0.85)
 
 
 def draw_attributes(count: int, seed: int) -> torch.Tensor:
@@ -64,22 +67,29 @@ def describe(row: torch.Tensor) -> dict[str, str]:
 
 
 def caption(of: dict[str, str], kept: set[str], order: float, swap: bool) -> str:
-    """Words for the attributes in `kept`; `order` in [0, 1) picks the sequence of the clauses, `swap` turns round the pairs in them."""
+    """Words for the attributes in `kept`.
+
+    `order` in [0, 1) picks the sequence of the clauses; `swap` turns round the pairs in them.
+    """
+    # Hair, eyes and clothes
     tail = " in a ponytail" if {"hair", "hairstyle"} <= kept and of["hairstyle"] == "ponytail" else ""
     shape = f"{of['hairstyle']} " if "hairstyle" in kept and not tail and of["hairstyle"] != "ponytail" else ""
     features = [f"{shape}{of['hair']} hair{tail}"] * ("hair" in kept) + [f"{of['eyes']} eyes"] * ("eyes" in kept)
     clothes = [f"a {of['clothing']} {of['garment'] if 'garment' in kept else 'top'}"] * ("clothing" in kept)
     clothes += [f"a {of['headgear']}"] * ("headgear" in kept and of["headgear"] != "none")
+
+    # The clauses in their order
     clauses = [
         "with " + " and ".join(features[::-1] if swap else features) if features else "",
         ("wearing " if swap else "in ") + " and ".join(clothes) if clothes else "",
         f"in front of {of['background']}" if "background" in kept else "",
     ]
     clauses = [clauses[i] for i in ((0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 0, 1))[int(order * 4)]]
+
+    # The words around them
     mood = f"{of['mood']} " if "mood" in kept else ""
-    framing = (
-        ("a portrait of " if of["framing"] == "portrait" else "a half body picture of ") if "framing" in kept else ""
-    )
+    framing = "a portrait of " if of["framing"] == "portrait" else "a half body picture of "
+    framing = framing if "framing" in kept else ""
     waving = "waving" if "pose" in kept and of["pose"] == "waving" else ""
     return " ".join(part for part in (f"{framing}a {mood}{of['who']}", *clauses, waving) if part)
 
@@ -87,17 +97,8 @@ def caption(of: dict[str, str], kept: set[str], order: float, swap: bool) -> str
 def captions(attributes: torch.Tensor, seed: int, full: bool = False) -> list[str]:
     """One caption for each row of `attributes` [N, len(ATTRIBUTES)]; each leaves out some attributes, unless `full`."""
     draws = torch.rand(len(attributes), len(NAMES) + 2, generator=generator_for("captions", seed)).tolist()
-    said = {
-        "hair": 0.9,
-        "eyes": 0.85,
-        "clothing": 0.9,
-        "background": 0.85,
-        "headgear": 0.85,
-        "pose": 0.85,
-        "garment": 0.85,
-    }
     result = []
     for row, (order, swap, *keep) in zip(attributes, draws):
-        kept = {name for name, number in zip(NAMES, keep) if full or number < said.get(name, 0.5)}
+        kept = {name for name, number in zip(NAMES, keep) if full or number < SAID.get(name, 0.5)}
         result.append(caption(describe(row), kept, order, swap < 0.5))
     return result
