@@ -21,7 +21,8 @@ def skull(s, at):
 
 
 def ponytail(s, at) -> None:
-    x, y = (-at.x, at.y)
+    x = -at.x
+    y = at.y
     locks = (
         capsule((x, y), (0.7, 0.85), (1.15, 0.95), (0.14, 0.25)),
         capsule((x, y), (1.15, 0.95), (1.5, 0.4), (0.25, 0.3)),

@@ -58,7 +58,11 @@ def is_tiny() -> bool:
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images belong under `root`, and may not be there yet."""
     if is_tiny():
-        model, data, own = root / f"model-v{VERSION}", root / f"data-v{VERSION}", TINY_DEMO
+        own = TINY_DEMO
+        model = root / f"model-v{VERSION}"
+        data = root / f"data-v{VERSION}"
     else:
-        model, data, own = ASSETS / "model", ASSETS / "data", SMALL_DEMO
+        own = SMALL_DEMO
+        model = ASSETS / "model"
+        data = ASSETS / "data"
     return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **own)
