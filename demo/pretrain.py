@@ -29,7 +29,7 @@ import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from common import noise  # noqa: E402
+from common.model import noise  # noqa: E402
 from demo import examples, inspecting, small, world  # noqa: E402
 from demo.examples import CHUNK, VARIANTS, caption_ids  # noqa: E402
 from demo.learning import train_for  # noqa: E402

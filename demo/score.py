@@ -19,12 +19,12 @@ from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.command_line import parse
+from common.cli.command_line import parse
+from common.cli.flag_checks import check_model
+from common.cli.flag_facts import flag, local_path
+from common.cli.model_flags import ModelFlags
+from common.cli.running import run
 from common.errors import UserError
-from common.flag_checks import check_model
-from common.flag_facts import flag, local_path
-from common.model_flags import ModelFlags
-from common.running import run
 
 READ = ("hair", "eyes", "clothing", "background")
 TITLES = dict(style="judged to be in the ink style", attributes="attributes as the caption says", clip="CLIP score")
@@ -76,7 +76,7 @@ def check(flags) -> None:
     Raises:
         UserError: no adapter, or the trained demo model is not there.
     """
-    from common.demo_settings import is_tiny
+    from common.cli.demo_settings import is_tiny
 
     if not flags.lora or not Path(flags.lora).exists():
         raise UserError(f"--lora {flags.lora}: no such file or folder; train one with train_opt.py --demo")
@@ -92,7 +92,7 @@ def check(flags) -> None:
 
 def held_out(count: int) -> list[dict]:
     """The first `count` rows of the held-out drawings: file_name, text and the attributes in it."""
-    from common.demo_settings import ASSETS
+    from common.cli.demo_settings import ASSETS
 
     lines = (ASSETS / "held_out" / "metadata.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines[:count]]
@@ -108,13 +108,15 @@ def render(flags, lora: str | Path | None, captions: list[str]) -> list:
     """PIL images of the captions with the adapter `lora`, or with none; picture i starts from the noise of seed + i."""
     from tqdm import tqdm
 
-    from common import adapter_reading, device, loading, sampling
+    from common.adapter_files import reading
+    from common.model import device, loading
+    from common.render import sampling
 
     host = device.start(flags.mixed_precision, flags.seed)
     settings = sampling.Settings(flags.resolution, flags.steps, flags.guidance_scale)
     memory, _ = sampling.choose_memory("auto", host, settings, batch_size=1)
     sampler = sampling.Sampler(loading.find_model(flags.pretrained_model_name_or_path), host, "euler", memory)
-    active = [(sampler.load(adapter_reading.find_adapter(lora)), 1.0)] if lora else []
+    active = [(sampler.load(reading.find_adapter(lora)), 1.0)] if lora else []
     sampler.place()
     numbered = enumerate(tqdm(captions, desc="drawing held-out captions", unit="img"))
     return [sampler.render(active, caption, [flags.seed + i], settings)[0] for i, caption in numbered]
@@ -125,7 +127,7 @@ def score(pictures: list, rows: list[dict]) -> dict:
     import numpy as np
     import torch
 
-    from common.demo_settings import ASSETS
+    from common.cli.demo_settings import ASSETS
     from demo import small
 
     # What the judge reads
@@ -154,7 +156,7 @@ def share(hits: list[bool]) -> tuple[float, tuple[float, float]]:
 
 def training_seconds(folder: Path) -> float:
     """What the training behind an adapter took until its last step; 0 where metrics.jsonl is not beside it."""
-    from common import report
+    from common.train import report
 
     rows = report.read_metrics(folder / "metrics.jsonl")
     return rows[-1]["seconds"] if rows else 0.0
