@@ -1421,9 +1421,13 @@ def is_tiny() -> bool:
 def demo_settings(root: Path) -> dict:
     """What --demo sets, by flag; the tiny model and its images belong under `root`, and may not be there yet."""
     if is_tiny():
-        model, data, own = root / f"model-v{VERSION}", root / f"data-v{VERSION}", TINY_DEMO
+        own = TINY_DEMO
+        model = root / f"model-v{VERSION}"
+        data = root / f"data-v{VERSION}"
     else:
-        model, data, own = ASSETS / "model", ASSETS / "data", SMALL_DEMO
+        own = SMALL_DEMO
+        model = ASSETS / "model"
+        data = ASSETS / "data"
     return dict(pretrained_model_name_or_path=str(model), train_data_dir=[str(data)], **own)
 '''
 
@@ -2510,7 +2514,7 @@ def run(main: Callable[[], Any]) -> Any:
     So do a full disk and a full GPU. A signal outside of the training loop is one line and exit status 128 + its
     number: 130 after Ctrl-C. Any other error is one line and 1, with its traceback in a file. A training that a signal
     or the time limit has ended names as its last line the command that goes on. A reader of stdout who leaves
-    (`| head`) does not end the run.
+    (`| head`) does not end the run; without one for stderr either, it saves and ends.
     """
     stopping.end_in_order()
     with _outliving_its_reader():
@@ -2537,11 +2541,8 @@ def _told(error: BaseException) -> tuple[str, int]:
         return f"error: {error}", 2
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"error: {one_line(str(error))}: make room there, or name another place", 2
-
-    # A full GPU is a RuntimeError too.
-    if isinstance(error, RuntimeError):
-        if errors.ran_out(error):
-            return f"error: {errors.OutOfMemory('while loading')}", 2
+    if errors.ran_out(error):
+        return f"error: {errors.OutOfMemory('while loading')}", 2
     return _unforeseen(error), 1
 
 
