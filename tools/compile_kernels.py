@@ -1,10 +1,10 @@
 """Compiles every kernel for cards that need not be there, in all the variants that full-size SDXL asks for.
 
-    python tools/compile_kernels.py --cards 75 80   # exit 1 when one does not compile or asks for too much shared
-    memory
+    python tools/compile_kernels.py --cards 75 80
 
 The layers run forward and backward on PyTorch's meta device, which knows shapes and no numbers. Every launch of a
-kernel is compiled instead. Needs Triton (pip install triton, 190 MB), which brings its own compiler; no GPU.
+kernel is compiled instead. The exit status is 1 when one does not compile, or asks for more shared memory than the card
+has. Needs Triton (pip install triton, 190 MB), which brings its own compiler; no GPU.
 """
 
 import argparse
@@ -70,7 +70,8 @@ def compile_all(capability: int, unet: torch.nn.Module, encoders: list, dtypes: 
     from triton.runtime.jit import JITFunction
 
     triton.runtime.driver.set_active(Card(capability))
-    compiled, original = Compiled(), JITFunction.run
+    compiled = Compiled()
+    original = JITFunction.run
     JITFunction.run = lambda kernel, *args, **options: compiled.launch(original, kernel, *args, **options)
     try:
         for dtype in dtypes:
@@ -109,7 +110,8 @@ def run_adapter(rows: int, columns: int, bias: bool, dtype: torch.dtype) -> None
 
     new = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
     full = lambda *shape: new(*shape, dtype=torch.float32)  # noqa: E731
-    w, seed = new(rows, columns), torch.zeros((), dtype=torch.int64, device="meta")
+    w = new(rows, columns)
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
     for length in (4096, 77, 1):
         for salt in (0, 1, 16):
             kernels.seeded_dropout(new(length, columns), 0.1, seed, salt)
@@ -155,21 +157,20 @@ def report(capability: int, compiled: Compiled) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cards = dict(type=int, default=[75, 80], choices=SHARED_KIB, help="capabilities (default: 75 80)")
-    dtypes = dict(default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)")
     parser.add_argument("--cards", nargs="+", **cards)
-    parser.add_argument("--dtypes", nargs="+", **dtypes)
+    frozen = dict(default=["fp16"], choices=DTYPES, help="of the frozen weights (default: fp16)")
+    parser.add_argument("--dtypes", nargs="+", **frozen)
     flags = parser.parse_args()
     try:
         import triton
     except ImportError:
         raise UserError("Triton is missing: pip install triton") from None
 
-    # every card in turn
+    # Every card in turn
     unet, encoders = fused_sdxl()
     print(f"Triton {triton.__version__}, {' '.join(flags.dtypes)}")
-    faults = [
-        report(card, compile_all(card, unet, encoders, [DTYPES[name] for name in flags.dtypes])) for card in flags.cards
-    ]
+    dtypes = [DTYPES[name] for name in flags.dtypes]
+    faults = [report(card, compile_all(card, unet, encoders, dtypes)) for card in flags.cards]
     return 1 if any(faults) else 0
 
 

@@ -1,11 +1,12 @@
-"""The suite in the package sets of its users' machines, as CPU builds: every notebook on Kaggle's and Colab's, every script on the newest.
+"""The suite in the package sets of its users' machines, as CPU builds.
 
-    python tools/hosts.py kaggle colab     # hosts/*.txt, with the notebooks' install line on top; then with all it may upgrade
-    python tools/hosts.py newest           # what requirements.txt brings today
-    python tools/hosts.py latest           # the same without its upper bounds: for a nightly run, which warns of what is coming
+    python tools/hosts.py kaggle colab     # every notebook on hosts/*.txt with the install line on top
+    python tools/hosts.py newest           # every script on what requirements.txt brings today
+    python tools/hosts.py latest           # the same without its upper bounds: warns of what is coming
 
-Environments are made anew in .venv-hosts/, executed notebooks are kept in outputs/hosts/. A table of what was run ends the output; anything
-that fails ends it at once. Minutes for each, and 3 GB of disk.
+Kaggle and Colab are run twice: the second time the install line upgrades all that it may. Environments are made anew
+in .venv-hosts/, executed notebooks are kept in outputs/hosts/. A table of what was run ends the output. Anything that
+fails ends it at once. Each takes minutes and 3 GB of disk.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ENVIRONMENTS = ROOT / ".venv-hosts"
 KEPT = ROOT / "outputs" / "hosts"
 TORCH = "torch==2.13.0"  # of these versions the one with a small CPU build
 NEED_THEIR_OWN_TORCH = ("torch", "torchvision", "timm")
+SHOWN = ("transformers", "diffusers", "peft", "accelerate")  # packages whose versions the table names
 DEMOS = (
     "train_sdxl.py --train_text_encoder",
     "train_opt.py",
@@ -69,7 +71,7 @@ def make_host(name: str) -> Path:
         if line and not line.startswith("#") and line.partition("==")[0] not in NEED_THEIR_OWN_TORCH:
             wanted.append(line)
     python = make_environment(name)
-    pip(python, TORCH, *wanted)
+    pip(python, [TORCH, *wanted])
     return site_packages(python)
 
 
@@ -80,7 +82,7 @@ def run_host(name: str, host: Path, *options: str) -> Row:
 
     # The install line, with its seconds and megabytes
     started_s = time.monotonic()
-    said = pip(python, *options, *requirements())
+    said = pip(python, [*options, *requirements()])
     seconds = time.monotonic() - started_s
     sizes = re.findall(r"(?:Downloading|Using cached) .*\(([\d.]+) (kB|MB)\)", said)
     megabytes = sum(float(size) / (1000 if unit == "kB" else 1) for size, unit in sizes)
@@ -90,18 +92,17 @@ def run_host(name: str, host: Path, *options: str) -> Row:
 
     # Every notebook in its --demo form, then an interrupt in this host's own kernel
     ran = notebooks(python, name)
-    pip(python, "pytest")
-    check(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/system/test_kernel.py")
-    versions = pinned(python, "transformers", "diffusers", "peft", "accelerate", "ipykernel")
-    return Row(
-        f"{name}: {versions}", f"{seconds:.0f} s, {megabytes:.0f} MB{conflicts}", f"{ran}; interrupt in its kernel"
-    )
+    pip(python, ["pytest"])
+    check(python, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/system/test_kernel.py"])
+    versions = pinned(python, [*SHOWN, "ipykernel"])
+    installed = f"{seconds:.0f} s, {megabytes:.0f} MB{conflicts}"
+    return Row(f"{name}: {versions}", installed, f"{ran}; interrupt in its kernel")
 
 
 def notebooks(python: Path, name: str) -> str:
     """Execute all, keep them -> what is said about it."""
     started_s = time.monotonic()
-    check(python, "tools/bundle.py", "--execute", "--keep", KEPT / name.replace(", ", "-"))
+    check(python, ["tools/bundle.py", "--execute", "--keep", KEPT / name.replace(", ", "-")])
     return f"every notebook, {time.monotonic() - started_s:.0f} s"
 
 
@@ -111,14 +112,18 @@ def notebooks(python: Path, name: str) -> str:
 def run_newest(name: str) -> Row:
     """What the ranges, or without them the registry, bring today; the demo of every script."""
     python = make_environment(name)
-    wanted = requirements() if name == "newest" else [re.match(r"[\w-]+", line)[0] for line in requirements()]
+    wanted = requirements()
+    if name == "latest":
+        wanted = [re.match(r"[\w-]+", line)[0] for line in wanted]
     started_s = time.monotonic()
-    pip(python, TORCH, *wanted)
+    pip(python, [TORCH, *wanted])
     seconds = time.monotonic() - started_s
+
+    # The last demo renders with the adapters of those before
     for number, demo in enumerate(DEMOS):
         script, *flags = demo.format(kept=KEPT / name).split()
-        check(python, script, "--demo", *flags, "--output_dir", KEPT / name / str(number))
-    versions = pinned(python, "transformers", "diffusers", "peft", "accelerate", "datasets")
+        check(python, [script, "--demo", *flags, "--output_dir", KEPT / name / str(number)])
+    versions = pinned(python, [*SHOWN, "datasets"])
     return Row(f"{name}: {versions}", f"{seconds:.0f} s with torch", f"demo of {', '.join(DEMOS)}")
 
 
@@ -139,27 +144,28 @@ def site_packages(python: Path) -> Path:
     return folder
 
 
-def pip(python: Path, *arguments: str) -> str:
+def pip(python: Path, arguments: list[str]) -> str:
     """pip install -> what it said."""
     print(f"pip install {' '.join(arguments)[:110]} ...", flush=True)
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    done = subprocess.run([*install, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
         sys.exit(done.stdout)
     return done.stdout
 
 
-def pinned(python: Path, *names: str) -> str:
+def pinned(python: Path, names: list[str]) -> str:
     """name version, name version of what is installed."""
     code = f"from importlib.metadata import version\nprint(', '.join(f'{{n}} {{version(n)}}' for n in {names}))"
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def check(python: Path, *arguments: str | Path) -> None:
+def check(python: Path, arguments: list[str | Path]) -> None:
     """Run in the repository as on a small machine without a GPU; a failure ends everything."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_DEMO": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if subprocess.run([python, *arguments], cwd=ROOT, env=environment).returncode != 0:
-        sys.exit(f"failed: {' '.join(map(str, (python, *arguments)))}")
+    command = [str(part) for part in (python, *arguments)]
+    if subprocess.run(command, cwd=ROOT, env=environment).returncode != 0:
+        sys.exit(f"failed: {' '.join(command)}")
 
 
 if __name__ == "__main__":

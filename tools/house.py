@@ -20,7 +20,17 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINERS = ("train_sdxl.py", "train_opt.py", "train_qlora.py", "train_dora.py")
-STRETCH, POSITIONAL, WIDTH, FUNCTION, FILE, ENTRIES, DIFFERENCE = 15, 5, 120, 50, 300, 12, 50
+
+# The limits
+STRETCH = 15  # lines of a body without a blank line or a comment
+POSITIONAL = 5  # arguments of a call
+WIDTH = 120  # columns
+FUNCTION = 50  # lines without the docstring
+FILE = 300  # lines
+ENTRIES = 12  # of a folder of common/
+DIFFERENCE = 50  # lines that `diff` shows between two trainers
+WIDE = 110  # columns that are counted, and no fault
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -48,7 +58,8 @@ def main() -> None:
 
 def pages(root: Path, *folders: str) -> list[Path]:
     """The Python files at the root and below `folders`."""
-    return sorted([*root.glob("*.py"), *itertools.chain.from_iterable((root / name).rglob("*.py") for name in folders)])
+    below = (file for name in folders for file in (root / name).rglob("*.py"))
+    return sorted([*root.glob("*.py"), *below])
 
 
 def measures(root: Path) -> dict[str, float | str]:
@@ -56,16 +67,22 @@ def measures(root: Path) -> dict[str, float | str]:
     files = pages(root, "common")
     lines = [line for file in files for line in file.read_text().splitlines()]
     functions = [(file, function) for file in files for function in functions_of(file)]
-    folders = {folder for file in files if (folder := file.parent) != root}
-    longest, file, function = max(
-        ((longest_stretch(file, function)[0], file, function) for file, function in functions), key=lambda row: row[0]
-    )
+    folders = {file.parent for file in files} - {root}
+
+    # What is counted in relation to something
+    stretches = [(longest_stretch(file, function)[0], file, function.name) for file, function in functions]
+    longest, file, name = max(stretches, key=lambda row: row[0])
+    comments = sum(map(comments_in, files)) / len(lines)
+    wide = sum(len(line) > WIDE for line in lines) / len(lines)
+    parallel = sum(map(parallel_assignments, files)) / len(lines)
+
+    # The rows of the table
     return {
-        "longest stretch without blank line or comment": f"{longest} ({file.relative_to(root)} {function.name})",
-        "comment lines, per cent": round(100 * sum(map(comments_in, files)) / len(lines), 1),
+        "longest stretch without blank line or comment": f"{longest} ({file.relative_to(root)} {name})",
+        "comment lines, per cent": round(100 * comments, 1),
         "lines over 120": sum(len(line) > WIDTH for line in lines),
-        "lines over 110, per cent": round(100 * sum(len(line) > 110 for line in lines) / len(lines), 1),
-        "parallel assignments per 1,000 lines": round(1000 * sum(map(parallel_assignments, files)) / len(lines), 1),
+        "lines over 110, per cent": round(100 * wide, 1),
+        "parallel assignments per 1,000 lines": round(1000 * parallel, 1),
         "calls with 6 or more positional arguments": sum(len(list(crowded_calls(file))) for file in files),
         "entries in the largest folder of common": max(len(entries(folder)) for folder in folders),
         "functions over 50 lines": sum(length(function) > FUNCTION for _, function in functions),
@@ -77,26 +94,35 @@ def measures(root: Path) -> dict[str, float | str]:
 def faults(root: Path) -> Iterator[Fault]:
     """Every place beyond a limit, in every folder but tests."""
     for file in pages(root, "common", "demo", "tools", "benchmarks"):
-        name, lines = file.relative_to(root), file.read_text().splitlines()
-        if len(lines) > FILE:
-            yield Fault(name, 1, f"{len(lines)} lines")
-        for number, line in enumerate(lines, 1):
-            if len(line) > WIDTH:
-                yield Fault(name, number, f"{len(line)} columns")
-        for function in functions_of(file):
-            if length(function) > FUNCTION:
-                yield Fault(name, function.lineno, f"{function.name} has {length(function)} lines")
-            stretch, start = longest_stretch(file, function)
-            if stretch > STRETCH:
-                yield Fault(name, start, f"{stretch} lines of {function.name} without blank line or comment")
-        for call in crowded_calls(file):
-            yield Fault(name, call.lineno, f"{len(call.args)} positional arguments")
+        for line, what in faults_of(file):
+            yield Fault(file.relative_to(root), line, what)
     for folder in sorted({file.parent for file in pages(root, "common")} - {root}):
         if len(entries(folder)) > ENTRIES:
             yield Fault(folder.relative_to(root), 0, f"{len(entries(folder))} entries")
     for pair, count in differences(root).items():
         if count > DIFFERENCE:
             yield Fault(Path(pair[0]), 1, f"{count} lines of diff to {pair[1]}")
+
+
+def faults_of(file: Path) -> Iterator[tuple[int, str]]:
+    """(line, what is beyond a limit there) for every such place of one file."""
+    # Its length and its width
+    lines = file.read_text().splitlines()
+    if len(lines) > FILE:
+        yield 1, f"{len(lines)} lines"
+    for number, line in enumerate(lines, 1):
+        if len(line) > WIDTH:
+            yield number, f"{len(line)} columns"
+
+    # Its functions and its calls
+    for function in functions_of(file):
+        if length(function) > FUNCTION:
+            yield function.lineno, f"{function.name} has {length(function)} lines"
+        stretch, start = longest_stretch(file, function)
+        if stretch > STRETCH:
+            yield start, f"{stretch} lines of {function.name} without blank line or comment"
+    for call in crowded_calls(file):
+        yield call.lineno, f"{len(call.args)} positional arguments"
 
 
 def functions_of(file: Path) -> list[Function]:
@@ -111,12 +137,13 @@ def length(function: Function) -> int:
 
 
 def longest_stretch(file: Path, function: Function) -> tuple[int, int]:
-    """(lines, first line) of the longest run of a body's lines without a blank line or one that begins with a comment."""
+    """(lines, first line) of the longest run of a body's lines, each neither blank nor a comment."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     if not body:
         return 0, function.lineno
     lines = file.read_text().splitlines()
-    longest, run = (0, function.lineno), 0
+    longest = (0, function.lineno)
+    run = 0
     for number in range(body[0].lineno, function.end_lineno + 1):
         text = lines[number - 1].strip()
         run = run + 1 if text and not text.startswith("#") else 0
@@ -134,17 +161,16 @@ def parallel_assignments(file: Path) -> int:
     """Assignments of several values to several names that are no swap."""
     count = 0
     for node in ast.walk(ast.parse(file.read_text())):
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Tuple)
-            and isinstance(node.value, ast.Tuple)
-        ):
-            given, taken = ({ast.unparse(item) for item in side.elts} for side in (node.value, node.targets[0]))
-            count += given != taken
+        if isinstance(node, ast.Assign):
+            sides = (node.targets[0], node.value)
+            if all(isinstance(side, ast.Tuple) for side in sides):
+                taken, given = ({ast.unparse(item) for item in side.elts} for side in sides)
+                count += given != taken
     return count
 
 
 def crowded_calls(file: Path) -> Iterator[ast.Call]:
+    """Calls with more positional arguments than a reader tells apart; `*values` counts as one."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and len(node.args) > POSITIONAL:
             yield node

@@ -1,8 +1,8 @@
 """A notebook for each script: settings first, then the files it needs in folded cells, then the commands.
 
-A cell that is folded says so to each host in its own word: Jupyter reads jupyter.source_hidden, Kaggle _kg_hide-input, Colab
-cellView. The files stand before the commands because "run all" goes from top to bottom. They are the script as it stands in the
-repository and one file with all modules, which the scripts share.
+A cell that is folded says so to each host in its own word: Jupyter reads jupyter.source_hidden, Kaggle _kg_hide-input,
+Colab cellView. The files stand before the commands because "run all" goes from top to bottom. They are the script as it
+stands in the repository and one file with all modules, which the scripts share.
 """
 
 import json
@@ -35,21 +35,23 @@ def training(script: str, what: str, needs: str, flags: str) -> Subject:
 
 SUBJECTS = {
     "train_sdxl": training(
-        "train_sdxl", "LoRA at 1024 px, the best quality.", "a GPU with 14 GB", "--max_train_minutes 600"
+        "train_sdxl", "LoRA at 1024 px, the best quality.", "a GPU with 8 GB or more", "--max_train_minutes 600"
     ),
     "train_opt": training(
         "train_opt",
         "LoRA at 768 px with Min-SNR, offset noise and EMA.",
-        "a GPU with 8 to 12 GB",
+        "a GPU with 8 GB or more",
         "--resolution 768 --max_train_minutes 600",
     ),
     "train_qlora": training(
         "train_qlora",
         "LoRA on a 4-bit base, the least memory.",
-        "a GPU with 4 GB or more",
+        "a GPU with 6 GB or more",
         "--strategy aggressive --max_train_minutes 600",
     ),
-    "train_dora": training("train_dora", "Weight-decomposed LoRA.", "a GPU with 8 to 12 GB", "--max_train_minutes 600"),
+    "train_dora": training(
+        "train_dora", "Weight-decomposed LoRA.", "a GPU with 8 GB or more", "--max_train_minutes 600"
+    ),
     "infer": Subject(
         "The base model and every adapter side by side.",
         "a GPU with 8 GB or more",
@@ -57,17 +59,46 @@ SUBJECTS = {
         ("compare/images/*.png", "compare/compare.png"),
     ),
 }
+# What lies in /kaggle/input when the hub is out of reach
 OFFLINE = (
-    "**Without internet** (a Kaggle notebook with it switched off): attach the model as a folder in the layout of diffusers, for training"
-    " your captioned pictures, and the two wheels of `pip download --no-deps argparse-dataclass bitsandbytes`. The first cell of commands"
-    " finds the wheels, and the scripts take the model and the pictures from `/kaggle/input` when the hub is out of reach."
+    "**Without internet** (a Kaggle notebook with it switched off): attach {attached}, and the two wheels of"
+    " `pip download --no-deps argparse-dataclass bitsandbytes`. The first cell of commands finds the wheels, and the"
+    " scripts take {taken} from `/kaggle/input` when the hub is out of reach."
 )
+MODEL = "the model as a folder in the layout of diffusers"
+OFFLINE_TRAINING = OFFLINE.format(attached=f"{MODEL}, your captioned pictures", taken="the model and the pictures")
+OFFLINE_INFER = OFFLINE.format(attached=MODEL, taken="the model")
 SESSIONS = (
-    "**A session that ends** costs nothing: run all again, and the run goes on from its last checkpoint. Interrupt the cell to stop early;"
-    " the step in hand is finished and saved. On Kaggle attach the output of the earlier version; on Colab it is on your Drive."
+    "**A session that ends** costs nothing: run all again, and the run goes on from its last checkpoint. Interrupt the"
+    " cell to stop early; the step in hand is finished and saved. On Kaggle attach the output of the earlier version;"
+    " on Colab it is on your Drive."
 )
 
+# Settings, which a cell with a form shows as fields on Colab
+TRAINING_SETTINGS = """# @title Settings
+# @markdown Flags of SCRIPT.py as on a command line, e.g. --learning_rate 5e-5 --lora_rank 32 --seed 7. All of them:
+# @markdown `!python SCRIPT.py --help`, once the cells below have run. --max_train_minutes 600 ends the run after 10
+# @markdown hours with everything saved, because Kaggle stops a session after 12; run all again to go on.
+FLAGS = "{flags}"  # @param {{type:"string"}}
+# @markdown Your own captioned pictures: a folder with metadata.jsonl or .csv, or a .txt beside each. Empty: Naruto.
+TRAIN_DATA_DIR = ""  # @param {{type:"string"}}"""
+INFER_SETTINGS = """# @title Settings
+# @markdown What to show, each in quotes, e.g. ["a fox in Naruto style", "a cat"]. Empty: the three reference prompts.
+PROMPTS = []  # @param {{type:"raw"}}
+# @markdown More flags of infer.py as on a command line, e.g. --compare --num_images 2 --seed 7 --resolution 768.
+FLAGS = "{flags}"  # @param {{type:"string"}}
+# @markdown Adapters, with spaces between, e.g. /kaggle/input/my-run/train_opt:0.8.
+# @markdown Empty: every run in the output folder.
+ADAPTERS = ""  # @param {{type:"string"}}"""
+DRIVE_SETTING = """
+# @markdown On Colab: write everything to your Drive, where it outlives the session.
+USE_DRIVE = True  # @param {type:"boolean"}"""
 
+# Commands
+VERIFY = """try:
+    run(*PYTHON, "verify_setup.py")
+except subprocess.CalledProcessError:
+    pass"""
 TRAIN = """ARGUMENTS = ["--demo"] if DEMO else shlex.split(FLAGS)
 if TRAIN_DATA_DIR:
     ARGUMENTS += ["--train_data_dir", TRAIN_DATA_DIR]
@@ -76,9 +107,11 @@ run(*LAUNCH, "SCRIPT.py", *ARGUMENTS)"""
 COMPARE = """ARGUMENTS = ["--demo"] if DEMO else []
 ARGUMENTS += ["--lora", f"{OUTPUT}/SCRIPT", "--output_dir", f"{OUTPUT}/compare"]
 run(*PYTHON, "infer.py", "--compare", *ARGUMENTS)"""
-DRAW = """import glob
+RENDER = """import glob
 
-ARGUMENTS = ["--demo", "--prompt", "a laughing boy"] if DEMO else shlex.split(FLAGS)
+ARGUMENTS = ["--demo"] if DEMO else shlex.split(FLAGS)
+if PROMPTS:
+    ARGUMENTS += ["--prompt", *PROMPTS]
 RUNS = [os.path.dirname(file) for file in sorted(glob.glob(f"{OUTPUT}/*/pytorch_lora_weights.safetensors"))]
 for adapter in shlex.split(ADAPTERS) or RUNS:
     ARGUMENTS += ["--lora", adapter]
@@ -87,69 +120,59 @@ run(*PYTHON, "infer.py", *ARGUMENTS, "--output_dir", f"{OUTPUT}/compare")"""
 
 def notebook(script: str) -> str:
     """The text of dist/SCRIPT.ipynb."""
-    subject = SUBJECTS[script]
-    trains = script != "infer"
-    scripts = ["verify_setup", *dict.fromkeys([script, "infer"])]
-    cells = [
-        markdown(
-            f"# {script}.py\n\n{subject.what} Needs {subject.needs}. Choose the GPU, look at the settings, run all cells."
-            " It loads 7 GB from the hub; without internet see the end."
-        ),
-        code(trainer_settings(subject) if trains else infer_settings(subject)),
-        folded((CELLS / "machine.py").read_text()),
-        folded((CELLS / "run.py").read_text()),
-        folded(modules_cell(scripts)),
-        *(folded(script_cell(name)) for name in scripts),
-        code(install_cell()),
-        markdown("What is this machine good for? (It says so, and stops nothing.)"),
-        code('try:\n    run(*PYTHON, "verify_setup.py")\nexcept subprocess.CalledProcessError:\n    pass'),
-    ]
-    if trains:
-        cells += [
-            markdown(f"Train. All flags: `!python {script}.py --help`"),
-            code(TRAIN.replace("SCRIPT", script)),
-            markdown("Draw with the base model and with the adapter: the same prompts, the same noise."),
-            code(COMPARE.replace("SCRIPT", script)),
-        ]
-    else:
-        cells += [code(DRAW)]
-    cells += [
-        code(pictures_cell(subject)),
-        markdown(f"{SESSIONS}\n\n{OFFLINE}" if trains else OFFLINE),
-    ]
+    cells = [*preparing_cells(script), *commands(script)]
     for number, cell in enumerate(cells):
         cell["id"] = f"cell-{number:02d}"
     kernel = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    return (
-        json.dumps(
-            {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False
-        )
-        + "\n"
-    )
+    whole = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+
+
+def preparing_cells(script: str) -> list[dict]:
+    """What it is about, settings, files, packages, and a look at the machine."""
+    subject = SUBJECTS[script]
+    scripts = ["verify_setup", *dict.fromkeys([script, "infer"])]
+    advice = "Choose the GPU, look at the settings, run all cells."
+    hub = "It loads 7 GB from the hub; without internet see the end."
+    return [
+        markdown(f"# {script}.py\n\n{subject.what} Needs {subject.needs}. {advice} {hub}"),
+        code(settings_cell(script)),
+        # The files
+        folded((CELLS / "machine.py").read_text()),
+        folded((CELLS / "run.py").read_text()),
+        folded(modules_cell(scripts)),
+        *(folded(script_cell(name)) for name in scripts),
+        # The machine
+        code(install_cell()),
+        markdown("What is this machine good for? (It says so, and stops nothing.)"),
+        code(VERIFY),
+    ]
+
+
+def commands(script: str) -> list[dict]:
+    """Train and compare, or render; then show the pictures."""
+    pictures = code(pictures_cell(SUBJECTS[script]))
+    if script == "infer":
+        return [code(RENDER), pictures, markdown(OFFLINE_INFER)]
+    return [
+        markdown(f"Train. All flags: `!python {script}.py --help`"),
+        code(TRAIN.replace("SCRIPT", script)),
+        markdown("Render with the base model and with the adapter: the same prompts, the same noise."),
+        code(COMPARE.replace("SCRIPT", script)),
+        pictures,
+        markdown(f"{SESSIONS}\n\n{OFFLINE_TRAINING}"),
+    ]
 
 
 # ---------------------------------------------------------------- cells
 
 
-def trainer_settings(subject: Subject) -> str:
-    return f'''# @title Settings
-FLAGS = "{subject.flags}"  # @param {{type:"string"}}
-# @markdown Your own captioned pictures: a folder with metadata.jsonl or .csv, or a .txt beside each. Empty: Naruto.
-TRAIN_DATA_DIR = ""  # @param {{type:"string"}}
-# @markdown On Colab: write everything to your Drive, where it outlives the session.
-USE_DRIVE = True  # @param {{type:"boolean"}}'''
-
-
-def infer_settings(subject: Subject) -> str:
-    return f'''# @title Settings
-FLAGS = "{subject.flags}"  # @param {{type:"string"}}
-# @markdown Adapters, with spaces between, e.g. /kaggle/input/my-run/train_opt:0.8. Empty: every run in the output folder.
-ADAPTERS = ""  # @param {{type:"string"}}
-# @markdown On Colab: write everything to your Drive, where it outlives the session.
-USE_DRIVE = True  # @param {{type:"boolean"}}'''
+def settings_cell(script: str) -> str:
+    settings = INFER_SETTINGS if script == "infer" else TRAINING_SETTINGS.replace("SCRIPT", script)
+    return settings.format(flags=SUBJECTS[script].flags) + DRIVE_SETTING
 
 
 def install_cell() -> str:
@@ -165,16 +188,20 @@ def pictures_cell(subject: Subject) -> str:
 
 def modules_cell(scripts: list[str]) -> str:
     names = modules_of(*map(source_of, scripts))
-    made = (
-        f"The {len(names)} modules that the scripts import. Made by tools/bundle.py; edit the modules, not this text."
-    )
-    return f"%%writefile {MODULES_FILE}.py\n# @title {MODULES_FILE}.py\n# {made}\n\n{IMPORTS}\n\n{texts_of(names)}"
+    use = "Made by tools/bundle.py; edit the modules, not this text."
+    made = f"# The {len(names)} modules that the scripts import. {use}"
+    return f"{file_cell(MODULES_FILE)}{made}\n\n{IMPORTS}\n\n{texts_of(names)}"
 
 
 def script_cell(script: str) -> str:
     """A script as it stands, but for one line that brings its modules."""
     doc, body = split_docstring(source_of(script))
-    return f"%%writefile {script}.py\n# @title {script}.py\n{doc}\n\nimport {MODULES_FILE}  # noqa: F401  (common/)\n{body}"
+    return f"{file_cell(script)}{doc}\n\nimport {MODULES_FILE}  # noqa: F401  (common/)\n{body}"
+
+
+def file_cell(name: str) -> str:
+    """How a cell begins that writes NAME.py."""
+    return f"%%writefile {name}.py\n# @title {name}.py\n"
 
 
 def markdown(text: str) -> dict:
@@ -200,7 +227,7 @@ def requirements() -> list[str]:
 
 
 def execute(script: str, keep: Path | None = None) -> list[str]:
-    """Run a notebook's --demo form with this Python as its kernel, in an empty folder -> its PNG pictures, as base64 texts.
+    """Run a notebook's --demo form with this Python as its kernel, in an empty folder -> its PNG pictures in base64.
 
     With `keep`, a folder, the notebook is written there with its outputs.
     """

@@ -1,8 +1,8 @@
 """A script and the modules it imports as one file.
 
-It holds each module as it stands in the repository, comments and all, as a text of its own under its path, and thirty lines
-that let Python import from those texts. They stay modules because that keeps what users notice: `--help` answers before torch
-is imported, tracebacks name a module's file and line, and Triton finds the source of its kernels.
+It holds each module as it stands in the repository, comments and all, as a text of its own under its path. Thirty
+lines let Python import from those texts. They stay modules because that keeps what users notice: `--help` answers
+before torch is imported, tracebacks name a module's file and line, and Triton finds the source of its kernels.
 """
 
 import ast
@@ -122,7 +122,10 @@ def package_of(name: str) -> str:
 
 
 def path_of(name: str) -> Path | None:
-    """Where the repository keeps a module, relative to its root; None for names inside of one, and for others' modules."""
+    """Where the repository keeps a module, relative to its root.
+
+    None for names inside of a module, and for modules of others.
+    """
     if name.partition(".")[0] not in PACKAGES:
         return None
     path = Path(*name.split("."))
@@ -132,7 +135,6 @@ def path_of(name: str) -> Path | None:
 def text_of(name: str) -> str:
     text = (ROOT / path_of(name)).read_text()
     if "'''" in text:
-        raise SystemExit(
-            f"{path_of(name)}: three single quotes in a row would end its text in a bundle; use double ones"
-        )
+        cure = "use double ones"
+        raise SystemExit(f"{path_of(name)}: three single quotes in a row would end its text in a bundle; {cure}")
     return text

@@ -15,5 +15,6 @@ if USE_DRIVE and "COLAB_RELEASE_TAG" in os.environ:
     drive.mount("/content/drive")
     OUTPUT = "/content/drive/MyDrive/sdxl_style"
 
-# SUITE_DEMO=1: everything with a tiny random model on a CPU.
+# SUITE_DEMO=1 in the environment: everything runs with a tiny random model, for which a CPU is enough.
+# That is only to try the notebook.
 DEMO = os.environ.get("SUITE_DEMO") == "1"

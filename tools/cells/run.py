@@ -8,13 +8,17 @@ import sys
 
 
 def run(*command):
-    """Show what a command prints while it runs. An interrupt of the cell is passed on to it; its failure fails the notebook."""
+    """Show what a command prints while it runs.
+
+    An interrupt of the cell is passed on to the command. Its failure fails the notebook.
+    """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     # In a session of its own an interrupt reaches it once, by killpg below, and not with the notebook's kernel.
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be cut in two
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **output)
+
+    # What is read may end within a character.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
         try:
             while data := process.stdout.read1():
