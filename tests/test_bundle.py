@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -55,7 +56,8 @@ def test_a_traceback_and_inspect_see_the_modules_lines(tmp_path):
     """Triton reads the source of its kernels, and users read tracebacks."""
     (tmp_path / "probe.py").write_text(
         bundle.bundle("infer").partition("\nif __name__")[0]
-        + "\nimport inspect\nfrom common.model import noise\nprint(inspect.getsource(noise.mse_per_sample))\nnoise.mse_per_sample(1, 2)\n"
+        + "\nimport inspect\nfrom common.model import noise\n"
+        + "print(inspect.getsource(noise.mse_per_sample))\nnoise.mse_per_sample(1, 2)\n"
     )
     process = subprocess.run([sys.executable, "-I", "probe.py"], cwd=tmp_path, capture_output=True, text=True)
     assert "def mse_per_sample(prediction: torch.Tensor" in process.stdout
@@ -121,6 +123,23 @@ def test_a_notebooks_scripts_run_from_their_cells(tmp_path):
     assert process.returncode == 0 and json.loads(process.stdout)["output_dir"] == "outputs/demo", process.stderr
 
 
+@pytest.mark.parametrize(
+    ("prompts", "passed"), [([], []), (["a fox, red", "two cats"], ["--prompt", "a fox, red", "two cats"])]
+)
+def test_prompts_of_the_settings_stand_beside_the_flags(prompts, passed, tmp_path, monkeypatch):
+    """Each as one argument; without any infer.py has its own."""
+    monkeypatch.chdir(tmp_path)
+    settings = sources("infer")[1][0]
+    (command,) = [text for text, _ in sources("infer") if 'run(*PYTHON, "infer.py"' in text]
+    ran = []
+    names = dict(os=os, shlex=shlex, DEMO=False, OUTPUT="out", PYTHON=["python"], run=lambda *line: ran.append(line))
+    exec(settings, names)
+    assert names["PROMPTS"] == []
+    names["PROMPTS"] = prompts
+    exec(command, names)
+    assert ran == [("python", "infer.py", "--compare", *passed, "--output_dir", "out/compare")]
+
+
 # ---------------------------------------------------------------- what goes into one file
 
 
@@ -158,7 +177,8 @@ def main():
     try:
         fail()
     except ValueError:
-        print(traceback.format_exc().splitlines()[-3].strip().replace(os.path.dirname(os.path.abspath(__file__)), "HERE"))
+        here = os.path.dirname(os.path.abspath(__file__))
+        print(traceback.format_exc().splitlines()[-3].strip().replace(here, "HERE"))
 
 
 if __name__ == "__main__":

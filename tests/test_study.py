@@ -1,4 +1,4 @@
-"""tools/study.py: methods differ in nothing but the method, its numbers are those of metrics.jsonl, and nothing is trained twice."""
+"""tools/study.py: methods differ in nothing but the method, numbers are those of metrics.jsonl, no run is made twice."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ import train_dora
 import train_qlora
 import train_sdxl
 from common.errors import UserError
-from tools import study
+from tools import study, study_results
 
 SEEDS, STEPS = (42, 43), 5
 ALL_METHODS = study.METHODS
@@ -65,10 +65,8 @@ def test_the_budget_of_the_real_study_is_equal_too(tmp_path, tmp_path_factory, c
     study.main(["--dry_run", "--seeds", "2", "--", "--train_data_dir", str(tmp_path_factory.mktemp("pictures"))])
     *trainings, grid = (shlex.split(line) for line in capsys.readouterr().out.splitlines())
     assert grid[:3] == ["python", "infer.py", "--compare"] and not list(tmp_path.iterdir())
-    mains, configs = (
-        {"train_sdxl.py": train_sdxl.main, "train_qlora.py": train_qlora.main, "train_dora.py": train_dora.main},
-        [],
-    )
+    mains = {"train_sdxl.py": train_sdxl.main, "train_qlora.py": train_qlora.main, "train_dora.py": train_dora.main}
+    configs = []
     for _, script, *argv in trainings:
         mains[script]([*argv, "--dry_run"])
         configs.append(json.loads(capsys.readouterr().out))
@@ -149,10 +147,10 @@ def test_a_difference_counts_when_it_exceeds_its_own_spread(offsets, beyond):
     shared = [1.0, 2.0, 3.0]
     rows = [dict(method="LoRA", seed=i, mse=loss, val_loss=loss) for i, loss in enumerate(shared)]
     rows += [dict(method="DoRA", seed=i, mse=loss, val_loss=loss + offsets[i]) for i, loss in enumerate(shared)]
-    by_mse, by_held_out = study.compare(rows)
+    by_mse, by_held_out = study_results.compare(rows)
     assert by_held_out["beyond_chance"] == beyond and not by_mse["beyond_chance"]
     methods = [dict(seeds=3, steps=STEPS, method="LoRA")]
-    text = study.conclusion({"methods": methods, "differences": [by_mse, by_held_out]}, demo=False)
+    text = study_results.conclusion({"methods": methods, "differences": [by_mse, by_held_out]}, demo=False)
     verdict = "different from LoRA" if beyond else "not to be told from LoRA"
     assert f"By held-out loss, {verdict}: DoRA ({statistics.mean(offsets):+.5f} ± " in text and "n = 3 seeds" in text
 

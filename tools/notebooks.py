@@ -24,41 +24,19 @@ class Subject(NamedTuple):
     """What a notebook is about."""
 
     what: str
-    needs: str
+    card_gb: int  # the smallest card on which it runs
     flags: str  # of the documented run
-    pictures: tuple[str, ...]  # patterns below the output folder
 
 
-def training(script: str, what: str, needs: str, flags: str) -> Subject:
-    return Subject(what, needs, flags, (f"{script}/training.png", f"{script}/samples/*.png", "compare/compare.png"))
-
-
+TIME_LIMIT = "--max_train_minutes 600"  # Kaggle ends a session after 12 hours
 SUBJECTS = {
-    "train_sdxl": training(
-        "train_sdxl", "LoRA at 1024 px, the best quality.", "a GPU with 8 GB or more", "--max_train_minutes 600"
-    ),
-    "train_opt": training(
-        "train_opt",
-        "LoRA at 768 px with Min-SNR, offset noise and EMA.",
-        "a GPU with 8 GB or more",
-        "--resolution 768 --max_train_minutes 600",
-    ),
-    "train_qlora": training(
-        "train_qlora",
-        "LoRA on a 4-bit base, the least memory.",
-        "a GPU with 6 GB or more",
-        "--strategy aggressive --max_train_minutes 600",
-    ),
-    "train_dora": training(
-        "train_dora", "Weight-decomposed LoRA.", "a GPU with 8 GB or more", "--max_train_minutes 600"
-    ),
-    "infer": Subject(
-        "The base model and every adapter side by side.",
-        "a GPU with 8 GB or more",
-        "--compare",
-        ("compare/images/*.png", "compare/compare.png"),
-    ),
+    "train_sdxl": Subject("LoRA at 1024 px, the best quality.", 8, TIME_LIMIT),
+    "train_opt": Subject("LoRA at 768 px with Min-SNR, offset noise and EMA.", 8, f"--resolution 768 {TIME_LIMIT}"),
+    "train_qlora": Subject("LoRA on a 4-bit base, the least memory.", 6, f"--strategy aggressive {TIME_LIMIT}"),
+    "train_dora": Subject("Weight-decomposed LoRA.", 8, TIME_LIMIT),
+    "infer": Subject("The base model and every adapter side by side.", 8, "--compare"),
 }
+
 # What lies in /kaggle/input when the hub is out of reach
 OFFLINE = (
     "**Without internet** (a Kaggle notebook with it switched off): attach {attached}, and the two wheels of"
@@ -74,22 +52,21 @@ SESSIONS = (
     " on Colab it is on your Drive."
 )
 
-# Settings, which a cell with a form shows as fields on Colab
+# Settings, which Colab shows as a form
 TRAINING_SETTINGS = """# @title Settings
-# @markdown Flags of SCRIPT.py as on a command line, e.g. --learning_rate 5e-5 --lora_rank 32 --seed 7. All of them:
-# @markdown `!python SCRIPT.py --help`, once the cells below have run. --max_train_minutes 600 ends the run after 10
-# @markdown hours with everything saved, because Kaggle stops a session after 12; run all again to go on.
-FLAGS = "{flags}"  # @param {{type:"string"}}
+# @markdown Flags of SCRIPT.py as on a command line, e.g. `--learning_rate 5e-5 --lora_rank 32 --seed 7`; all of them:
+# @markdown `!python SCRIPT.py --help`, once the cells below have run. `--max_train_minutes 600` ends the run after
+# @markdown 10 hours with everything saved, because Kaggle stops a session after 12; run all again to go on.
+FLAGS = "DEFAULTS"  # @param {type:"string"}
 # @markdown Your own captioned pictures: a folder with metadata.jsonl or .csv, or a .txt beside each. Empty: Naruto.
-TRAIN_DATA_DIR = ""  # @param {{type:"string"}}"""
+TRAIN_DATA_DIR = ""  # @param {type:"string"}"""
 INFER_SETTINGS = """# @title Settings
-# @markdown What to show, each in quotes, e.g. ["a fox in Naruto style", "a cat"]. Empty: the three reference prompts.
-PROMPTS = []  # @param {{type:"raw"}}
-# @markdown More flags of infer.py as on a command line, e.g. --compare --num_images 2 --seed 7 --resolution 768.
-FLAGS = "{flags}"  # @param {{type:"string"}}
-# @markdown Adapters, with spaces between, e.g. /kaggle/input/my-run/train_opt:0.8.
-# @markdown Empty: every run in the output folder.
-ADAPTERS = ""  # @param {{type:"string"}}"""
+# @markdown What to show, each in quotes, e.g. `["a fox in Naruto style", "a cat"]`. Empty: the reference prompts.
+PROMPTS = []  # @param {type:"raw"}
+# @markdown Other flags of infer.py as on a command line, e.g. `--compare --num_images 2 --seed 7 --steps 20`.
+FLAGS = "DEFAULTS"  # @param {type:"string"}
+# @markdown Adapters, with spaces between, e.g. /kaggle/input/run/train_opt:0.8. Empty: every run in the output folder.
+ADAPTERS = ""  # @param {type:"string"}"""
 DRIVE_SETTING = """
 # @markdown On Colab: write everything to your Drive, where it outlives the session.
 USE_DRIVE = True  # @param {type:"boolean"}"""
@@ -138,7 +115,7 @@ def preparing_cells(script: str) -> list[dict]:
     advice = "Choose the GPU, look at the settings, run all cells."
     hub = "It loads 7 GB from the hub; without internet see the end."
     return [
-        markdown(f"# {script}.py\n\n{subject.what} Needs {subject.needs}. {advice} {hub}"),
+        markdown(f"# {script}.py\n\n{subject.what} Needs a GPU with {subject.card_gb} GB or more. {advice} {hub}"),
         code(settings_cell(script)),
         # The files
         folded((CELLS / "machine.py").read_text()),
@@ -154,7 +131,7 @@ def preparing_cells(script: str) -> list[dict]:
 
 def commands(script: str) -> list[dict]:
     """Train and compare, or render; then show the pictures."""
-    pictures = code(pictures_cell(SUBJECTS[script]))
+    pictures = code(pictures_cell(script))
     if script == "infer":
         return [code(RENDER), pictures, markdown(OFFLINE_INFER)]
     return [
@@ -172,7 +149,7 @@ def commands(script: str) -> list[dict]:
 
 def settings_cell(script: str) -> str:
     settings = INFER_SETTINGS if script == "infer" else TRAINING_SETTINGS.replace("SCRIPT", script)
-    return settings.format(flags=SUBJECTS[script].flags) + DRIVE_SETTING
+    return settings.replace("DEFAULTS", SUBJECTS[script].flags) + DRIVE_SETTING
 
 
 def install_cell() -> str:
@@ -181,9 +158,11 @@ def install_cell() -> str:
     return f'{title}\nREQUIREMENTS = """\n{wanted}\n""".split()\n{rest}'
 
 
-def pictures_cell(subject: Subject) -> str:
+def pictures_cell(script: str) -> str:
+    """Shows those of the run and of the comparison."""
     title, _, rest = (CELLS / "pictures.py").read_text().partition("\n")
-    return f"{title}\nPICTURES = {json.dumps(subject.pictures)}\n{rest}"
+    own = ["compare/images/*.png"] if script == "infer" else [f"{script}/training.png", f"{script}/samples/*.png"]
+    return f"{title}\nPICTURES = {json.dumps([*own, 'compare/compare.png'])}\n{rest}"
 
 
 def modules_cell(scripts: list[str]) -> str:
