@@ -1,4 +1,4 @@
-"""tools/study.py: methods differ in nothing but the method, numbers are those of metrics.jsonl, no run is made twice."""
+"""tools/study.py: methods differ in nothing but the method, numbers are metrics.jsonl's, nothing is trained twice."""
 
 import json
 import shlex

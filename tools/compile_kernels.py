@@ -29,7 +29,7 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}
 class Card:
     """Triton's driver of a card that is not there: it can say what it is, and launch nothing."""
 
-    def __init__(self, capability):
+    def __init__(self, capability: int):
         from triton.backends.compiler import GPUTarget
 
         self.target = GPUTarget("cuda", capability, 32)

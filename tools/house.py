@@ -182,16 +182,12 @@ def entries(folder: Path) -> list[Path]:
 
 def differences(root: Path) -> dict[tuple[str, str], int]:
     """{pair of trainers: lines that `diff` shows as removed or added}."""
-    pages = {name: (root / name).read_text().splitlines() for name in TRAINERS}
-    return {
-        pair: sum(line[0] in "<>" for line in _diff(*(pages[name] for name in pair)))
-        for pair in itertools.combinations(TRAINERS, 2)
-    }
+    texts = {name: (root / name).read_text().splitlines() for name in TRAINERS}
+    return {(a, b): _differing(texts[a], texts[b]) for a, b in itertools.combinations(TRAINERS, 2)}
 
 
-def _diff(before: list[str], after: list[str]) -> list[str]:
-    marks = {"- ": "< ", "+ ": "> "}
-    return [marks[line[:2]] + line[2:] for line in difflib.ndiff(before, after) if line[:2] in marks]
+def _differing(before: list[str], after: list[str]) -> int:
+    return sum(line[:2] in ("- ", "+ ") for line in difflib.ndiff(before, after))
 
 
 if __name__ == "__main__":
