@@ -1,4 +1,4 @@
-"""LoRA for an 8 to 12 GB card: 768 px, rank 8, Min-SNR weighting, offset noise, EMA, text embeddings on disk.
+"""LoRA for a card of 8 GB or more: 768 px, rank 8, Min-SNR weighting, offset noise, EMA, text embeddings on disk.
 
 python train_opt.py --resolution 768
 python train_opt.py --demo
@@ -17,7 +17,7 @@ from common.cli.running import run
 
 @dataclass
 class Flags(TrainFlags):
-    """Fine-tune SDXL to a style with LoRA on an 8 to 12 GB card."""
+    """Fine-tune SDXL to a style with LoRA, fit for a card of 8 GB and faster on larger ones."""
 
     output_dir: str = "outputs/train_opt"
     resolution: int = 768
