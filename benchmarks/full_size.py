@@ -1,10 +1,10 @@
-"""Writes what the benchmarks run on when no download is possible: a full-size SDXL with random weights and a folder of captioned images.
+"""Writes what the benchmarks run on without a download: a full-size SDXL with random weights, and captioned images.
 
     python benchmarks/full_size.py --model /tmp/sdxl --images /tmp/images
 
-The checkpoint is 7 GB of fp16 in diffusers' layout, under the file names of variant "fp16". Speed and memory do not depend on the
-weights. The images are photographs that scikit-image, scikit-learn and matplotlib bring along, where they are installed (no download),
-and drawn 1080 px pictures for the rest.
+The checkpoint is 7 GB of fp16 in diffusers' layout, under the file names of variant "fp16". Speed and memory do not
+depend on the weights. The images are photographs that scikit-image, scikit-learn and matplotlib bring along, where they
+are installed. Rendered pictures of 1080 px make up the rest.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import json
 import random
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +24,10 @@ from common.cli.flag_checks import check_writable
 from common.cli.running import run
 from common.errors import UserError
 from common.model import tiny, tiny_pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
 
 # Widths of stabilityai/stable-diffusion-xl-base-1.0 (its config.json files); VAE of madebyollin/sdxl-vae-fp16-fix.
 FULL = dict(
@@ -55,8 +61,11 @@ FULL = dict(
 )
 PARAMETERS = dict(unet=2_567_463_684, text_encoder=123_060_480, text_encoder_2=694_659_840, vae=83_653_863)
 
-PHOTOS = {  # package/path -> caption
-    "skimage/data/astronaut.png": "a smiling astronaut in an orange suit before a flag and a model of the space shuttle",
+# package/path -> caption
+PHOTOS = {
+    "skimage/data/astronaut.png": (
+        "a smiling astronaut in an orange suit before a flag and a model of the space shuttle"
+    ),
     "skimage/data/camera.png": "a man in a dark coat looking through a camera on a tripod, black and white",
     "skimage/data/chelsea.png": "the face of a ginger tabby cat, close up",
     "skimage/data/coffee.png": "a cup of coffee on a red saucer on a wooden table",
@@ -75,7 +84,10 @@ PHOTOS = {  # package/path -> caption
 
 
 def write_model(folder: Path) -> None:
-    """One component at a time, so that a 12 GB machine can do it; model_index.json comes last and marks a complete checkpoint."""
+    """Write one component at a time, so that a 12 GB machine can do it.
+
+    model_index.json comes last and marks a complete checkpoint.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,8 +105,10 @@ def write_model(folder: Path) -> None:
     pipeline.save_config(folder)
 
 
-def randomize(model) -> None:
-    """Fills uninitialised weights so that activations stay small in fp16: matrices of half the variance-keeping gain, norms of 1.
+def randomize(model: "nn.Module") -> None:
+    """Fill uninitialised weights so that activations stay small in fp16.
+
+    Matrices have half the gain that keeps the variance; norms are 1, biases 0.
 
     Buffers stay uninitialised: none of SDXL's is saved (position_ids are made anew at loading).
     """
@@ -109,46 +123,74 @@ def randomize(model) -> None:
 
 
 def installed_photos() -> list[tuple[Path, str]]:
-    """(file, caption) of the sample photographs found on this machine; no package is imported and nothing is downloaded."""
+    """(file, caption) of the sample photographs on this machine; no package is imported and nothing is downloaded."""
     photos = []
-    for path, text in PHOTOS.items():
-        package, _, inside = path.partition("/")
+    for path, caption in PHOTOS.items():
+        package, _, path_in_package = path.partition("/")
         spec = find_spec(package)
-        if spec and (file := Path(spec.submodule_search_locations[0]) / inside).is_file():
-            photos.append((file, text))
+        if spec and (file := Path(spec.submodule_search_locations[0]) / path_in_package).is_file():
+            photos.append((file, caption))
     return photos
 
 
-def pictures():
-    """Endless (image, caption): first the photographs, then drawn ones of 1080x1080."""
+def pictures() -> "Iterator[tuple[Image, str]]":
+    """Endless (image, caption): first the photographs, then rendered ones of 1080x1080."""
     from PIL import Image
 
-    for file, text in installed_photos():
-        yield Image.open(file), text
+    for file, caption in installed_photos():
+        yield Image.open(file), caption
     rng = random.Random(0)
     while True:
         yield tiny_pictures.render_character(rng, 1080, 1080)
 
 
 def write_images(folder: Path, count: int) -> None:
-    """`count` files and metadata.jsonl: jpg, png and webp by turns; number 1 is greyscale, number 4 has an alpha channel."""
+    """Write `count` files and metadata.jsonl: jpg, png and webp by turns.
+
+    Number 1 is greyscale, number 4 has an alpha channel.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for i, (image, text) in enumerate(itertools.islice(pictures(), count)):
+        for i, (image, caption) in enumerate(itertools.islice(pictures(), count)):
             name = f"{i:03d}.{('jpg', 'png', 'webp')[i % 3]}"
             image = image.convert({1: "L", 4: "RGBA"}.get(i, "RGB"))
             if i == 4:
                 image.putalpha(image.convert("L"))
             image.save(folder / name)
-            metadata.write(json.dumps({"file_name": name, "text": text}) + "\n")
+            metadata.write(json.dumps({"file_name": name, "text": caption}) + "\n")
 
 
 def main() -> None:
+    flags = parse()
+
+    # The images
+    start = time.perf_counter()
+    write_images(flags.images, flags.count)
+    seconds = time.perf_counter() - start
+    photos = min(len(installed_photos()), flags.count)
+    print(f"{flags.images}: {photos} photographs, {flags.count - photos} rendered pictures, {seconds:.1f} s")
+
+    # The checkpoint
+    start = time.perf_counter()
+    write_model(flags.model)
+    seconds = time.perf_counter() - start
+    size_gb = sum(file.stat().st_size for file in flags.model.rglob("*.safetensors")) / 1e9
+    print(f"{flags.model}: {size_gb:.2f} GB of weights, {seconds:.1f} s")
+
+
+def parse() -> argparse.Namespace:
+    """The command line -> flags.
+
+    Raises:
+        UserError: no images asked for, or a folder that exists, cannot be written or is named twice.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint (7 GB)")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="new folder for the captioned images")
     parser.add_argument("--count", type=int, default=32, help="number of images (default: 32)")
     flags = parser.parse_args()
+
+    # Refusals before anything is written
     if flags.count < 1:
         raise UserError(f"--count {flags.count}: must be at least 1")
     for name in ("model", "images"):
@@ -158,17 +200,7 @@ def main() -> None:
         check_writable(name, folder)
     if flags.model.resolve() == flags.images.resolve():
         raise UserError("--model and --images name the same folder")
-
-    start = time.perf_counter()
-    write_images(flags.images, flags.count)
-    photos = min(len(installed_photos()), flags.count)
-    print(
-        f"{flags.images}: {photos} photographs, {flags.count - photos} drawn pictures, {time.perf_counter() - start:.1f} s"
-    )
-    start = time.perf_counter()
-    write_model(flags.model)
-    size_gb = sum(file.stat().st_size for file in flags.model.rglob("*.safetensors")) / 1e9
-    print(f"{flags.model}: {size_gb:.2f} GB of weights, {time.perf_counter() - start:.1f} s")
+    return flags
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Runs the trainers on little GPU memory, with validation pictures and a held-out loss, and says what they left behind.
 
     python benchmarks/full_size.py --model /tmp/sdxl --images /tmp/images        # random weights, no download
-    python benchmarks/low_memory.py --model /tmp/sdxl --images /tmp/images [--only train_opt,train_sdxl] [--gib 7.6,6.5,5.5]
+    python benchmarks/low_memory.py --model /tmp/sdxl --images /tmp/images [--only train_opt,train_sdxl] [--gib 7.6,6.5]
 
-Every row is a trainer with its own defaults, six steps long, validated after three, in a process of its own. A run that ends because
-nothing fits is a result; one that ends with steps that no checkpoint holds, or with a traceback, makes the exit status 1.
-The last line is JSON.
+Every row is a trainer with its own defaults, six steps long, validated after three, in a process of its own. A run that
+ends because nothing fits is a result. One that ends with steps that no checkpoint holds, or with a traceback, makes the
+exit status 1. The last line is JSON.
 """
 
 import argparse
@@ -17,14 +17,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS, VALIDATION_STEPS = 6, 3
-TELLING = (
-    "plan",
-    "out of GPU memory",
-    "no validation images",
-    "finished",
-    "error",
-)  # what the lines worth showing hold
+STEPS = 6
+VALIDATION_STEPS = 3
+# What the lines worth showing hold
+TELLING = ("plan", "out of GPU memory", "no validation images", "finished", "error")
 COLUMNS = ("script", "gib", "status", "steps", "saved_steps", "held_out_losses", "pictures", "lost")
 
 
@@ -73,23 +69,28 @@ def run_row(script: str, gib: str, options: argparse.Namespace, scratch: Path) -
     command = [sys.executable, f"{script}.py", *typed, *options.flags]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
-    # What can be used afterwards
+    # What it said
     lines = [line for line in (process.stdout + process.stderr).replace("\r", "\n").splitlines() if line.strip()]
+    said = {
+        "traceback": any(line.startswith("Traceback") for line in lines),
+        "said": [line for line in lines if any(words in line for words in TELLING)][-8:],
+    }
+    return {"script": script, "gib": float(gib), **what_is_left(output_dir, process.returncode), **said}
+
+
+def what_is_left(output_dir: Path, status: int) -> dict:
+    """What of a run that ended with exit status `status` can be used afterwards."""
     metrics = output_dir / "metrics.jsonl"
     trained = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     saved = max((int(path.name.partition("-")[2]) for path in output_dir.glob("checkpoint-*")), default=0)
     has_adapter = (output_dir / "pytorch_lora_weights.safetensors").exists()
     return {
-        "script": script,
-        "gib": float(gib),
-        "status": process.returncode,
+        "status": status,
         "steps": len(trained),
         "saved_steps": saved,
         "held_out_losses": sum("val_loss" in row for row in trained),
         "pictures": len(list((output_dir / "samples").glob("*.png"))),
-        "lost": saved < len(trained) or (process.returncode == 0 and not has_adapter),
-        "traceback": any(line.startswith("Traceback") for line in lines),
-        "said": [line for line in lines if any(words in line for words in TELLING)][-8:],
+        "lost": saved < len(trained) or (status == 0 and not has_adapter),
     }
 
 

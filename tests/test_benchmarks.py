@@ -1,4 +1,4 @@
-"""benchmarks/: a row is the run that its name says, what fails is a result, and the README's tables are what was measured."""
+"""benchmarks/: a row is the run that its name says, what fails is a result, README's tables are what was measured."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import table, train_step
+from benchmarks import row_process, table, train_step
 from common.cli.running import run
 from common.data.batching import Examples
 from common.errors import UserError
@@ -40,16 +40,17 @@ def parsed(*argv):
 
 @pytest.fixture
 def measured(monkeypatch, capsys):
-    """measured(*argv) -> (lines printed, JSON of the run): train_step.py with a GPU and trainings that are not there; 1024 px never fits."""
+    """measured(*argv) -> (lines printed, JSON of the run): train_step.py with a GPU and trainings that are not there.
+
+    1024 px never fits.
+    """
 
     def in_own_process(task, argv=(), **settings):
         if task == "gpu":
             return GPU, ""
-        return (
-            ({"failed": "out of GPU memory"}, "")
-            if "1024" in argv
-            else (FIGURES, f"device: cuda\n{PLAN}\n{TRAINING}\n")
-        )
+        if "1024" in argv:
+            return {"failed": "out of GPU memory"}, ""
+        return FIGURES, f"device: cuda\n{PLAN}\n{TRAINING}\n"
 
     def measured(*argv):
         capsys.readouterr()
@@ -85,10 +86,11 @@ def test_a_row_is_its_trainers_documented_configuration_at_the_named_size(settin
     }
     for name in [*train_step.MATRIX, *train_step.ROWS]:
         row, _, resolution = name.partition("@")
-        script, argv = train_step.trainer_command(name, options, tmp_path / "cache", str(tmp_path / "run"))
+        folders = dict(cache_dir=tmp_path / "cache", output_dir=str(tmp_path / "run"))
+        script, argv = train_step.trainer_command(name, options, **folders)
         documented, config = (resolved(script, flags, capsys) for flags in (train_step.ROWS[row][1], argv))
         changed = {key: value for key, value in config.items() if value != documented[key] and key not in free}
-        expected = {"max_train_steps": train_step.STEPS} | ({"max_vram_gb": cap_gib} if cap_gib else {})
+        expected = {"max_train_steps": row_process.STEPS} | ({"max_vram_gb": cap_gib} if cap_gib else {})
         assert changed == expected | ({"auto_fit": False} if "--fixed" in setting else {})
         assert config["resolution"] == int(resolution or documented["resolution"]) and config["seed"] == 7
         assert config["gradient_checkpointing"] and config["checkpointing_steps"] == 0
@@ -114,16 +116,13 @@ def test_the_recorded_command_measures_the_same_again():
         options = parsed(*argv)
         python, script, *again = shlex.split(train_step.command(options))
         repeated = train_step.parse(again)
-        assert [script, repeated.rows, repeated.cap_gib, repeated.as_t4] == [
-            "benchmarks/train_step.py",
-            options.rows,
-            options.cap_gib,
-            options.as_t4,
-        ]
+        assert script == "benchmarks/train_step.py"
+        assert repeated.rows == options.rows
+        assert (repeated.cap_gib, repeated.as_t4) == (options.cap_gib, options.as_t4)
         for name in options.rows:
-            assert train_step.trainer_command(name, repeated, "c", "o") == train_step.trainer_command(
-                name, options, "c", "o"
-            )
+            folders = dict(cache_dir="c", output_dir="o")
+            recorded = train_step.trainer_command(name, options, **folders)
+            assert train_step.trainer_command(name, repeated, **folders) == recorded
 
 
 @pytest.mark.parametrize(
@@ -149,47 +148,37 @@ def test_speed_is_the_median_of_the_steps_before_the_profiled_one(train, tmp_pat
 
     With a cache of its own: latents encoded four at a time may differ in the last bit from those of other tests.
     """
-    data_s, original = [], Examples.effective_batch
-    with train_step.timed_batches(data_s):
-        trained = train(
-            "--max_train_steps",
-            train_step.STEPS,
-            "--train_batch_size",
-            1,
-            "--max_train_samples",
-            4,
-            "--cache_dir",
-            tmp_path,
-        )
-    assert Examples.effective_batch is original and len(data_s) == train_step.STEPS + 1
-    found = train_step.speed(trained.dir, [9.0, 0.4], data_s, matmul_tflops=1.0)
+    data_s = []
+    original = Examples.effective_batch
+    flags = ["--train_batch_size", 1, "--max_train_samples", 4, "--cache_dir", tmp_path]
+    with row_process.timed_batches(data_s):
+        trained = train("--max_train_steps", row_process.STEPS, *flags)
+    assert Examples.effective_batch is original and len(data_s) == row_process.STEPS + 1
+
+    # Figures of that training
+    found = row_process.speed(trained.dir, [9.0, 0.4], data_s, matmul_tflops=1.0)
     s_per_img = statistics.median(row["s_per_img"] for row in trained.rows[3:11])
-    assert (
-        found["s_per_img"] == round(s_per_img, 4)
-        and found["images_per_step"] == 2
-        and found["gpu_busy_s_per_img"] == 0.2
-    )
+    assert found["s_per_img"] == round(s_per_img, 4)
+    assert found["images_per_step"] == 2 and found["gpu_busy_s_per_img"] == 0.2
     assert found["data_share"] == round(statistics.median(data_s[4:12]) / 2 / s_per_img, 4) > 0
     assert found["first_step_s"] == trained.rows[0]["seconds"]
     assert found["resolution"] == 64 and found["matmul_share"] is None  # the arithmetic is known at three sizes
 
 
 def test_the_share_counts_two_forward_passes(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"flags": dict(resolution=1024, train_batch_size=2, gradient_accumulation_steps=2)})
-    )
-    (tmp_path / "metrics.jsonl").write_text(
-        (json.dumps(dict(step=1, loss=0.1, mse=0.1, lr=1e-4, s_per_img=0.5, seconds=20.0)) + "\n") * train_step.STEPS
-    )
-    assert train_step.speed(tmp_path, [1.0], [0.002] * 13, matmul_tflops=65.0)["matmul_share"] == round(
-        2 * 6.761 / 0.5 / 65, 3
-    )
+    flags = dict(resolution=1024, train_batch_size=2, gradient_accumulation_steps=2)
+    step = dict(step=1, loss=0.1, mse=0.1, lr=1e-4, s_per_img=0.5, seconds=20.0)
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
+    (tmp_path / "metrics.jsonl").write_text((json.dumps(step) + "\n") * row_process.STEPS)
+    found = row_process.speed(tmp_path, [1.0], [0.002] * 13, matmul_tflops=65.0)
+    assert found["matmul_share"] == round(2 * 6.761 / 0.5 / 65, 3)
 
 
 @pytest.mark.parametrize("as_t4", [True, False])
 def test_as_t4_the_trainer_has_no_flash_attention(as_t4, monkeypatch):
     """And a training that was cut short is no measurement; whatever was replaced for it is back afterwards."""
-    kernels, before = [], (Engine.step, torch.cuda.reset_peak_memory_stats, torch.backends.cuda.flash_sdp_enabled())
+    kernels = []
+    before = (Engine.step, torch.cuda.reset_peak_memory_stats, torch.backends.cuda.flash_sdp_enabled())
 
     def main(argv):
         kernels.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()))
@@ -197,7 +186,7 @@ def test_as_t4_the_trainer_has_no_flash_attention(as_t4, monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=main))
     with pytest.raises(UserError, match="time limit reached after step 3"):
-        train_step.measure("train_opt", [], 1.0, cap_gib=None, as_t4=as_t4, profile=False)
+        row_process.measure("train_opt", [], matmul_tflops=1.0, cap_gib=None, as_t4=as_t4, profile=False)
     assert kernels == [(not as_t4, True)]
     assert before == (Engine.step, torch.cuda.reset_peak_memory_stats, torch.backends.cuda.flash_sdp_enabled())
 
@@ -207,7 +196,7 @@ def test_as_t4_the_trainer_has_no_flash_attention(as_t4, monkeypatch):
 
 def test_what_a_trainer_refuses_is_the_result_of_its_row():
     settings = dict(matmul_tflops=1.0, cap_gib=None, as_t4=False, profile=False)
-    result, _ = train_step.in_own_process("measure", script="train_sdxl", argv=["--resolution", "7"], **settings)
+    result, _ = row_process.in_own_process("measure", script="train_sdxl", argv=["--resolution", "7"], **settings)
     assert result == {"failed": "--resolution 7: must be a multiple of 32, at least 64; the nearest is 64"}
 
 
@@ -225,21 +214,17 @@ def test_a_failure_in_a_rows_process_is_one_line(error, failed, monkeypatch, tmp
     def fail(**_):
         raise error
 
-    monkeypatch.setitem(train_step.TASKS, "measure", fail)
-    train_step.internal("measure", "{}", tmp_path / "result.json")
+    monkeypatch.setitem(row_process.TASKS, "measure", fail)
+    row_process.main("measure", "{}", tmp_path / "result.json")
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (
-        result.keys() == {"failed"}
-        and result["failed"].startswith(failed)
-        and "\n" not in result["failed"]
-        and len(result["failed"]) <= 200
-    )
+    assert result.keys() == {"failed"} and result["failed"].startswith(failed)
+    assert "\n" not in result["failed"] and len(result["failed"]) <= 200
 
 
 @pytest.mark.parametrize(("code", "failed"), [(-9, "killed by SIGKILL"), (1, "ended with exit status 1")])
 def test_a_process_that_dies_is_a_result_too(code, failed, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code, stdout="loading\n"))
-    assert train_step.in_own_process("measure")[0] == {"failed": failed}
+    assert row_process.in_own_process("measure")[0] == {"failed": failed}
 
 
 def test_a_row_that_fails_leaves_the_others(measured):
@@ -247,7 +232,8 @@ def test_a_row_that_fails_leaves_the_others(measured):
     assert result["rows"][0] == {"row": "sdxl@1024", "failed": "out of GPU memory"}
     assert result["rows"][1] == {"row": "lora@512", **FIGURES, "plan": f"{PLAN}; {TRAINING}", "caches_warm": True}
     assert lines[-5:-1] == [
-        "| run | px | images a step | s/img | GPU busy s/img | allocated GiB | reserved GiB | RAM GiB | matmul share | first step s |",
+        "| run | px | images a step | s/img | GPU busy s/img | allocated GiB | reserved GiB | RAM GiB "
+        "| matmul share | first step s |",
         "|---|---|---|---|---|---|---|---|---|---|",
         "| sdxl | 1024 | out of GPU memory |  |  |  |  |  |  |  |",
         "| lora | 512 | 4 | 0.2500 | 0.2000 | 10.10 | 11.00 | 2.80 | 50.8% | 21.0 |",
@@ -265,7 +251,7 @@ def test_several_calls_collect_in_one_file(measured, tmp_path):
 
 
 def test_rows_that_are_done_outlive_an_interruption(measured, tmp_path, monkeypatch):
-    def killed_at_dora(name, *_):
+    def killed_at_dora(name, *_, **__):
         if name == "dora":
             raise KeyboardInterrupt
         return {"row": name, **FIGURES, "caches_warm": True}
@@ -312,12 +298,14 @@ def files(measured, tmp_path):
 
 def test_a_table_says_how_it_was_measured_and_runs_of_one_setting_share_it(files):
     command = "python benchmarks/train_step.py --model M --images I"
-    heading, columns = f"torch {torch.__version__}, commit abc1234", table.markdown([]).splitlines()
+    heading = f"torch {torch.__version__}, commit abc1234"
+    columns = table.markdown([]).splitlines()
+    t4_commands = f"`{command} --only lora --as_t4`, `{command} --only sdxl@1024 --as_t4`"
     row = "| lora | 512 | 4 | 0.2500 | 0.2000 | 10.10 | 11.00 | 2.80 | 50.8% | 21.0 |"
     assert files[1].read_text().splitlines() == [
         "# Before",
         "<!-- table T4, small -->",
-        f"NVIDIA T4, held to 14.56 GiB, attention as on a T4, {heading}: `{command} --only lora --as_t4`, `{command} --only sdxl@1024 --as_t4`",
+        f"NVIDIA T4, held to 14.56 GiB, attention as on a T4, {heading}: {t4_commands}",
         "",
         *columns,
         row,
@@ -336,8 +324,9 @@ def test_a_table_says_how_it_was_measured_and_runs_of_one_setting_share_it(files
 
 def test_runs_of_different_settings_have_a_table_each(files):
     runs = json.loads(files[0].read_text())
-    runs[2]["label"], commits = "T4, small", ["abc1234", "abc1234-dirty"]
+    commits = ["abc1234", "abc1234-dirty"]
     runs[1]["commit"] = commits[1]
+    runs[2]["label"] = "T4, small"
     filled = table.filled("<!-- table T4, small -->\n<!-- end -->\n", runs, "text.md")
     assert filled.count("| run | px |") == 3 and all(f"commit {commit}:" in filled for commit in commits)
 
@@ -347,13 +336,12 @@ def test_check_accepts_what_the_json_gives_and_nothing_else(files):
     table.main([str(runs), str(text), "--check"])
     changed = text.read_text().replace("0.2500", "0.2400", 1)
     text.write_text(changed)
-    with pytest.raises(
-        SystemExit, match="text.md is not what .*runs.json gives: run python benchmarks/table.py"
-    ) as caught:
+    said = "text.md is not what .*runs.json gives: run python benchmarks/table.py"
+    with pytest.raises(SystemExit, match=said) as caught:
         table.main([str(runs), str(text), "--check"])
-    assert (
-        "\n" not in caught.value.code and text.read_text() == changed
-    )  # a text as the code: printed, and exit status 1
+
+    # A text as the code is printed, and the exit status is 1
+    assert "\n" not in caught.value.code and text.read_text() == changed
     table.main([str(runs), str(text)])
     table.main([str(runs), str(text), "--check"])
 
@@ -389,9 +377,8 @@ def test_a_first_step_with_empty_caches_is_told_from_one_with_warm_ones():
 
 
 def test_a_long_failure_fits_a_cell_and_breaks_no_column():
-    line = table.markdown([{"row": "opt", "failed": "out of memory | " + "lower the resolution " * 20}]).splitlines()[
-        -1
-    ]
+    failed = "out of memory | " + "lower the resolution " * 20
+    line = table.markdown([{"row": "opt", "failed": failed}]).splitlines()[-1]
     assert line.count("|") == len(table.COLUMNS) + 3 and len(line) < 140
 
 

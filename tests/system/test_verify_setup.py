@@ -13,7 +13,7 @@ import train_opt
 import train_qlora
 import train_sdxl
 import verify_setup
-from benchmarks.train_step import FORWARD_TFLOP
+from benchmarks.row_process import FORWARD_TFLOP
 from common.cli import hub
 from common.cli.command_line import CACHE_DIR, parse
 from common.system import machine, packages, verdict
